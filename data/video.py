@@ -1,0 +1,230 @@
+"""Video files to tensors: decode, resize, crop, write.
+
+decord decodes. What it gets wrong or leaves open is settled here: files are read from their first frame on, GIF is read
+by Pillow, damaged frames are errors, and a decoder that hangs is abandoned after a time limit.
+"""
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout  # the built-in one from Python 3.11 on
+from pathlib import Path
+from threading import Thread
+from typing import NamedTuple
+
+import decord
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageSequence
+from torch import Tensor
+
+TIMEOUT = 60.0  # seconds for one file: ten seconds of 1080p take two on a busy core
+NULL = "null:"  # paths that start so are random clips without files, for trying a training loop
+NULL_SHAPE = (256, 128, 128, 3)
+CHUNK = 2**26  # values resized at a time: 256 MiB in floating point
+
+# decord raises the first four, Pillow and the file system the others.
+DECODER_ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, OSError, EOFError)
+
+decord.logging.set_level(decord.logging.QUIET)
+
+
+class VideoError(RuntimeError):
+    """A video that cannot be read; its text is one line, "PATH: reason"."""
+
+
+class FrameError(VideoError):
+    """A video that opens, of which these frames cannot be decoded, or are not there though its index lists them. Other
+    frames may be good."""
+
+
+class VideoInfo(NamedTuple):
+    """`num_frames` counts the packets in the file, whatever its header says; sizes are after rotation."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+
+class _Source(NamedTuple):
+    num_frames: int
+    fps: float
+    read: Callable[[np.ndarray], Tensor]
+
+
+def probe(path: str, timeout: float = TIMEOUT) -> VideoInfo:
+    """Length and size of a video. Decodes its first frame. Raises VideoError."""
+
+    def look() -> VideoInfo:
+        source = _open(path)
+        return VideoInfo(source.num_frames, *_frames(path, source, np.zeros(1, np.int64)).shape[1:3], source.fps)
+
+    return _bounded(look, path, timeout)
+
+
+def read_frames(path: str, indices: Sequence[int], timeout: float = TIMEOUT) -> Tensor:
+    """The frames at `indices`: (T, H, W, 3) uint8 RGB, upright. Raises VideoError."""
+    return read_chosen(path, lambda num_frames: indices, timeout)[0]
+
+
+def read_chosen(
+    path: str, choose: Callable[[int], Sequence[int]], timeout: float = TIMEOUT
+) -> tuple[Tensor, np.ndarray]:
+    """`read_frames` of indices `choose(num_frames)`, opening the file once. Returns the frames and their indices."""
+
+    def read() -> tuple[Tensor, np.ndarray]:
+        source = _open(path)
+        indices = np.asarray(choose(source.num_frames), dtype=np.int64)
+        if not len(indices) or indices.min() < 0 or indices.max() >= source.num_frames:
+            raise FrameError(f"{path}: it has {source.num_frames} frames, not those asked for")
+        return _frames(path, source, indices), indices
+
+    return _bounded(read, path, timeout)
+
+
+def _frames(path: str, source: _Source, indices: np.ndarray) -> Tensor:
+    try:
+        return source.read(indices)
+    except DECODER_ERRORS as error:
+        raise FrameError(f"{path}: {_reason(error)}") from None
+
+
+def _bounded(function: Callable, path: str, timeout: float):
+    """function() in a thread of its own, given up after `timeout` seconds; its failures become VideoError.
+
+    decord works outside the interpreter lock, so the caller stays alive when it hangs, and a daemon thread does not
+    keep the process from ending.
+    """
+    future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # not swallowed: raised again by result()
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True, name=f"decode {path}").start()
+    try:
+        return future.result(timeout)
+    except VideoError:
+        raise
+    except FutureTimeout:
+        raise VideoError(f"{path}: the decoder was still busy after {timeout:g} s") from None
+    except DECODER_ERRORS as error:
+        raise VideoError(f"{path}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """One line. decord's text has several, each piece led by a time and a place in its source."""
+    text = getattr(error, "strerror", None) or re.sub(r"\[[\d:]+\] \S+?:\d+: ", "", str(error))
+    return text.strip().split("\n")[0] or type(error).__name__
+
+
+def _open(path: str) -> _Source:
+    if path.startswith(NULL):
+        return _Source(NULL_SHAPE[0], 25.0, lambda indices: _random_frames(int(path[len(NULL):]), indices))
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if not head:
+        raise VideoError(f"{path}: the file is empty")
+    if head.startswith(b"GIF8"):
+        return _open_gif(path)
+    # A frame that decord cannot decode it replaces by its neighbour. One in a window is let pass: an XviD stream with
+    # packed B-frames ends on an empty packet. More are an error.
+    reader = decord.VideoReader(path, num_threads=1, fault_tol=1)
+    return _Source(len(reader), reader.get_avg_fps(), lambda indices: _read(reader, indices))
+
+
+def _read(reader: decord.VideoReader, indices: np.ndarray) -> Tensor:
+    """Decodes from the first frame on, as decord's seeking and skipping are not exact: against that, and OpenCV, they
+    are off by whole GOPs in AVI with B-frames (UCF-101), by the leading B-frames after an open-GOP keyframe, and
+    everywhere in an mp4 cut without re-encoding. The videos are clips of seconds, so this costs little."""
+    first, last = indices.min(), indices.max()
+    for _ in range(first):
+        reader.next()
+    frames = torch.from_dlpack(reader.get_batch(range(first, last + 1)).to_dlpack())  # asnumpy() would copy them
+    return frames if np.array_equal(indices, range(first, last + 1)) else frames[indices - first]
+
+
+def _open_gif(path: str) -> _Source:
+    """decord refuses GIF, whose header holds no duration."""
+    with Image.open(path) as image:
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+        fps = 1000 / image.info["duration"] if image.info.get("duration") else 10.0  # 10: what browsers play then
+    return _Source(len(frames), fps, lambda indices: torch.from_numpy(frames[indices]))
+
+
+def _random_frames(seed: int, indices: np.ndarray) -> Tensor:
+    rngs = [np.random.default_rng((seed, index)) for index in indices]
+    return torch.from_numpy(np.stack([rng.integers(256, size=NULL_SHAPE[1:], dtype=np.uint8) for rng in rngs]))
+
+
+def resize_crop(frames: Tensor, size: int, rule: str) -> Tensor:
+    """Shorter side to `size`, then the central square.
+
+    frames: (..., H, W, 3) uint8, on the CPU or a GPU.
+    rule "coordtok": bicubic with antialias on 8-bit images, as Pillow does it -> (..., size, size, 3) uint8.
+    rule "larp": bilinear with antialias in floating point -> (..., size, size, 3) float32 in [0, 1].
+    """
+    if rule not in ("coordtok", "larp"):
+        raise ValueError(f"resize rule {rule!r} is neither 'coordtok' nor 'larp'")
+    height, width = frames.shape[-3:-1]
+    # torchvision's Resize(size) and CenterCrop(size): the long side is truncated, the offset rounded half to even.
+    new_height = size if height <= width else int(size * height / width)
+    new_width = size if width <= height else int(size * width / height)
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    # A channels-last view: torch's vectorised path for 8-bit images.
+    images = frames.reshape(-1, height, width, 3).permute(0, 3, 1, 2)
+    bicubic = _bicubic_8bit if frames.device.type == "cpu" else _bicubic_two_pass
+    resize = bicubic if rule == "coordtok" else _bilinear
+    pieces = [
+        resize(piece, new_height, new_width)[..., top:top + size, left:left + size].permute(0, 2, 3, 1)
+        for piece in images.split(max(1, CHUNK // (height * width * 3)))
+    ]
+    return torch.cat(pieces).view(*frames.shape[:-3], size, size, 3)
+
+
+def _bilinear(images: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(images.float().div_(255), (height, width), mode="bilinear", antialias=True)
+
+
+def _bicubic_8bit(images: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+
+
+def _bicubic_two_pass(images: Tensor, height: int, width: int) -> Tensor:
+    """`_bicubic_8bit` for devices that interpolate floating point only. It is not linear: Pillow resizes the width
+    first and stores 8 bits between the passes."""
+    images = F.interpolate(images.float(), (images.shape[2], width), mode="bicubic", antialias=True)
+    images = F.interpolate(images.round_().clamp_(0, 255), (height, width), mode="bicubic", antialias=True)
+    return images.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_video(frames: Tensor | list[Tensor], size: int, rule: str, device: torch.device | str) -> Tensor:
+    """A batch of clips as the models take it: (B, 3, T, size, size) float32 in [0, 1] on `device`.
+
+    frames: (B, T, H, W, 3) uint8, or a list of (T, H, W, 3) of different sizes; native frames are resized on `device`
+    by `resize_crop`. Frames that the loader has resized are only scaled (uint8) or taken as they are (float32).
+    """
+    if isinstance(frames, list):
+        return torch.cat([to_video(clip[None], size, rule, device) for clip in frames])
+    frames = frames.to(device, non_blocking=True)
+    if frames.dtype == torch.uint8 and (rule == "larp" or frames.shape[2:4] != (size, size)):
+        frames = resize_crop(frames, size, rule)
+    video = rearrange(frames, "b t h w c -> b c t h w").contiguous()
+    return video.float().div_(255) if video.dtype == torch.uint8 else video
+
+
+def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
+    """Write an mp4 (H.264), whole or not at all. video: (3, T, H, W) float, clamped to [0, 1], rounded to 8 bits."""
+    path = Path(path)
+    frames = rearrange(video.detach().clamp(0, 1).mul(255).round().to(torch.uint8), "c t h w -> t h w c").cpu().numpy()
+    halved = all(side % 2 == 0 for side in frames.shape[1:3])  # yuv420p halves the colour planes
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    pixels = "yuv420p" if halved else "yuv444p"
+    imageio.mimwrite(part, frames, fps=fps, quality=9, macro_block_size=1, pixelformat=pixels)
+    os.replace(part, path)

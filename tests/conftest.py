@@ -1,0 +1,47 @@
+"""Shared fixtures. The reference cases and sample clips stand beside the repository and are optional."""
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def clips() -> Path:
+    """Folder of real video files."""
+    if not (SHARED / "clips").is_dir():
+        pytest.skip("../shared/clips is not here")
+    return SHARED / "clips"
+
+
+class Reference:
+    """Cases computed by the authors' implementations (see ../shared/reference/README.md)."""
+
+    def __init__(self, folder: Path):
+        spec = importlib.util.spec_from_file_location("fill", folder / "fill.py")
+        fill = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(fill)
+        self.folder, self.noise, self.state_dict = folder, fill.noise, fill.filled_state_dict
+
+    def case(self, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+        """(description, tensors) of a case."""
+        from safetensors.torch import load_file
+
+        tensors = self.folder / f"{name}.safetensors"
+        return json.loads((self.folder / f"{name}.json").read_text()), load_file(tensors) if tensors.exists() else {}
+
+
+@pytest.fixture(scope="session")
+def reference() -> Reference:
+    if not (SHARED / "reference").is_dir():
+        pytest.skip("../shared/reference is not here")
+    return Reference(SHARED / "reference")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
