@@ -1,0 +1,383 @@
+"""CoordTok (arXiv 2411.14762): a clip becomes three latent planes, and a decoder turns the coordinates of any set of
+patches into those patches. Parameter names are those of the authors' files."""
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from models.layers import Blocks, set_checkpointing, vit_block
+from models.planes import Planes, unpatchify
+from models.released import load_state, read_released, strip_prefix
+
+
+@dataclass(frozen=True)
+class CoordTokConfig:
+    """Architecture; the defaults are the released UCF-101 model (853M parameters, 1280 latent tokens)."""
+
+    video_shape: tuple[int, int, int] = (128, 128, 128)  # frames, height, width: flags num_frames and img_size
+    enc_embed_dim: int = 1024
+    enc_num_layers: int = 24
+    enc_num_heads: int = 16
+    enc_patch_size_xy: int = 16
+    enc_patch_size_t: int = 8
+    enc_patch_num_layers: int = 8
+    latent_resolution_xy: int = 16
+    latent_resolution_t: int = 32
+    latent_n_features: int = 8
+    latent_patch_size_xy: int = 8
+    latent_patch_size_t: int = 16
+    dec_embed_dim: int = 1024
+    dec_num_layers: int = 24
+    dec_num_heads: int = 16
+    dec_patch_size_xy: int = 8
+    dec_patch_size_t: int = 1
+    padding: str = "exclude"  # how missing frames are treated: see CoordTok.encode
+
+    def __post_init__(self):
+        object.__setattr__(self, "video_shape", tuple(self.video_shape))  # a list when it comes from JSON
+        if len(self.video_shape) != 3:
+            raise ValueError(f"video_shape is (frames, height, width), got {self.video_shape}")
+        if self.padding not in ("exclude", "released"):
+            raise ValueError(f"padding is 'exclude' or 'released', got {self.padding!r}: change --padding")
+        sizes = {name: value for name, value in vars(self).items() if name not in ("video_shape", "padding")}
+        sizes["num_frames"], *height_width = self.video_shape
+        for name, value in [*sizes.items(), *(("img_size", size) for size in height_width)]:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is a whole number from 1 on, got {value!r}: change --{name}")
+        for whole, part in [
+            ("enc_embed_dim", "enc_num_heads"),
+            ("dec_embed_dim", "dec_num_heads"),
+            ("num_frames", "enc_patch_size_t"),
+            ("num_frames", "dec_patch_size_t"),
+            ("img_size", "enc_patch_size_xy"),
+            ("img_size", "dec_patch_size_xy"),
+            ("latent_resolution_xy", "latent_patch_size_xy"),
+            ("latent_resolution_t", "latent_patch_size_t"),
+        ]:
+            for size in height_width if whole == "img_size" else [sizes[whole]]:
+                if size % sizes[part]:
+                    raise ValueError(
+                        f"{whole} {size} is not a multiple of {part} {sizes[part]}: change --{whole} or --{part}"
+                    )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Number of decoder patches along t, h, w."""
+        frames, height, width = self.video_shape
+        return frames // self.dec_patch_size_t, height // self.dec_patch_size_xy, width // self.dec_patch_size_xy
+
+    @property
+    def num_tubelets(self) -> tuple[int, int, int]:
+        """Number of encoder tubelets along t, h, w."""
+        frames, height, width = self.video_shape
+        return frames // self.enc_patch_size_t, height // self.enc_patch_size_xy, width // self.enc_patch_size_xy
+
+
+def released_padding(video: Tensor, n_frames: Tensor) -> Tensor:
+    """Blank the padding as the authors' data set does: it writes -1 before scaling [0, 1] to [-1, 1], so that the
+    released encoder knows padding as -3.
+
+    video: (B, 3, T, H, W) float in [0, 1]. n_frames: (B,) long, real frames a clip. Returns a new (B, 3, T, H, W).
+    """
+    padded = torch.arange(video.shape[2], device=video.device) >= n_frames.to(video.device)[:, None]
+    return video.masked_fill(padded[:, None, :, None, None], -1.0)
+
+
+def patch_embedding(conv: nn.Module) -> nn.Sequential:
+    """`conv` under its released name, `proj`."""
+    return nn.Sequential(OrderedDict(proj=conv))
+
+
+class VideoEncoder(nn.Module):
+    """Tubelets through a ViT with a class token, which is dropped at the end."""
+
+    def __init__(self, config: CoordTokConfig):
+        super().__init__()
+        dim, size = config.enc_embed_dim, (config.enc_patch_size_t, *[config.enc_patch_size_xy] * 2)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.pos_emb = nn.Parameter(torch.randn(1, math.prod(config.num_tubelets), dim))
+        self.patch_embed = patch_embedding(nn.Conv3d(3, dim, size, stride=size))
+        self.layers = Blocks(
+            vit_block(dim, config.enc_num_heads, qkv_bias=False, eps=1e-5) for _ in range(config.enc_patch_num_layers)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, video: Tensor, hidden: Tensor | None) -> Tensor:
+        """video: (B, 3, T, H, W) in [-1, 1]. hidden: (B, L) bool, True where a token is not to be seen, or None."""
+        x = rearrange(self.patch_embed(video), "b d t h w -> b (t h w) d")  # (B, L, D)
+        x = x + self.pos_emb[:, : x.shape[1]]  # a clip of fewer tubelets has the first positions
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + L, D)
+        seen = None if hidden is None else F.pad(~hidden, (1, 0), value=True)[:, None, None]  # (B, 1, 1, 1 + L)
+        return self.norm(self.layers(x, attn_mask=seen))[:, 1:]  # (B, L, D)
+
+
+class QueryBlock(nn.Module):
+    """Pre-norm cross-attention to the video tokens (taken as they are), self-attention, MLP."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.cross_attn = nn.MultiheadAttention(dim, num_heads, bias=False, batch_first=True)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.self_attn = nn.MultiheadAttention(dim, num_heads, bias=False, batch_first=True)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        # The released names are mlp.0 and mlp.3: a dropout of probability 0 stood between.
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor, tokens: Tensor, key_mask: Tensor | None) -> Tensor:
+        """x: (B, Q, D). tokens: (B, L, D). key_mask: (B, L), bool (True hides a token), float (added to its logits)
+        or None."""
+        # need_weights=False: the fused attention kernels, which do not form the weights.
+        x = x + self.cross_attn(self.norm1(x), tokens, tokens, key_padding_mask=key_mask, need_weights=False)[0]
+        y = self.norm2(x)
+        x = x + self.self_attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.norm3(x))
+
+
+class QueryTransformer(nn.Module):
+    """Query blocks and their final norm."""
+
+    def __init__(self, dim: int, num_heads: int, num_layers: int):
+        super().__init__()
+        self.layers = Blocks(QueryBlock(dim, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor, tokens: Tensor, key_mask: Tensor | None) -> Tensor:
+        return self.norm(self.layers(x, tokens, key_mask))
+
+
+class Encoder(nn.Module):
+    """Video tokens, then query tokens that read them, then planes."""
+
+    def __init__(self, config: CoordTokConfig):
+        super().__init__()
+        dim, channels = config.enc_embed_dim, config.latent_n_features
+        patch_xy = (config.latent_patch_size_xy, config.latent_patch_size_xy)
+        patch_t = (config.latent_patch_size_t, config.latent_patch_size_xy)
+        self.encoder = VideoEncoder(config)
+        self.cross_pos_emb = nn.Parameter(torch.randn(1, math.prod(config.num_tubelets), dim))
+        self.patch_embeds_xy = patch_embedding(nn.Conv2d(channels, dim, patch_xy, stride=patch_xy))
+        self.patch_embeds_yt = patch_embedding(nn.Conv2d(channels, dim, patch_t, stride=patch_t))
+        self.patch_embeds_xt = patch_embedding(nn.Conv2d(channels, dim, patch_t, stride=patch_t))
+        self.transformer = QueryTransformer(dim, config.enc_num_heads, config.enc_num_layers)
+        self.projectors_xy = nn.Linear(dim, math.prod(patch_xy) * channels)
+        self.projectors_yt = nn.Linear(dim, math.prod(patch_t) * channels)
+        self.projectors_xt = nn.Linear(dim, math.prod(patch_t) * channels)
+
+    def forward(self, video: Tensor, queries: Planes, hidden: Tensor | None, key_mask: Tensor | None) -> Planes:
+        """video: (B, 3, T, H, W) in [-1, 1]. queries: (1, R, S, C) planes. hidden and key_mask: (B, L) or None."""
+        tokens = self.encoder(video, hidden)  # (B, L, D)
+        tokens = tokens + self.cross_pos_emb[:, : tokens.shape[1]]
+        grids = Planes(
+            self.patch_embeds_xy(rearrange(queries.xy, "b r s c -> b c r s")),  # (1, D, h, w)
+            self.patch_embeds_yt(rearrange(queries.yt, "b r s c -> b c r s")),  # (1, D, t, w)
+            self.patch_embeds_xt(rearrange(queries.xt, "b r s c -> b c r s")),  # (1, D, t, h)
+        )
+        x = torch.cat([grid.flatten(2).mT for grid in grids], dim=1)  # (1, Q, D)
+        x = self.transformer(x.expand(len(video), -1, -1), tokens, key_mask)  # (B, Q, D)
+        parts = Planes(*x.split([grid[0, 0].numel() for grid in grids], dim=1))
+        patches = Planes(self.projectors_xy(parts.xy), self.projectors_yt(parts.yt), self.projectors_xt(parts.xt))
+
+        def assemble(patches: Tensor, grid: Tensor, query: Tensor) -> Tensor:  # -> (B, R, S, C)
+            rows, columns = grid.shape[2:]
+            p = query.shape[1] // rows
+            return rearrange(patches, "b (r s) (p q c) -> b (r p) (s q) c", r=rows, s=columns, p=p, c=query.shape[3])
+
+        return patches.map(assemble, grids, queries)
+
+
+class PointTransformer(nn.Module):
+    """The points of one video as one sequence: they see one another."""
+
+    def __init__(self, config: CoordTokConfig):
+        super().__init__()
+        dim = config.dec_embed_dim
+        self.pos_embed = nn.Parameter(torch.randn(1, *config.grid, dim) / math.sqrt(dim))
+        self.patch_embed = nn.Linear(3 * config.latent_n_features, dim)
+        self.layers = Blocks(
+            vit_block(dim, config.dec_num_heads, qkv_bias=True, eps=1e-5) for _ in range(config.dec_num_layers)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, features: Tensor, index: Tensor) -> Tensor:
+        _, _, height, width, _ = self.pos_embed.shape
+        t, h, w = index.unbind(-1)  # (B, N) each
+        positions = F.embedding((t * height + h) * width + w, self.pos_embed.flatten(0, 3))  # (B, N, D)
+        return self.norm(self.layers(self.patch_embed(features) + positions))
+
+
+class Decoder(nn.Module):
+    """Features read off the planes at each point, a transformer over the points, pixels of each point's patch."""
+
+    def __init__(self, config: CoordTokConfig):
+        super().__init__()
+        self.transformer = PointTransformer(config)
+        self.projector = nn.Linear(config.dec_embed_dim, config.dec_patch_size_t * config.dec_patch_size_xy**2 * 3)
+
+    def forward(self, planes: Planes, index: Tensor) -> Tensor:
+        # (B, N) each, in [0, 1]; a grid of one has the coordinate 0. float32 whatever the model's precision: bfloat16
+        # is spaced 1/256 below 1, half the step between two of 128 time steps.
+        grid = self.transformer.pos_embed.shape[1:4]
+        t, h, w = (axis.float() / max(size - 1, 1) for axis, size in zip(index.unbind(-1), grid))
+        features = [read_plane(planes.xy, h, w), read_plane(planes.yt, t, w), read_plane(planes.xt, t, h)]
+        return self.projector(self.transformer(torch.cat(features, dim=-1), index))
+
+
+def read_plane(plane: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Bilinear interpolation, corners aligned.
+
+    plane: (B, R, S, C) float. row, column: (B, N) float32 in [0, 1]. Returns (B, N, C), the dtype of `plane`.
+    """
+    where = 2 * torch.stack([column, row], dim=-1) - 1  # (B, N, 2); grid_sample wants x before y, both in [-1, 1]
+    values = F.grid_sample(rearrange(plane.float(), "b r s c -> b c r s"), where[:, None], align_corners=True)
+    return rearrange(values, "b c 1 n -> b n c").to(plane.dtype)
+
+
+class CoordTok(nn.Module):
+    """The tokenizer. Video is float (B, 3, T, H, W) in [0, 1]; the [-1, 1] of the network stays inside.
+
+    CoordTok(**config) takes the fields of CoordTokConfig.
+    """
+
+    def __init__(self, **config):
+        super().__init__()
+        self.config = CoordTokConfig(**config)
+        res, res_t = self.config.latent_resolution_xy, self.config.latent_resolution_t
+        channels = self.config.latent_n_features
+        # Initialisation: query planes, class token and position tables are normal (the decoder's positions divided by
+        # the root of the width), all else is PyTorch's default, as published.
+        self.weight_tokens_xy = nn.Parameter(torch.randn(1, res, res, channels))
+        self.weight_tokens_yt = nn.Parameter(torch.randn(1, res_t, res, channels))
+        self.weight_tokens_xt = nn.Parameter(torch.randn(1, res_t, res, channels))
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    @classmethod
+    def from_released(cls, path: str | Path, **config) -> "CoordTok":
+        """The model of the authors' .pth file, with padding="released" unless told otherwise.
+
+        config: what differs from the released UCF-101 model. Shapes tell all of it but the numbers of heads, so a file
+        that does not fit raises a ValueError naming the flags to change.
+        """
+        state = strip_prefix(read_released(path, "model")["model"], "module.")
+        state = {name: value for name, value in state.items() if not name.startswith("decoder.lpips_loss.")}
+        with torch.device("meta"):  # no time spent on an initialisation that is overwritten
+            model = cls(**{"padding": "released", **config})
+        model.to_empty(device="cpu")
+        load_state(model, state, path, FLAGS_BEHIND)
+        return model
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the backward pass recomputes the blocks' activations: less memory, about a third more compute."""
+        return self.decoder.transformer.layers.checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        set_checkpointing(self, enabled)
+
+    def forward(self, video: Tensor, index: Tensor, n_frames: Tensor | None = None) -> Tensor:
+        """Encode, then decode the patches at `index`: the one call of a training step (arguments as below)."""
+        return self.decode(self.encode(video, n_frames), index)
+
+    def encode(self, video: Tensor, n_frames: Tensor | None = None) -> Planes:
+        """Clips to planes (section 3.1 of the paper).
+
+        video: (B, 3, T, H, W) float in [0, 1], T up to the trained length.
+        n_frames: (B,) long, how many of each clip's T frames are real (more than T count as T); the rest is padding.
+            None: all are, and no mask stands in the way of flash attention.
+        Returns xy (B, R, R, C), yt (B, R_t, R, C), xt (B, R_t, R, C).
+
+        padding="exclude" hides tubelets without a real frame from every attention and blanks padding frames, so that
+        what stands in the padding changes nothing. padding="released" is what the released weights were trained with:
+        padding is seen, each tubelet from n_frames // enc_patch_size_t on with 1 added to its cross-attention logits.
+        The authors' data set blanks it (`released_padding`); here the given frames are taken as they are, and frames
+        missing up to the trained length are blanked in that way.
+        """
+        batch, channels, given, *size = video.shape
+        frames, *trained_size = self.config.video_shape
+        if channels != 3 or not 1 <= given <= frames or size != trained_size:
+            raise ValueError(
+                f"a video of shape {tuple(video.shape)} does not fit a tokenizer of (B, 3, up to {frames}, "
+                f"{trained_size[0]}, {trained_size[1]}): resize or cut it, or change num_frames or img_size"
+            )
+        released, patch_t = self.config.padding == "released", self.config.enc_patch_size_t
+        # Excluded padding need not be computed: a short clip is filled up to whole tubelets only.
+        missing = frames - given if released else -given % patch_t
+        x = F.pad(2 * video - 1, (0, 0, 0, 0, 0, missing), value=-3.0 if released else 0.0)
+        if released and missing and n_frames is None:
+            n_frames = torch.full((batch,), given)
+        if n_frames is None:
+            hidden, key_mask = None, None
+        else:
+            n_frames = n_frames.to(video.device).clamp(max=given)[:, None]  # (B, 1)
+            if released:
+                real_tubelets = n_frames // patch_t
+            else:
+                real_tubelets = ((n_frames + patch_t - 1) // patch_t).clamp(min=1)  # one with any real frame counts
+                padding_frames = torch.arange(x.shape[2], device=x.device) >= n_frames  # (B, T)
+                x = x.masked_fill(padding_frames[:, None, :, None, None], 0.0)
+            hidden = torch.arange(x.shape[2] // patch_t, device=x.device) >= real_tubelets  # (B, tubelets along t)
+            hidden = repeat(hidden, "b t -> b (t hw)", hw=math.prod(self.config.num_tubelets[1:]))  # (B, L)
+            hidden, key_mask = (None, hidden.to(x.dtype)) if released else (hidden, hidden)
+        queries = Planes(self.weight_tokens_xy, self.weight_tokens_yt, self.weight_tokens_xt)
+        return self.encoder(x, queries, hidden, key_mask)
+
+    def decode(self, planes: Planes, index: Tensor) -> Tensor:
+        """The patches at `index` (section 3.2 of the paper). The points of one video see one another, so a patch
+        depends on which others are decoded with it.
+
+        planes: as `encode` returns them, at any resolution. index: (B, N, 3) long, t h w patch index.
+        Returns (B, N, p_t * p * p * 3) pixels, in [-1, 1] by training but not clamped, p_t p p 3 order.
+        """
+        return self.decoder(Planes(*planes), index)
+
+    def render(self, planes: Planes, frames: Sequence[int] | Tensor | None = None, slices: int = 1) -> Tensor:
+        """Whole frames.
+
+        planes: as `encode` returns them. frames: (F,) indices in the order wanted; only the patches that hold them are
+        decoded. None: all. slices: number of equal sequences, in t h w order, that the patches are decoded in (the
+        last may be shorter); 1 is what the paper reports.
+        Returns (B, 3, F, H, W) float32, in [0, 1] by training but not clamped.
+        """
+        planes, patch_t = Planes(*planes), self.config.dec_patch_size_t
+        grid_t, grid_h, grid_w = self.config.grid
+        times = torch.arange(grid_t)
+        if frames is not None:
+            frames = torch.as_tensor(frames).cpu()
+            if not len(frames) or frames.min() < 0 or frames.max() >= self.config.video_shape[0]:
+                raise ValueError(f"frames are indices below {self.config.video_shape[0]}, got {frames.tolist()}")
+            times, position = (frames // patch_t).unique(return_inverse=True)
+        index = torch.cartesian_prod(times, torch.arange(grid_h), torch.arange(grid_w)).to(planes.xy.device)  # (N, 3)
+        index = index.expand(len(planes.xy), -1, -1)  # (B, N, 3)
+        patches = torch.cat([self.decode(planes, part) for part in index.chunk(slices, dim=1)], dim=1)
+        grid = (len(times), grid_h, grid_w)
+        video = (unpatchify(patches.float(), grid, patch_t, self.config.dec_patch_size_xy) + 1) / 2
+        return video if frames is None else video[:, :, position * patch_t + frames % patch_t]
+
+
+# The flags behind the shape or presence of a released tensor, for the error of a file that does not fit.
+FLAGS_BEHIND = {
+    "weight_tokens_xy": "latent_resolution_xy, latent_n_features",
+    "weight_tokens_yt": "latent_resolution_t, latent_resolution_xy, latent_n_features",
+    "weight_tokens_xt": "latent_resolution_t, latent_resolution_xy, latent_n_features",
+    "encoder.cross_pos_emb": "enc_embed_dim, num_frames, img_size, enc_patch_size_t, enc_patch_size_xy",
+    "encoder.encoder.cls_token": "enc_embed_dim",
+    "encoder.encoder.pos_emb": "enc_embed_dim, num_frames, img_size, enc_patch_size_t, enc_patch_size_xy",
+    "encoder.encoder.patch_embed": "enc_embed_dim, enc_patch_size_t, enc_patch_size_xy",
+    "encoder.encoder.layers": "enc_patch_num_layers, enc_embed_dim",
+    "encoder.patch_embeds_xy": "latent_patch_size_xy, latent_n_features, enc_embed_dim",
+    "encoder.patch_embeds_yt": "latent_patch_size_t, latent_patch_size_xy, latent_n_features, enc_embed_dim",
+    "encoder.patch_embeds_xt": "latent_patch_size_t, latent_patch_size_xy, latent_n_features, enc_embed_dim",
+    "encoder.transformer.layers": "enc_num_layers, enc_embed_dim",
+    "decoder.transformer.pos_embed": "dec_embed_dim, num_frames, img_size, dec_patch_size_t, dec_patch_size_xy",
+    "decoder.transformer.patch_embed": "dec_embed_dim, latent_n_features",
+    "decoder.transformer.layers": "dec_num_layers, dec_embed_dim",
+    "decoder.projector": "dec_patch_size_t, dec_patch_size_xy, dec_embed_dim",
+}

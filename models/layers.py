@@ -1,0 +1,63 @@
+"""Building blocks that more than one model stands on."""
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def vit_block(dim: int, num_heads: int, qkv_bias: bool, eps: float, mlp_ratio: float = 4.0) -> Block:
+    """timm's pre-norm ViT block with exact GELU. `eps` is always given: timm's default moved from 1e-5 to 1e-6."""
+    return Block(dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=partial(nn.LayerNorm, eps=eps))
+
+
+class Blocks(nn.ModuleList):
+    """Blocks that run one after another; the arguments after `x` go to each. With `checkpointing` set, the backward
+    pass recomputes each block's activations instead of keeping them."""
+
+    checkpointing = False
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        for block in self:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *args, use_reentrant=False, **kwargs)
+            else:
+                x = block(x, *args, **kwargs)
+        return x
+
+
+def set_checkpointing(model: nn.Module, enabled: bool) -> None:
+    """Switch activation checkpointing of every `Blocks` in `model`."""
+    for module in model.modules():
+        if isinstance(module, Blocks):
+            module.checkpointing = enabled
+
+
+def sincos_1d(dim: int, positions: Tensor, base: float = 10000.0) -> Tensor:
+    """Sinusoidal position table, sin half before cos half.
+
+    dim: even width. positions: (N,) any real dtype. Returns (N, dim) float32, computed in float64.
+    """
+    if dim % 2:
+        raise ValueError(f"a sin-cos table needs an even width, got {dim}")
+    omega = base ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    angle = positions.to(torch.float64)[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+def sincos_2d(dim: int, height: int, width: int, base: float = 10000.0) -> Tensor:
+    """(height * width, dim) float32 table of a grid in h, w order: the first half of the width encodes w, the second h
+    (as in MAE, arXiv 2111.06377). `dim` is a multiple of four."""
+    if dim % 4:
+        raise ValueError(f"a 2-D sin-cos table needs a width that is a multiple of 4, got {dim}")
+    h, w = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.cat([sincos_1d(dim // 2, w.flatten(), base), sincos_1d(dim // 2, h.flatten(), base)], dim=1)
+
+
+def sincos_3d(dim: int, frames: int, height: int, width: int, base: float = 10000.0) -> Tensor:
+    """(frames * height * width, dim) float32 table in t, h, w order: the 2-D table plus the full-width 1-D table of t,
+    added (LARP, arXiv 2410.21264)."""
+    space = sincos_2d(dim, height, width, base)
+    time = sincos_1d(dim, torch.arange(frames), base)
+    return (time[:, None] + space[None]).flatten(0, 1)

@@ -1,0 +1,133 @@
+"""Training losses, each (B,) or a scalar with a dict of detached scalars, and LPIPS."""
+import hashlib
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import lpips
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torchvision.models import AlexNet_Weights, VGG16_Weights
+
+from models.coordtok import CoordTokConfig
+from models.planes import assemble_frames
+from models.released import WeightsError, load_state, read_released
+
+
+class Perceptual(nn.Module):
+    """LPIPS (arXiv 1801.03924, version 0.1) between two clips, frame by frame.
+
+    net: "vgg" or "alex"; the two differ fourfold. weights: of the ImageNet backbone that the `lpips` package's linear
+    layers stand on. "auto" is torchvision's download, kept in torch.hub's cache; a path is a copy of that file;
+    "random" is a fixed random backbone, good for trying a pipeline and not for numbers.
+    `description` names both, for records. Always frozen and in eval mode.
+    """
+
+    def __init__(self, net: str = "vgg", weights: str = "auto"):
+        super().__init__()
+        if net not in BACKBONES:
+            raise ValueError(f"net is one of {', '.join(BACKBONES)}, got {net!r}: change --lpips_net")
+        with torch.device("meta"), warnings.catch_warnings():  # no 550 MB of classifier that lpips then throws away
+            warnings.simplefilter("ignore")  # lpips calls torchvision by deprecated arguments
+            self.lpips = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+        self.lpips.to_empty(device="cpu")
+        self.lpips.scaling_layer = lpips.ScalingLayer()
+        linear = read_released(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth")
+        for number, lin in enumerate(self.lpips.lins):
+            lin.load_state_dict({"model.1.weight": linear[f"lin{number}.model.1.weight"]})
+        if weights == "random":
+            source, generator = "RANDOM backbone", torch.Generator().manual_seed(0)
+            for conv in (module for module in self.lpips.net.modules() if isinstance(module, nn.Conv2d)):
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=generator)
+                nn.init.zeros_(conv.bias)
+        else:
+            state, path, source = backbone_state(net, weights)
+            # lpips cuts torchvision's `features` into slices that keep the layers' numbers: slice2.5 is features.5.
+            names = {name: "features." + name.split(".", 1)[1] for name in self.lpips.net.state_dict()}
+            state = {name: state[original] for name, original in names.items() if original in state}
+            load_state(self.lpips.net, state, path)
+        self.description = f"lpips {version('lpips')} {net}, {source}"
+        # channels_last: a fifth less time on a CPU, and the layout of a GPU's fast half-precision convolutions.
+        self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Perceptual":
+        """Stays in eval mode: lpips's own dropout of 0.5, active in CoordTok's released training, only adds noise to
+        the loss."""
+        return super().train(False)
+
+    def per_frame(self, pred: Tensor, target: Tensor, chunk: int = 32) -> Tensor:
+        """pred, target: (B, 3, T, H, W) float in [0, 1], H and W from 32 on. chunk: frames computed at a time, which
+        bounds the memory of an evaluation. Returns (B, T) float32 distances."""
+        frames = (rearrange(video, "b c t h w -> (b t) c h w").split(chunk) for video in (pred, target))
+        return torch.cat([self._distance(*pair) for pair in zip(*frames)]).view(len(pred), -1)
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """pred, target: (B, 3, T, H, W) float in [0, 1]. Returns (B,) float32, the mean over frames."""
+        return self.per_frame(pred, target).mean(dim=1)
+
+    def _distance(self, pred: Tensor, target: Tensor) -> Tensor:
+        """(N, 3, H, W) twice -> (N,). The backbone follows the caller's autocast; the distances are float32, since
+        squared differences of unit features vanish in float16."""
+        layers = zip(*(self.lpips.net(self.lpips.scaling_layer(2 * x - 1)) for x in (pred, target)), strict=True)
+        with torch.autocast(pred.device.type, enabled=False):
+            # F.normalize and not lpips.normalize_tensor, whose gradient is NaN where all features of a pixel are 0.
+            units = [[F.normalize(x.float(), dim=1, eps=1e-10) for x in pair] for pair in layers]
+            return sum(lin((a - b).square()).mean(dim=(1, 2, 3)) for lin, (a, b) in zip(self.lpips.lins, units))
+
+
+BACKBONES = {"vgg": VGG16_Weights.IMAGENET1K_V1, "alex": AlexNet_Weights.IMAGENET1K_V1}
+
+
+def backbone_state(net: str, weights: str) -> tuple[dict[str, Tensor], str, str]:
+    """(state dict of torchvision's model, where it came from, its name in records) for weights "auto" or a path.
+
+    Raises WeightsError where the download fails; see `read_released` for what a file may do.
+    """
+    url = BACKBONES[net].url
+    if weights != "auto":
+        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest() if Path(weights).is_file() else ""
+        return read_released(weights), weights, f"{Path(weights).name} (sha256 {digest[:8]})"
+    try:
+        return BACKBONES[net].get_state_dict(progress=False, check_hash=True), url, f"torchvision {BACKBONES[net].name}"
+    except (OSError, RuntimeError) as error:  # no network; a download cut short
+        raise WeightsError(
+            f"LPIPS needs torchvision's weights, and {url} could not be had ({error}): copy {url.rsplit('/')[-1]} here "
+            f"and give --lpips_weights PATH, or try the pipeline with --lpips_weights random"
+        ) from error
+
+
+def patch_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each video, in float32.
+
+    pred, target: (B, N, values of a patch) in [-1, 1]. Returns (B,).
+    """
+    return (pred.float() - target.float()).square().mean(dim=(1, 2))
+
+
+def coordtok_loss(
+    pred: Tensor,
+    target: Tensor,
+    index: Tensor,
+    config: CoordTokConfig,
+    perceptual: Perceptual | None = None,
+    lpips_scale: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """CoordTok's loss of each video (section 3.3 of the paper): mean squared error, in the second step plus
+    lpips_scale times the sum of LPIPS over the frames.
+
+    pred, target: (B, N, p_t * p * p * 3) patches in [-1, 1]. index: (B, N, 3) long, which patches these are; with
+    `perceptual` they make up whole frames, in any order (see `assemble_frames`).
+    Returns the loss (B,), to be summed over the global batch, and its parts as detached means: mse (of a value), lpips
+    (of a frame).
+    """
+    loss = mse = patch_loss(pred, target)
+    logs = {"mse": mse.detach().mean()}
+    if perceptual is not None:
+        patch_t, patch = config.dec_patch_size_t, config.dec_patch_size_xy
+        pred, target = ((assemble_frames(x, index, config.grid, patch_t, patch) + 1) / 2 for x in (pred, target))
+        distances = perceptual.per_frame(pred, target)  # (B, frames)
+        loss = loss + lpips_scale * distances.sum(dim=1)
+        logs["lpips"] = distances.detach().mean()
+    return loss, logs

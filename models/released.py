@@ -1,0 +1,130 @@
+"""Reads the files that the papers' authors released, without running code that such a file may carry."""
+import argparse
+import collections
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class WeightsError(OSError):
+    """Published weights that cannot be had; the message is one line: what was tried, and the ways out."""
+
+
+# What the unpickler admits beside torch's own list of tensors and plain containers. Names with numpy.core are those of
+# numpy 1, numpy._core those of numpy 2.
+_ADMITTED = [
+    argparse.Namespace,
+    # The configuration type inside LARP's trainer files: a dict that repeats its items as attributes. An OrderedDict
+    # is what torch's unpickler lets have both.
+    (collections.OrderedDict, "easydict.EasyDict"),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in ("bool", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")},
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+]
+
+
+def read_released(path: str | Path, *keys: str) -> dict:
+    """The dict in an authors' .pth or .pt file, tensors on the CPU; argparse and EasyDict values become dicts.
+
+    keys: what it must hold. Raises FileNotFoundError or ValueError, in one line, for a file that is missing, is not a
+    PyTorch file (an HTML page, a git-lfs pointer, ...), holds types beyond plain containers, numbers, numpy arrays and
+    tensors, or lacks a key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give the path of a downloaded checkpoint")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path}: a git-lfs pointer, not the file itself; fetch it with git lfs pull")
+    if start.lstrip().startswith(b"<"):
+        raise ValueError(f"{path}: an HTML page, not a checkpoint; the download failed, fetch the file again")
+    try:
+        with torch.serialization.safe_globals(_ADMITTED):
+            # Mapped where the format allows: the files also hold optimizer states, which nobody reads.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # an unpickler fails on foreign bytes in too many ways to list
+        foreign = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        reason = f"holds a {foreign[1]}, which is not admitted" if foreign else "not a whole PyTorch file"
+        raise ValueError(f"{path}: {reason}; expected plain containers, numpy arrays and tensors") from error
+    content = _plain(content)
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        found = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: no {', '.join(missing)} in it but {found}; is it a checkpoint of another model?")
+    return content
+
+
+def _plain(value):
+    """Namespace, EasyDict, OrderedDict, ... to dict and numpy scalars to numbers, all the way down."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """`state` without `prefix` ("module." of DistributedDataParallel, say) where a name has it."""
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def load_state(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, flags: Mapping[str, str] | None = None
+) -> None:
+    """Load `state` into `model`, all of it. A difference in names or shapes raises a one-line ValueError with the
+    first few of them. path: of the file, for the error. flags: {start of a tensor's name: the flags behind it}."""
+    expected = model.state_dict()
+    differences = [(name, f"{name} is missing") for name in expected if name not in state]
+    differences += [(name, f"{name} is not expected") for name in state if name not in expected]
+    differences += [
+        (name, f"{name} is {tuple(state[name].shape)} and not {tuple(expected[name].shape)}")
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    if not differences:
+        model.load_state_dict(state)
+        return
+    behind = [
+        set(text.split(", "))
+        for start, text in (flags or {}).items()
+        if any(name.startswith(start) for name, _ in differences)
+    ]
+    # One wrong flag stands behind all that differs; where no flag does, several are wrong.
+    suspects = sorted(set.intersection(*behind) or set.union(*behind)) if behind else []
+    advice = f"; check {', '.join('--' + flag for flag in suspects)}" if suspects else ""
+    first = ", ".join(text for _, text in differences[:3])
+    raise ValueError(f"{path}: {len(differences)} tensors do not fit this model: {first}{advice}")
+
+
+SIT_STATISTICS = ("xy_mean", "xy_std", "yt_mean", "yt_std", "xt_mean", "xt_std")
+
+
+def read_sit_statistics(path: str | Path) -> dict[str, Tensor]:
+    """The latent statistics of the authors' SiT run, which only its log.txt holds.
+
+    Returns {"xy_mean", "xy_std", "yt_mean", ..., "xt_std"}: (C,) float32 each, to four decimals.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the log.txt of the run that made the checkpoint belongs there")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace"))  # dates are coloured
+    statistics = {}
+    for name in SIT_STATISTICS:
+        found = re.search(rf"\b{name}:\s*tensor\(\s*\[([^\]]*)\]", text)
+        if not found:
+            raise ValueError(f"{path}: no line '{name}: tensor([...])' in it; is it the log.txt of a SiT run?")
+        statistics[name] = torch.tensor([float(number) for number in found[1].replace(",", " ").split()])
+    sizes = {len(values) for values in statistics.values()}
+    if len(sizes) != 1 or not all(values.isfinite().all() for values in statistics.values()):
+        raise ValueError(f"{path}: statistics of {sorted(sizes)} channels; expected finite numbers, as many for each")
+    return statistics
