@@ -1,0 +1,52 @@
+"""Reconstruction of CoordTok under a named protocol: rFVD, PSNR, SSIM, LPIPS, a record of how, and a contact sheet.
+
+    python eval/eval_coordtok.py --tokenizer CKPT --data_root DATA --protocol coordtok_rfvd10k_128f
+
+CKPT is a checkpoint of this project or the authors' file. Run it under torchrun to share the clips among GPUs; the
+result does not depend on how many.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a script from any folder
+import torch  # noqa: E402
+
+from data.clips import list_folder  # noqa: E402
+from training import distributed  # noqa: E402
+from training.arguments import Parser, add_coordtok, add_data, one_line_errors  # noqa: E402
+from training.evaluation import add_evaluation, evaluate  # noqa: E402
+from training.optim import Precision  # noqa: E402
+from training.tokenizers import load_coordtok  # noqa: E402
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    parser.add_argument("--tokenizer", required=True, metavar="CKPT", help="checkpoint, or a folder of them")
+    parser.add_argument("--slices", type=int, default=1, help="equal sequences the patches of a clip are decoded in")
+    add_data(parser)
+    add_evaluation(parser, protocol="coordtok_rfvd10k_128f")
+    add_coordtok(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    device = distributed.setup(args.device)
+    tokenizer = load_coordtok(args.tokenizer, args).to(device).eval()
+    precision = Precision(args.precision, device)
+
+    def reconstruct(video: torch.Tensor) -> torch.Tensor:
+        with precision.autocast():
+            return tokenizer.render(tokenizer.encode(video), slices=args.slices)
+
+    evaluate(
+        reconstruct, list_folder(Path(args.data_root) / args.video_name), args, device,
+        num_frames=tokenizer.config.video_shape[0], size=tokenizer.config.video_shape[1], model=args.tokenizer,
+        settings={"precision": precision.name, "slices": args.slices, "padding": tokenizer.config.padding},
+        dataset=args.video_name, manifest_root=args.data_root,
+    )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

@@ -1,0 +1,338 @@
+"""Fréchet video distance (arXiv 1812.01717): mergeable statistics, the distance, its floor and spread.
+
+Distance between two folders (or file lists) of videos:
+    python -m eval.fvd REAL GENERATED --num_frames 16 --size 128
+Proof of an installation, against the value that TensorFlow's own implementation gives (minutes on a CPU):
+    python -m eval.fvd --self_test
+"""
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.clips import ClipDataset, ClipKey, VideoFile, list_csv, list_folder, make_loader
+from data.video import to_video
+from eval.i3d import I3D, RESIZE_RULES
+from eval.protocols import (
+    COORDTOK_RESIZE,
+    PROTOCOLS,
+    Protocol,
+    describe,
+    git_revision,
+    manifest_sha256,
+    record,
+    write_record,
+)
+
+DIVISORS = ("N", "N-1")
+
+
+class FeatureStats:
+    """Count, sum and sum of outer products of features, in float64: what their mean and covariance follow from.
+
+    Statistics add up, `a + b`, across batches and processes; `to_tensor` is one flat tensor to all-reduce.
+    """
+
+    def __init__(self, dim: int = 400):
+        self.count = 0
+        self.sum = torch.zeros(dim, dtype=torch.float64)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
+
+    @classmethod
+    def from_features(cls, features: Tensor | np.ndarray) -> "FeatureStats":
+        """features: (N, dim), any real dtype."""
+        return cls(features.shape[1]).update(features)
+
+    @property
+    def dim(self) -> int:
+        return len(self.sum)
+
+    def update(self, features: Tensor | np.ndarray) -> "FeatureStats":
+        """Add features (N, dim), any real dtype and device. Returns itself."""
+        features = torch.as_tensor(features).detach().to("cpu", torch.float64)
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"expected features (N, {self.dim}), got {tuple(features.shape)}")
+        if not features.isfinite().all():
+            raise ValueError(f"{(~features.isfinite()).any(1).sum()} of {len(features)} clips have features not finite")
+        self.count += len(features)
+        self.sum += features.sum(0)
+        self.outer += features.T @ features
+        return self
+
+    def __add__(self, other: "FeatureStats") -> "FeatureStats":
+        return self.from_tensor(self.to_tensor() + other.to_tensor())
+
+    def mean(self) -> Tensor:
+        """(dim,) float64."""
+        return self.sum / self._at_least(1)
+
+    def cov(self, divisor: str) -> Tensor:
+        """(dim, dim) float64. divisor: "N" (LARP) or "N-1" (CoordTok)."""
+        if divisor not in DIVISORS:
+            raise ValueError(f"the covariance divisor is one of {DIVISORS}, got {divisor!r}")
+        mean = self.mean()
+        scatter = self.outer - self.count * torch.outer(mean, mean)
+        return scatter / (self.count if divisor == "N" else self._at_least(2) - 1)
+
+    def _at_least(self, count: int) -> int:
+        if self.count < count:
+            raise ValueError(f"statistics of {self.count} clips, expected at least {count}; give more videos")
+        return self.count
+
+    def to_tensor(self) -> Tensor:
+        """(1 + dim + dim^2,) float64; the sum of several processes' tensors is the whole's."""
+        return torch.cat([torch.tensor([self.count], dtype=torch.float64), self.sum, self.outer.flatten()])
+
+    @classmethod
+    def from_tensor(cls, flat: Tensor) -> "FeatureStats":
+        """The inverse of `to_tensor`."""
+        flat = flat.detach().to("cpu", torch.float64)
+        stats = cls(round((len(flat) - 0.75) ** 0.5 - 0.5))  # 1 + dim + dim^2 = (dim + 1/2)^2 + 3/4
+        stats.count, stats.sum = int(flat[0]), flat[1 : 1 + stats.dim].clone()
+        stats.outer = flat[1 + stats.dim :].view(stats.dim, stats.dim).clone()
+        return stats
+
+    def save(self, path: str | Path) -> None:
+        torch.save(self.to_tensor(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FeatureStats":
+        return cls.from_tensor(torch.load(path, weights_only=True))
+
+
+def frechet_distance(a: FeatureStats, b: FeatureStats, divisor: str = "N-1") -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features; covariances with `divisor`.
+
+    The trace of (A B)^(1/2) is that of (A^(1/2) B A^(1/2))^(1/2), a symmetric matrix, whose eigenvalues are real and
+    not negative also where the covariances are rank-deficient.
+    """
+    cov_a, cov_b = a.cov(divisor), b.cov(divisor)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * _nonnegative(values).sqrt() @ vectors.T
+    cross = root @ cov_b @ root
+    cross_trace = _nonnegative(torch.linalg.eigvalsh((cross + cross.T) / 2)).sqrt().sum()
+    difference = a.mean() - b.mean()
+    return (difference @ difference + cov_a.trace() + cov_b.trace() - 2 * cross_trace).item()
+
+
+def _nonnegative(eigenvalues: Tensor) -> Tensor:
+    """Eigenvalues of a positive semi-definite matrix with those set to 0 that rounding alone tells from it: the root
+    of 400 values of 1e-16 would not be small."""
+    floor = eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
+    return torch.where(eigenvalues > floor, eigenvalues, 0)
+
+
+def rank_note(count: int, dim: int = 400) -> str | None:
+    """What to say beside a distance of covariances of `count` clips: None where they can have full rank."""
+    if count > dim:
+        return None
+    return f"{count} clips for {dim} features: the covariance is rank-deficient and the distance is biased upwards"
+
+
+def frechet_floor(features: Tensor, divisor: str = "N-1", seed: int = 0) -> float:
+    """Distance between two disjoint random halves of features (N, dim): what no difference at all measures at N/2."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
+    half = len(features) // 2
+    first, second = (FeatureStats.from_features(features[order[start : start + half]]) for start in (0, half))
+    return frechet_distance(first, second, divisor)
+
+
+def frechet_spread(real: Tensor, fake: Tensor, divisor: str = "N-1", seed: int = 0, num_resamples: int = 10) -> float:
+    """Standard deviation of the distance over bootstrap resamples of both sets (N, dim)."""
+    rng = np.random.default_rng(seed)
+
+    def resample(features: Tensor) -> FeatureStats:
+        return FeatureStats.from_features(features[torch.from_numpy(rng.integers(len(features), size=len(features)))])
+
+    distances = [frechet_distance(resample(real), resample(fake), divisor) for _ in range(num_resamples)]
+    return float(np.std(distances, ddof=1))
+
+
+def report(real: Tensor, fake: Tensor, divisor: str = "N-1", seed: int = 0) -> dict[str, float | bool]:
+    """The distance between real and generated features (N, dim) and what it has to be read with.
+
+    fvd; fvd_floor: between disjoint halves of the real clips; fvd_spread: over resamples (see above; both nan for fewer
+    than four clips); fvd_rank_deficient: no more clips than features on either side (see `rank_note`).
+    """
+    fewest = min(len(real), len(fake))
+    return {
+        "fvd": frechet_distance(FeatureStats.from_features(real), FeatureStats.from_features(fake), divisor),
+        "fvd_floor": frechet_floor(real, divisor, seed) if fewest >= 4 else float("nan"),
+        "fvd_spread": frechet_spread(real, fake, divisor, seed) if fewest >= 4 else float("nan"),
+        "fvd_rank_deficient": fewest <= real.shape[1],
+    }
+
+
+# ---- command line: folders of videos ----
+
+FOLDERS = Protocol(
+    name="folders",
+    description="one clip per video of two folders",
+    metrics=("fvd",),
+    dataset=None,
+    split=None,
+    num_frames=16,
+    stride=1,
+    clip_start="videos drawn without replacement, first frame uniform over the video, both from the seed",
+    short_videos="discarded",
+    size=128,
+    resize=COORDTOK_RESIZE,
+    num_real=None,
+    num_generated=None,
+    pixels="files",
+)
+CHOICES = {"folders": FOLDERS} | {name: PROTOCOLS[name] for name in ("styleganv_fvd2048_16f", "styleganv_fvd2048_128f")}
+
+# Distance of 128 and 128 clips of uniform noise, given as they are, by TensorFlow's implementation with divisor N-1.
+ANCHOR = 10.138085
+
+
+def list_videos(source: str) -> list[VideoFile]:
+    """Videos of a folder, of a csv list, or of a text file with one path a line; sorted by path."""
+    if Path(source).is_dir():
+        return list_folder(source)
+    if source.endswith(".csv") or "+" in source:
+        return list_csv(source)
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source}: no such folder or list of videos")
+    return sorted(VideoFile(line) for line in Path(source).read_text().splitlines() if line.strip())
+
+
+@torch.inference_mode()
+def folder_features(
+    i3d: I3D, files: list[VideoFile], protocol: Protocol, num_clips: int | None, seed: int, batch_size: int,
+    num_workers: int, progress: str | None = None,
+) -> tuple[Tensor, dict[str, int]]:  # fmt: skip
+    """I3D logits of one clip each of `num_clips` videos, drawn without replacement; None: of all.
+
+    Videos too short for a clip or damaged are left out, and others take their place as long as there are any. Which
+    clips are taken depends on `files` and `seed` alone.
+    Returns features (n, 400) float32 and the numbers left out: {"short": .., "damaged": ..}.
+    """
+    dataset = ClipDataset(
+        files, protocol.num_frames, protocol.size, rule="coordtok", seed=seed, stride=protocol.stride, damaged="skip"
+    )
+    order = np.random.default_rng(seed).permutation(len(files))
+    keys = [ClipKey(int(index), int(index)) for index in order]
+    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+    wanted = len(files) if num_clips is None else min(num_clips, len(files))
+    features, left_out = [], {"short": 0, "damaged": 0}
+    device = i3d.logits.conv3d.weight.device
+    with tqdm(total=wanted, desc=progress, disable=progress is None, unit="clip") as bar:
+        for batch in make_loader(dataset, batches, num_workers):
+            whole = [i for i, n in enumerate(batch["n_frames"].tolist()) if n == protocol.num_frames]
+            left_out["short"] += len(batch["n_frames"]) - len(whole)
+            left_out["damaged"] += len(batch["skipped"])
+            whole = whole[: wanted - bar.n]
+            if whole:
+                video = to_video(batch["frames"][whole], protocol.size, "coordtok", device)
+                features.append(i3d(video, resize=protocol.i3d_resize).cpu())
+                bar.update(len(whole))
+            if bar.n == wanted:
+                break
+    if not features:
+        raise ValueError(f"none of {len(files)} videos gave a clip of {protocol.num_frames} frames: {left_out}")
+    return torch.cat(features), left_out
+
+
+@torch.inference_mode()
+def self_test(i3d: I3D, batch_size: int = 4) -> float:
+    """Distance between the 128 and 128 clips of noise behind ANCHOR, printed beside it. Returns the relative error."""
+    device = i3d.logits.conv3d.weight.device
+    stats = []
+    for seed in (1, 2):
+        rng, part = np.random.RandomState(seed), FeatureStats()
+        for _ in tqdm(range(0, 128, batch_size), desc=f"noise {seed} of 2", unit="batch"):
+            # Drawn bit by bit, RandomState gives the same numbers as in one go.
+            noise = torch.from_numpy(rng.rand(batch_size, 16, 224, 224, 3).astype(np.float32))
+            part.update(i3d.forward_prepared(noise.to(device).permute(0, 4, 1, 2, 3)))
+        stats.append(part)
+    distance = frechet_distance(*stats, divisor="N-1")
+    error = abs(distance - ANCHOR) / ANCHOR
+    print(f"self test: FVD {distance:.6f}, TensorFlow's {ANCHOR:.6f}, relative error {error:.1e} (limit 1e-4)")
+    return error
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.fvd", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("real", nargs="?", help="folder of videos, csv list, or text file with a path a line")
+    add("generated", nargs="?", help="the same")
+    add("--self_test", action="store_true", help="check this installation against the published value")
+    add("--protocol", choices=CHOICES, default="folders", help="gives the defaults of what follows")
+    add("--num_clips", type=int, help="of each side (default: the protocol's, or all)")
+    add("--num_frames", type=int)
+    add("--stride", type=int, help="frames between two frames of a clip")
+    add("--size", type=int, help="clips are resized and cropped to this before the extractor's own resize")
+    add("--resize", dest="i3d_resize", choices=RESIZE_RULES, help="the extractor's resize to 224x224")
+    add("--divisor", choices=DIVISORS, help="of the covariance")
+    add("--i3d_eps", type=float, help="1e-3 (the tfhub module) or 1e-5 (CoordTok's port)")
+    add("--i3d_weights", help="file of I3D weights (default: the cache, or a download)")
+    add("--dataset", help="what the real videos are, for the record (default: the name of their folder)")
+    add("--split", help="likewise (default: all)")
+    add("--seed", type=int, default=0)
+    add("--batch_size", type=int, default=8)
+    add("--num_workers", type=int, default=2)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", help="JSON file for the numbers and their record")
+    args = parser.parse_args(argv)
+    if not args.self_test and args.generated is None:
+        parser.error("give two folders, REAL and GENERATED, or --self_test")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    planned = CHOICES[args.protocol]
+    names = ("num_frames", "stride", "size", "i3d_resize", "divisor", "i3d_eps")
+    chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    protocol = dataclasses.replace(planned, **chosen)
+    i3d = I3D.from_weights(args.i3d_weights, eps=protocol.i3d_eps).to(args.device)
+    if args.self_test:
+        return int(self_test(i3d) > 1e-4)
+
+    files, features, left_out = {}, {}, {}
+    for side, planned_clips in (("real", planned.num_real), ("generated", planned.num_generated)):
+        files[side] = list_videos(getattr(args, side))
+        num_clips = planned_clips if args.num_clips is None else args.num_clips
+        features[side], left_out[side] = folder_features(
+            i3d, files[side], protocol, num_clips, args.seed, args.batch_size, args.num_workers, side
+        )
+    results = report(features["real"], features["generated"], protocol.divisor, args.seed)
+    full = record(
+        planned,
+        **chosen,
+        dataset=args.dataset or Path(args.real).stem,
+        split=args.split or "all",
+        pixels="files",
+        num_real=len(features["real"]),
+        num_generated=len(features["generated"]),
+        extractor_sha256=i3d.weights_sha256,
+        seed=args.seed,
+        manifest_sha256=manifest_sha256(
+            (file.path for file in files["real"]), args.real if Path(args.real).is_dir() else None
+        ),
+        num_videos=len(files["real"]),
+        sampler="none: videos in files",
+        model=args.generated,
+        git_revision=git_revision(),
+        world_size=1,
+    )
+    print(describe(full))
+    for side, numbers in left_out.items():
+        print(f"  {side}: {len(files[side])} videos, without {numbers['short']} short and {numbers['damaged']} damaged")
+    note = rank_note(min(len(features["real"]), len(features["generated"])))
+    print(f"FVD {results['fvd']:.4f}" + (f" ({note})" if note else ""))
+    print(f"  floor {results['fvd_floor']:.4f} (two halves of the real clips), spread {results['fvd_spread']:.4f}")
+    if args.out:
+        write_record(args.out, full, results | {"left_out": left_out})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+import dataclasses
+import hashlib
+import json
+
+import pytest
+
+from eval import protocols
+from eval.protocols import PROTOCOLS, comparable, describe, record
+
+FACTS = {
+    "num_real": 10000,
+    "num_generated": 10000,
+    "extractor_sha256": "af5c50f0",
+    "seed": 42,
+    "manifest_sha256": "abc",
+    "num_videos": 9537,
+    "sampler": {"cfg_scale": 1.25},
+    "model": "runs/ar/last.pt",
+    "git_revision": "unknown",
+    "world_size": 1,
+}
+
+
+def test_the_named_protocols():
+    assert set(PROTOCOLS) == {
+        "larp_rfvd", "larp_gfvd10k", "larp_k600fp50k", "coordtok_rfvd10k_128f", "styleganv_fvd2048_16f",
+        "styleganv_fvd2048_128f",
+    }  # fmt: skip
+    assert all(name == protocol.name for name, protocol in PROTOCOLS.items())
+    assert all(protocols.NOT_OURS in anchor for protocol in PROTOCOLS.values() for anchor in protocol.anchors)
+
+
+def test_a_faithful_run_has_no_deviations():
+    full = record(PROTOCOLS["larp_gfvd10k"], **FACTS)
+    assert full["deviations"] == [] and full["title"] == "larp_gfvd10k"
+    assert full["divisor"] == "N" and full["i3d_eps"] == 1e-3 and full["sampler"] == {"cfg_scale": 1.25}
+    assert full == json.loads(json.dumps(full)), "a record equals itself read from a file"
+
+
+@pytest.mark.parametrize("name", protocols.FACTS)
+def test_a_missing_fact_is_refused(name):
+    with pytest.raises(ValueError, match=f"lacks {name}"):
+        record(PROTOCOLS["larp_gfvd10k"], **{k: v for k, v in FACTS.items() if k != name})
+    with pytest.raises(ValueError, match=f"lacks {name}"):
+        record(PROTOCOLS["larp_gfvd10k"], **FACTS | {name: None})
+
+
+def test_an_unknown_fact_is_refused():
+    with pytest.raises(ValueError, match="no field num_frame"):
+        record(PROTOCOLS["larp_gfvd10k"], **FACTS, num_frame=8)
+    with pytest.raises(ValueError, match="no field name"):
+        record(PROTOCOLS["larp_gfvd10k"], **FACTS, name="mine")
+
+
+def test_deviations_are_listed_and_marked():
+    small = record(PROTOCOLS["larp_gfvd10k"], **FACTS | {"num_real": 64}, dataset="demo", size=128)
+    assert small["title"] == "larp_gfvd10k*"
+    assert small["deviations"] == ["dataset: demo instead of UCF-101", "num_real: 64 instead of 10000"]
+    assert small["num_real"] == 64 and small["num_generated"] == 10000
+    text = describe(small)
+    assert "larp_gfvd10k*" in text and "64 instead of 10000" in text and protocols.NOT_OURS in text
+
+
+def test_what_a_protocol_leaves_open_the_run_must_say():
+    protocol = dataclasses.replace(PROTOCOLS["larp_rfvd"], num_real=None, num_generated=None, dataset=None)
+    full = record(protocol, **FACTS, dataset="mine")
+    assert full["deviations"] == [] and full["num_real"] == 10000 and full["dataset"] == "mine"
+    with pytest.raises(ValueError, match="lacks dataset"):
+        record(protocol, **FACTS)
+
+
+def test_a_deviation_must_be_valid():
+    with pytest.raises(ValueError, match="divisor"):
+        record(PROTOCOLS["larp_rfvd"], **FACTS, divisor="n")
+
+
+def test_comparable_names_the_fields_that_differ():
+    a = record(PROTOCOLS["larp_gfvd10k"], **FACTS)
+    assert comparable(a, a) == []
+    b = record(PROTOCOLS["larp_gfvd10k"], **FACTS | {"seed": 43, "model": "other"}, i3d_eps=1e-5)
+    assert comparable(a, b) == ["deviations", "i3d_eps", "model", "seed", "title"]
+    assert comparable(a, record(PROTOCOLS["larp_gfvd10k"], **FACTS | {"model": "b"}), ignore=("model",)) == []
+
+
+def test_bad_protocol():
+    with pytest.raises(ValueError, match="divisor"):
+        dataclasses.replace(PROTOCOLS["larp_rfvd"], divisor="n-1")
+    with pytest.raises(ValueError, match="i3d_resize"):
+        dataclasses.replace(PROTOCOLS["larp_rfvd"], i3d_resize="crop")
+
+
+def test_manifest_by_hand():
+    expected = hashlib.sha256(b"A/a.avi\nB/b.avi\n").hexdigest()
+    assert protocols.manifest_sha256(["A/a.avi", "B/b.avi"]) == expected
+    assert protocols.manifest_sha256(["/x/A/a.avi", "/x/B/b.avi"], root="/x") == expected
+    assert protocols.manifest_sha256(["B/b.avi", "A/a.avi"]) != expected
+
+
+def test_git_revision_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert protocols.git_revision() == "unknown"
+
+
+def test_write_record(tmp_path):
+    full = record(PROTOCOLS["larp_gfvd10k"], **FACTS)
+    protocols.write_record(tmp_path / "new" / "fvd.json", full, {"fvd": 57.0})
+    assert json.loads((tmp_path / "new" / "fvd.json").read_text()) == {"results": {"fvd": 57.0}, "record": full}
+    assert len(list((tmp_path / "new").iterdir())) == 1
