@@ -1,0 +1,78 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training import checkpoint
+
+
+def state(value):
+    return {"config": {"a": 1}, "model": {"w": torch.full((3,), float(value))}}
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, step, state(step), keep=2, best=step == 2)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["best.pt", "step_0000004.pt", "step_0000005.pt"]
+    assert checkpoint.load(tmp_path / "best.pt")["model"]["w"][0] == 2
+    assert checkpoint.load(tmp_path)["step"] == 5
+
+
+def test_auto_takes_the_newest_whole_one(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, state(step))
+    newest = tmp_path / "step_0000002.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="step_0000002.pt cannot be read"):
+        assert checkpoint.find(tmp_path, "auto")["step"] == 1
+
+
+def test_refuses_to_start_over_a_run(tmp_path):
+    assert checkpoint.find(tmp_path, None) is None
+    checkpoint.save(tmp_path, 7, state(0))
+    with pytest.raises(ValueError, match="already holds step_0000007.pt: continue it with --resume auto"):
+        checkpoint.find(tmp_path, None)
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, state(1))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 2, state(2))
+    assert checkpoint.find(tmp_path, "auto")["step"] == 1
+
+
+def test_random_state_comes_back(tmp_path):
+    checkpoint.save(tmp_path, 1, state(0))
+    expected = torch.rand(4)
+    torch.manual_seed(99)
+    checkpoint.set_rng_state(checkpoint.load(tmp_path)["rng"])
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"version https://git-lfs.github.com/spec/v1"])
+def test_foreign_files_are_named_in_one_line(tmp_path, content):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    assert not checkpoint.is_ours(path)
+    with pytest.raises(ValueError, match="x.pt cannot be read as a checkpoint") as error:
+        checkpoint.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    torch.save({"model": {}}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_export(tmp_path):
+    checkpoint.save(tmp_path, 1, state(5))
+    checkpoint.export(checkpoint.load(tmp_path), tmp_path / "weights")
+    assert load_file(tmp_path / "weights" / "model.safetensors")["w"].tolist() == [5, 5, 5]
+    assert json.loads((tmp_path / "weights" / "config.json").read_text()) == {"a": 1}

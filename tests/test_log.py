@@ -1,0 +1,37 @@
+import json
+
+import pytest
+import torch
+
+from training.log import NonFiniteGuard, RunLog
+
+CPU = torch.device("cpu")
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resuming_drops_what_a_killed_run_wrote_beyond_its_checkpoint(tmp_path):
+    log = RunLog(tmp_path, {"lr": 1}, start=0, total=9, samples_per_step=2, wandb_mode="disabled")
+    for step in range(1, 6):
+        log.train(step, CPU, loss=step / 10)
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "ki')  # killed in the middle of a line
+    log = RunLog(tmp_path, {"lr": 1}, start=3, total=9, samples_per_step=2, wandb_mode="disabled")
+    log.train(4, CPU, loss=0.4)
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert {"loss", "samples_per_s", "data_wait", "memory_gib"} <= lines(tmp_path)[-1].keys()
+    assert json.loads((tmp_path / "args.json").read_text())["lr"] == 1
+
+
+def test_guard_names_the_first_bad_step_and_its_files():
+    guard = NonFiniteGuard(CPU)
+    guard.watch(1, torch.tensor(1.0), ["a.avi"])
+    guard.check()
+    guard.watch(2, torch.tensor(float("nan")), ["b.avi", "c.avi"])
+    guard.watch(3, torch.tensor(float("inf")), ["d.avi"])
+    with pytest.raises(FloatingPointError, match="not finite at step 2 on rank 0; its batch: b.avi, c.avi;"):
+        guard.check()

@@ -1,0 +1,113 @@
+"""Flags the entry scripts share. configargparse reads the command line, then VT_* variables, then --config FILE."""
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+
+import configargparse
+
+from data.video import VideoError
+from models.coordtok import CoordTokConfig
+from training import distributed
+
+
+class Parser(configargparse.ArgumentParser):
+    """Dashes and underscores alike in flag names; no abbreviations; unknown keys of a file are errors."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            auto_env_var_prefix="VT_",
+            config_file_parser_class=configargparse.YAMLConfigFileParser,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        self.add_argument("--config", is_config_file=True, help="YAML file of flags")
+
+    def parse_known_args(self, args=None, *rest, **options):
+        args = sys.argv[1:] if args is None else args
+        args = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
+        return super().parse_known_args(args, *rest, **options)
+
+
+def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> None:
+    """Flags of a run: where it writes, how it resumes, precision and speed."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--save_dir", "--results_dir", dest="save_dir", default=save_dir, help="folder of runs")
+    run.add_argument("--exp_name", default=exp_name, help="name of this run's folder")
+    run.add_argument("--resume", "--ckpt", dest="resume", nargs="?", const="auto", metavar="auto|CKPT",
+                     help="go on from the newest whole checkpoint of this run, or from the one named")
+    run.add_argument("--keep_checkpoints", type=int, default=3, help="how many of the newest checkpoints to keep")
+    run.add_argument("--seed", "--global_seed", dest="seed", type=int, default=0, help="seeds weights and all draws")
+    run.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="log to wandb too")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    speed.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+                       help="autocast; auto is bf16 on a GPU that has it, else fp32")
+    speed.add_argument("--allow_tf32", action="store_true", help="let float32 matrix products use TF32")
+    speed.add_argument("--compile", action="store_true", help="torch.compile the model")
+    speed.add_argument("--gradient_checkpointing", action="store_true", help="recompute blocks in the backward pass")
+    speed.add_argument("--num_workers", type=int, default=num_workers, help="loader workers of each process")
+    speed.add_argument("--prefetch_factor", type=int, default=2, help="micro-batches each worker prepares ahead")
+
+
+def add_data(parser: Parser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_root", default="/data", help="folder that holds the data set's folder")
+    data.add_argument("--video_name", default="UCF-101_train", help="the data set's folder: CLASS/VIDEO files")
+    data.add_argument("--resize", choices=["auto", "worker", "device"], default="auto",
+                      help="where frames are resized; auto is the device on a GPU, the loader's workers on a CPU")
+    data.add_argument("--decode_timeout", type=float, default=60.0, help="seconds after which a file counts as damaged")
+
+
+FIELDS = {field.name: field.default for field in dataclasses.fields(CoordTokConfig) if field.name != "video_shape"}
+CLIP_FLAGS = {"num_frames": CoordTokConfig.video_shape[0], "img_size": CoordTokConfig.video_shape[1]}
+
+
+def add_coordtok(parser: Parser) -> None:
+    """CoordTok's architecture. Not given, a flag takes the checkpoint's value where there is one, else its default."""
+    group = parser.add_argument_group("CoordTok architecture", "our checkpoints carry it: leave out, or give the same")
+    for name, default in {**CLIP_FLAGS, **FIELDS}.items():
+        group.add_argument(f"--{name}", type=type(default), default=argparse.SUPPRESS, help=f"(default: {default})")
+    group.add_argument("--enc_patch_type", choices=["transformer"], default="transformer", help=argparse.SUPPRESS)
+
+
+def coordtok_config(args: argparse.Namespace, carried: dict | None = None, source: str = "") -> dict:
+    """CoordTok's configuration from the flags given and, if there is one, the configuration a checkpoint carries.
+
+    Raises ValueError naming both values where a flag and the checkpoint differ.
+    """
+    config = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    frames, size = (getattr(args, name, None) for name in CLIP_FLAGS)
+    if carried:
+        held = {**carried, "num_frames": carried["video_shape"][0], "img_size": carried["video_shape"][1]}
+        for name in [*FIELDS, *CLIP_FLAGS]:
+            if hasattr(args, name) and getattr(args, name) != held[name]:
+                raise ValueError(
+                    f"--{name} {getattr(args, name)} was given, but {source} has {held[name]}: leave the flag out, "
+                    "or give the same value"
+                )
+        return dict(carried)
+    frames, size = frames or CLIP_FLAGS["num_frames"], size or CLIP_FLAGS["img_size"]
+    return {**config, "video_shape": (frames, size, size)}
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """End with exit code 1 and one line for errors a user can mend; VT_TRACEBACK=1 shows where they arose."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, VideoError) as error:
+        if os.environ.get("VT_TRACEBACK"):
+            raise
+        # An error that crossed a loader worker carries its traceback: the message is the last line.
+        line = str(error).strip().splitlines()[-1]
+        line = re.sub(r"^[\w.]*(Error|Exception): ", "", line)
+        where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
+        print(f"error{where}: {line}", file=sys.stderr, flush=True)
+        # os._exit would lose what other threads hold; a plain exit lets loaders and the process group close.
+        sys.exit(1)
+    finally:
+        distributed.teardown()

@@ -1,0 +1,151 @@
+"""A run's folder and what it says: arguments, metrics.jsonl, the console, wandb where asked; the guards of the loop."""
+import collections
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.protocols import git_revision
+from training import distributed
+
+
+def say(*words) -> None:
+    """Print on rank 0, above the progress bar."""
+    if distributed.is_main():
+        tqdm.write(" ".join(map(str, words)), file=sys.stdout)
+        sys.stdout.flush()
+
+
+class RunLog:
+    """Writes on rank 0 and is silent elsewhere.
+
+    folder: the run's folder. args: effective arguments, saved as args.json. start: the step the run (re)starts from;
+    metrics that a killed run wrote beyond it are dropped, for they are about to be written again.
+    """
+
+    def __init__(self, folder: Path, args: dict, start: int, total: int, samples_per_step: int, wandb_mode: str):
+        self.folder, self.samples_per_step = folder, samples_per_step
+        self.step, self.waiting = start, 0.0
+        self.clock = time.perf_counter()
+        self.main = distributed.is_main()
+        # In a terminal a bar; in a file a line each time metrics are written.
+        quiet = None if self.main else True
+        self.bar = tqdm(total=total, initial=start, disable=quiet, unit="step", dynamic_ncols=True)
+        self.file = self.wandb = None
+        if not self.main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {"git_revision": git_revision(), "world_size": distributed.world_size(), "torch": torch.__version__}
+        (folder / "args.json").write_text(json.dumps({**args, **facts}, indent=2, default=str) + "\n")
+        path = folder / "metrics.jsonl"
+        kept = []
+        if start and path.exists():
+            # A line cut short by a kill is dropped with the rest.
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        if wandb_mode != "disabled":
+            import wandb
+
+            self.wandb = wandb.init(
+                project="video-tokenizers", name=folder.name, dir=folder, config=args, mode=wandb_mode, id=folder.name,
+                resume="allow",
+            )
+
+    def waited(self, seconds: float) -> None:
+        """Add time spent waiting for data since the last `train` line."""
+        self.waiting += seconds
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def train(self, step: int, device: torch.device, **values: float) -> None:
+        """One line of training metrics with speed, memory and the share of time spent waiting for data."""
+        now = time.perf_counter()
+        seconds = now - self.clock
+        speed = {
+            "samples_per_s": (step - self.step) * self.samples_per_step / seconds,
+            "data_wait": self.waiting / seconds,
+            "memory_gib": memory_gib(device),
+        }
+        self.step, self.waiting, self.clock = step, 0.0, now
+        text = ", ".join(f"{k} {v:.4g}" for k, v in {**values, **speed}.items())
+        if self.bar.disable:
+            say(f"step {step}: {text}")
+        else:
+            self.bar.set_postfix_str(text)
+        self.write(step, "train", **values, **speed)
+
+    def write(self, step: int, kind: str, **values) -> None:
+        """Append {"step", "kind", values...} to metrics.jsonl and wandb."""
+        if not self.main:
+            return
+        self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        if self.wandb:
+            self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class NonFiniteGuard:
+    """Stops a run whose loss is no longer finite, naming the step, the rank and the files, without a sync per step.
+
+    `watch` notes on the device the first step whose loss was not finite; `check` reads the note, so it waits for the
+    device: call it where values are read anyway, and before a checkpoint is written.
+    """
+
+    def __init__(self, device: torch.device):
+        self.first = torch.full((), -1, dtype=torch.long, device=device)
+        self.files = collections.deque()
+
+    def watch(self, step: int, loss: Tensor, files: list[str]) -> None:
+        bad = ~torch.isfinite(loss.detach()) & (self.first < 0)
+        self.first = torch.where(bad, step, self.first)
+        self.files.append((step, files))
+
+    def check(self) -> None:
+        step = int(self.first)
+        if step >= 0:
+            files = sorted({file for at, files in self.files if at == step for file in files})
+            raise FloatingPointError(
+                f"the loss is not finite at step {step} on rank {distributed.rank()}; its batch: {', '.join(files)}; "
+                "no checkpoint was written since: lower --lr, set --clip_grad, or use --precision fp32"
+            )
+        self.files.clear()
+
+
+class StopSignal:
+    """Remembers a SIGTERM, so that the loop can save and leave between two steps."""
+
+    def __init__(self):
+        self.received = False
+        signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, *_) -> None:
+        self.received = True
+
+    def anywhere(self) -> bool:
+        """Whether any process was told to stop; all processes get the same answer."""
+        return distributed.any_rank(self.received)

@@ -1,0 +1,72 @@
+"""Validation during training: a tokenizer on a fixed set of clips, split over the processes."""
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.clips import ClipDataset, ClipKey, Quarantine, list_folder, make_loader
+from data.video import write_video
+from eval.i3d import I3D
+from eval.pictures import contact_sheet
+from eval.reconstruction import merge, reconstruct_rows, summary
+from models.losses import Perceptual
+from training import distributed
+from training.log import say
+
+
+def validation_folder(data_root: str, video_name: str, val_name: str | None) -> Path:
+    """The folder named, else VIDEO_NAME's sibling with _test for _train, else the training folder itself."""
+    if val_name is not None:
+        return Path(data_root) / val_name
+    sibling = Path(data_root) / video_name.replace("_train", "_test")
+    return sibling if sibling.is_dir() else Path(data_root) / video_name
+
+
+def spread(files: int, clips: int) -> list[int]:
+    """`clips` indices spread evenly over `files`."""
+    clips = min(clips, files)
+    return [i * files // clips for i in range(clips)]
+
+
+class Validation:
+    """PSNR, SSIM, LPIPS and rFVD on `num_clips` fixed clips of `root`, with a contact sheet and an mp4.
+
+    Short clips repeat their last frame, so that every clip has `num_frames`. A metric whose weights cannot be had is
+    left out, and said so once.
+    """
+
+    def __init__(
+        self, root: Path, num_clips: int, num_frames: int, size: int, rule: str, device: torch.device, batch_size: int,
+        num_workers: int, quarantine: Quarantine, lpips_weights: str,
+    ):
+        self.size, self.rule, self.device = size, rule, device
+        files = list_folder(root)
+        keys = [ClipKey(position, index) for position, index in enumerate(spread(len(files), num_clips))]
+        mine = keys[distributed.rank() :: distributed.world_size()]
+        clips = ClipDataset(
+            files, num_frames, size, rule=rule, resize="worker", short="repeat", quarantine=quarantine, damaged="skip",
+        )
+        batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+        self.loader = make_loader(clips, batches, min(num_workers, len(batches)), 2, pin_memory=device.type == "cuda")
+        self.perceptual = self.available("LPIPS", lambda: Perceptual(weights=lpips_weights))
+        self.i3d = self.available("rFVD", I3D.from_weights) if num_frames >= 10 else None
+
+    def available(self, metric: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
+        try:
+            return build().to(self.device)
+        except (OSError, ValueError) as error:
+            say(f"validation goes without {metric}: {error}")
+            return None
+
+    def run(self, reconstruct: Callable[[Tensor], Tensor], folder: Path) -> dict[str, float]:
+        """Scores over all processes; pictures of rank 0's first batch go to `folder`.png and .mp4."""
+        rows, examples = reconstruct_rows(
+            reconstruct, self.loader, self.device, self.size, self.rule, self.i3d, perceptual=self.perceptual
+        )
+        if distributed.is_main() and examples:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            contact_sheet(folder.with_suffix(".png"), examples)
+            pair = torch.cat([torch.cat(pair, dim=2) for pair in examples], dim=3)
+            write_video(folder.with_suffix(".mp4"), pair)
+        return summary(merge(distributed.gather(rows)), divisor="N-1")
