@@ -180,7 +180,7 @@ def main():
             break
     log.close()
     if len(quarantine):
-        say(f"{len(quarantine)} damaged files were left out: {quarantine.path}")
+        say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")
     say(f"checkpoints: {folder / 'checkpoints'}")
 
 

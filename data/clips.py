@@ -143,6 +143,13 @@ class Quarantine:
                 if self.path:
                     file.write(f"{video}\t{reason}\n")
 
+    def add_error(self, video: str, error: VideoError) -> str:
+        """`add` for what decoding raised. Returns the reason."""
+        partial = self.PARTIAL if isinstance(error, FrameError) else ""
+        reason = partial + str(error).removeprefix(f"{video}: ")
+        self.add(video, reason)
+        return reason
+
 
 # --- clips ---
 
@@ -227,9 +234,7 @@ class ClipDataset(Dataset):
                 try:
                     return self._sample(file, key.position, start, rng)
                 except VideoError as error:
-                    partial = Quarantine.PARTIAL if isinstance(error, FrameError) else ""
-                    reason = partial + str(error).removeprefix(f"{file.path}: ")
-                    self.quarantine.add(file.path, reason)
+                    reason = self.quarantine.add_error(file.path, error)
             if self.damaged == "skip":
                 return {"path": file.path, "position": key.position, "error": reason}
             if attempt >= MAX_ATTEMPTS and all(other.path in self.quarantine.read() for other in self.files):

@@ -221,20 +221,29 @@ def folder_features(
     keys = [ClipKey(int(index), int(index)) for index in order]
     batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
     wanted = len(files) if num_clips is None else min(num_clips, len(files))
-    features, left_out = [], {"short": 0, "damaged": 0}
-    device = i3d.logits.conv3d.weight.device
-    with tqdm(total=wanted, desc=progress, disable=progress is None, unit="clip") as bar:
-        for batch in make_loader(dataset, batches, num_workers):
-            whole = [i for i, n in enumerate(batch["n_frames"].tolist()) if n == protocol.num_frames]
-            left_out["short"] += len(batch["n_frames"]) - len(whole)
-            left_out["damaged"] += len(batch["skipped"])
-            whole = whole[: wanted - bar.n]
-            if whole:
-                video = to_video(batch["frames"][whole], protocol.size, "coordtok", device)
-                features.append(i3d(video, resize=protocol.i3d_resize).cpu())
-                bar.update(len(whole))
-            if bar.n == wanted:
+    features, left_out, taken = [], {"short": 0, "damaged": 0}, 0
+    device = next(i3d.parameters()).device
+    bar = tqdm(total=wanted, desc=progress, disable=progress is None, unit="clip")
+    for asked, batch in zip(batches, make_loader(dataset, batches, num_workers)):
+        place = {position: i for i, position in enumerate(batch["position"].tolist())}
+        whole = []
+        for key in asked:  # in this order, so that neither clips nor counts depend on the batch size
+            if taken + len(whole) == wanted:
                 break
+            if key.position not in place:
+                left_out["damaged"] += 1
+            elif batch["n_frames"][place[key.position]] < protocol.num_frames:
+                left_out["short"] += 1
+            else:
+                whole.append(place[key.position])
+        if whole:
+            video = to_video(batch["frames"][whole], protocol.size, "coordtok", device)
+            features.append(i3d(video, resize=protocol.i3d_resize).cpu())
+        taken += len(whole)
+        bar.update(len(whole))
+        if taken == wanted:
+            break
+    bar.close()
     if not features:
         raise ValueError(f"none of {len(files)} videos gave a clip of {protocol.num_frames} frames: {left_out}")
     return torch.cat(features), left_out
@@ -243,7 +252,7 @@ def folder_features(
 @torch.inference_mode()
 def self_test(i3d: I3D, batch_size: int = 4) -> float:
     """Distance between the 128 and 128 clips of noise behind ANCHOR, printed beside it. Returns the relative error."""
-    device = i3d.logits.conv3d.weight.device
+    device = next(i3d.parameters()).device
     stats = []
     for seed in (1, 2):
         rng, part = np.random.RandomState(seed), FeatureStats()

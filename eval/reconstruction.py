@@ -45,7 +45,7 @@ def length(file: VideoFile, quarantine: Quarantine) -> int:
     try:
         return probe(file.path).num_frames
     except VideoError as error:
-        quarantine.add(file.path, str(error).removeprefix(f"{file.path}: "))
+        quarantine.add_error(file.path, error)
         return 0
 
 

@@ -5,7 +5,7 @@ from data.cache import RowCache
 
 
 def cache(tmp_path, key=1):
-    return RowCache(tmp_path, "latents", {"tokenizer": key}, num_rows=10, row_shape=(2, 3), dtype="float32", shard_rows=4)
+    return RowCache(tmp_path, "latents", {"tokenizer": key}, 10, row_shape=(2, 3), dtype="float32", shard_rows=4)
 
 
 def filled(tmp_path):

@@ -111,8 +111,8 @@ def test_second_step_validation_and_evaluation(data, trained, tmp_path):
     """The published command of step 2 with two processes; then the evaluation script on what it wrote."""
     done = train(
         data, tmp_path, "--exp_name", "run", "--num_iters", 2, "--point_per_vid", 32, "--num_val", 2,
-        "--is_second_step", "--first_step_ckpt", trained / "checkpoints", "--lpips_loss_scale", "1.0", "--lpips_weights", "random",
-        processes=2,
+        "--is_second_step", "--first_step_ckpt", trained / "checkpoints", "--lpips_loss_scale", "1.0",
+        "--lpips_weights", "random", processes=2,
     )
     run = tmp_path / "run_second"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -121,6 +121,22 @@ def test_second_step_validation_and_evaluation(data, trained, tmp_path):
     assert [line["clips"] for line in validation] == [2], done.stdout
     assert {"psnr_frame", "ssim", "lpips", "psnr_mean_frame"} <= validation[0].keys()
     assert {path.suffix for path in (run / "samples").iterdir()} == {".png", ".mp4"}
+
+    evaluate = ["eval/eval_coordtok.py", "--tokenizer", run / "checkpoints", "--data_root", data, "--protocol",
+                "larp_rfvd", "--no_fvd", "--lpips_weights", "random", "--num_workers", "1", "--batch_size"]
+    reports = []
+    for batch, launch in ((1, []), (3, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        out = tmp_path / f"evaluation{batch}"
+        line = [sys.executable, *launch, *evaluate, str(batch), "--output_dir", out]
+        done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (out / "sheet.png").exists()
+        reports.append(json.loads((out / "report.json").read_text()))
+    one, two = reports
+    assert one["results"] == pytest.approx(two["results"], rel=1e-5), "neither batches nor processes change a number"
+    assert one["results"]["clips"] == 6
+    assert one["record"]["title"] == "larp_rfvd*"
+    assert any("RANDOM" in deviation for deviation in one["record"]["deviations"])
 
 
 def test_damaged_files_are_listed_once_and_training_goes_on(data, trained, tmp_path):
@@ -135,7 +151,7 @@ def test_damaged_files_are_listed_once_and_training_goes_on(data, trained, tmp_p
                  "--num_views", 8, "--num_workers", 2, processes=2)
     listed = [line.split("\t")[0] for line in (tmp_path / "run" / "quarantine.txt").read_text().splitlines()]
     assert sorted(Path(path).name for path in listed) == ["empty.avi", "text.avi", "truncated.avi"]
-    assert "3 damaged files were left out" in done.stdout
+    assert "3 damaged files, listed in" in done.stdout
     assert len(losses(tmp_path / "run")) == 12
 
 

@@ -32,6 +32,11 @@ class Parser(configargparse.ArgumentParser):
         return super().parse_known_args(args, *rest, **options)
 
 
+def word_or_none(word: str) -> str | None:
+    """For flags whose choices include None, spelt None or none."""
+    return None if word in ("None", "none") else word
+
+
 def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> None:
     """Flags of a run: where it writes, how it resumes, precision and speed."""
     run = parser.add_argument_group("run")

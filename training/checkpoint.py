@@ -1,7 +1,9 @@
 """Checkpoints: dicts of plain values and tensors, written whole or not at all."""
+import argparse
 import json
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -123,3 +125,19 @@ def export(state: dict, folder: Path, ema: bool = False) -> None:
     weights = state["ema"] if ema else state["model"]
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(state["config"], indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Export a checkpoint's weights to safetensors and config.json.")
+    parser.add_argument("checkpoint", help="checkpoint, or a folder of them (the newest)")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    args = parser.parse_args()
+    try:
+        export(load(args.checkpoint), args.folder, args.ema)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+import copy
+import csv
+import fcntl
+import logging
+import multiprocessing
+import pickle
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import clips
+from data.clips import (
+    ClipDataset,
+    ClipKey,
+    GlobalBatchSampler,
+    Quarantine,
+    VideoFile,
+    collate,
+    list_csv,
+    list_folder,
+    make_loader,
+    num_starts,
+    window_frames,
+)
+from data.video import VideoError, write_video
+
+LENGTHS = (20, 9, 14)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three videos, of 20, 9 and 14 frames and two sizes; frame t of video i is grey 10 t + 3 i."""
+    root = tmp_path_factory.mktemp("videos")
+    for i, length in enumerate(LENGTHS):
+        grey = (torch.arange(length) * 10 + 3 * i).view(1, length, 1, 1) / 255
+        write_video(root / f"{i}.mp4", grey.expand(3, length, 32, 32 + 8 * (i // 2)))
+    return root
+
+
+@pytest.fixture
+def damaged(folder, tmp_path) -> Path:
+    """The same three, and two that cannot be opened."""
+    shutil.copytree(folder, tmp_path / "root")
+    (tmp_path / "root" / "a.avi").write_text("not a video")
+    (tmp_path / "root" / "b.avi").touch()
+    return tmp_path / "root"
+
+
+def dataset(root: Path, **options) -> ClipDataset:
+    return ClipDataset(list_folder(root), **{"num_frames": 8, "size": 16, "rule": "coordtok", **options})
+
+
+def equal(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+# --- lists ---
+
+def test_labels_of_ucf_names_are_in_byte_order(tmp_path):
+    for name in ("HammerThrow/v_HammerThrow_g01_c01", "Hammering/v_Hammering_g01_c02", "JumpRope/v_JumpRope_g01_c01",
+                 "JumpingJack/v_JumpingJack_g02_c01", "HandstandPushups/v_HandStandPushups_g01_c01"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.avi").touch()
+    (tmp_path / "HammerThrow" / "notes.txt").touch()
+    files = list_folder(tmp_path)
+    assert [file.path for file in files] == sorted(file.path for file in files)
+    labels = {Path(file.path).stem.split("_")[1]: file.label for file in files}
+    assert labels == {"HammerThrow": 0, "Hammering": 1, "HandStandPushups": 2, "JumpRope": 3, "JumpingJack": 4}
+
+
+def test_other_folders(tmp_path, folder):
+    assert [file.label for file in list_folder(folder)] == [-1, -1, -1]
+    for name in ("b/x.MP4", "a/y.gif"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    assert list_folder(tmp_path) == [VideoFile(str(tmp_path / "a/y.gif"), 0), VideoFile(str(tmp_path / "b/x.MP4"), 1)]
+    (tmp_path / "c").mkdir()
+    with pytest.raises(FileNotFoundError, match="no videos under .*looked there"):
+        list_folder(tmp_path / "c")
+
+
+def write_csv(path: Path, rows: list[tuple]) -> str:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "path", "action", "label"), *rows])
+    return str(path)
+
+
+def test_csv_lists(tmp_path):
+    ucf = write_csv(tmp_path / "ucf101_x.csv", [(0, "data/ucf101/b.avi", "B", 1), (1, "data/ucf101/a.avi", "A", 0)])
+    k600 = write_csv(tmp_path / "k600_x.csv", [(0, "/abs/c.mp4", "C", 7)])
+    root = f"{Path(clips.__file__).parents[1]}/data/ucf101"
+    assert list_csv(ucf) == [VideoFile(f"{root}/a.avi", 0), VideoFile(f"{root}/b.avi", 1)]
+    assert list_csv(k600) == [VideoFile("/abs/c.mp4", -1)]
+    assert list_csv(k600, want_labels=True) == [VideoFile("/abs/c.mp4", 7)]
+    joined = list_csv(f"{ucf}+{k600}", want_labels=True)
+    assert [file.path for file in joined] == ["/abs/c.mp4", f"{root}/a.avi", f"{root}/b.avi"] and joined[1].label == -1
+    with pytest.raises(FileNotFoundError, match="no list nothing.csv"):
+        list_csv("nothing.csv")
+    (tmp_path / "other.csv").write_text("name\nx\n")
+    with pytest.raises(ValueError, match="expected columns id, path, action, label"):
+        list_csv(str(tmp_path / "other.csv"))
+
+
+def test_null_lists_need_no_files():
+    files = list_csv("null128_any.csv")
+    assert len(files) == 128 and len(list_csv("null.csv")) == 224_000 and files[102].label == 1
+    data = ClipDataset(files, 4, 16, "larp")
+    one, two = data[ClipKey(0, 0, 5)], data[ClipKey(9, 0, 5)]
+    assert one["frames"].shape == (4, 16, 16, 3) and torch.equal(one["frames"], two["frames"])
+    assert not torch.equal(one["frames"], data[ClipKey(0, 1, 5)]["frames"])
+
+
+# --- windows ---
+
+@pytest.mark.parametrize(("num_frames", "length", "stride", "starts"), [
+    (20, 8, 1, 13), (8, 8, 1, 1), (5, 8, 1, 1), (20, 8, 2, 6), (15, 8, 2, 1), (1, 1, 1, 1)])
+def test_windows(num_frames, length, stride, starts):
+    assert num_starts(num_frames, length, stride) == starts
+    last = window_frames(num_frames, starts - 1, length, stride)
+    assert last[-1] < num_frames and (np.diff(last) == stride).all()
+    assert len(last) == min(length, -(-num_frames // stride))
+
+
+@pytest.mark.parametrize("resize", ["worker", "device"])
+def test_samples_are_the_frames_they_name(folder, resize):
+    data = dataset(folder, resize=resize, stride=2, num_frames=4)
+    for key, start in ((ClipKey(0, 0, 3), 3), (ClipKey(0, 2, 0), 0)):
+        sample = data[key]
+        assert sample["start"] == start and sample["n_frames"] == 4 and sample["position"] == 0
+        size = (16, 16) if resize == "worker" else (32, 32 + 8 * (key.index // 2))
+        assert sample["frames"].shape == (4, *size, 3) and sample["frames"].dtype == torch.uint8
+        grey = sample["frames"].float().mean((1, 2, 3))
+        torch.testing.assert_close(grey, (start + torch.arange(4.0) * 2) * 10 + 3 * key.index, atol=2, rtol=0)
+
+
+def test_short_videos(folder):
+    for resize in ("worker", "device"):
+        padded = dataset(folder, num_frames=12, resize=resize)[ClipKey(0, 1)]
+        repeated = dataset(folder, num_frames=12, resize=resize, short="repeat")[ClipKey(0, 1)]
+        assert padded["n_frames"] == repeated["n_frames"] == 9
+        assert (padded["frames"][9:] == 0).all() and len(padded["frames"]) == 12
+        assert torch.equal(repeated["frames"][8:], repeated["frames"][8:9].expand(4, -1, -1, -1))
+
+
+def test_where_windows_start(folder):
+    starts = {dataset(folder)[ClipKey(position, 0)]["start"] for position in range(60)}
+    assert starts == set(range(13))
+    assert dataset(folder, window="start")[ClipKey(3, 0)]["start"] == 0
+    assert dataset(folder, window="center")[ClipKey(3, 0)]["start"] == 6
+
+
+def test_a_sample_depends_on_seed_and_key_alone(folder):
+    points = ("patches", 32, (8, 2, 2), 1)
+    data, other = dataset(folder, points=points), dataset(folder, points=points, seed=1)
+    keys = [ClipKey(position) for position in range(12)]
+    samples = [data[key] for key in keys]
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(data)))
+    assert all(equal(copied[key], sample) for key, sample in reversed(list(zip(keys, samples))))
+    assert len({sample["path"] for sample in samples}) == 3  # no index: files are drawn
+    assert any(not equal(other[key], sample) for key, sample in zip(keys, samples))
+    assert samples[0]["index"].shape == (32, 3) and samples[0]["index"].dtype == torch.int64
+
+
+def test_points_lie_in_real_frames(folder):
+    for kind in ("patches", "frames"):
+        sample = dataset(folder, num_frames=16, points=(kind, 48, (16, 2, 2), 1))[ClipKey(0, 1)]
+        assert sample["n_frames"] == 9 and sample["index"][:, 0].max() == 8
+
+
+def test_larp_frames_from_the_worker_are_exact(folder):
+    shipped = collate([dataset(folder, rule="larp")[ClipKey(0, 2, 0)]])["frames"]
+    native = collate([dataset(folder, rule="larp", resize="device")[ClipKey(0, 2, 0)]])["frames"]
+    from data.video import to_video
+    assert torch.equal(to_video(shipped, 16, "larp", "cpu"), to_video(native, 16, "larp", "cpu"))
+
+
+def test_batches(folder):
+    data = dataset(folder, resize="device", points=("patches", 5, (8, 2, 2), 1))
+    mixed = collate([data[ClipKey(i, i)] for i in range(3)])
+    assert [clip.shape for clip in mixed["frames"]] == [(8, 32, 32, 3), (8, 32, 32, 3), (8, 32, 40, 3)]
+    alike = collate([data[ClipKey(i, i)] for i in range(2)])
+    assert alike["frames"].shape == (2, 8, 32, 32, 3) and alike["index"].shape == (2, 5, 3)
+    assert alike["n_frames"].tolist() == [8, 8] and alike["label"].dtype == torch.long and alike["skipped"] == []
+
+
+def test_unknown_options_are_errors(folder):
+    with pytest.raises(ValueError, match="short='loop' is none of pad, repeat"):
+        dataset(folder, short="loop")
+    with pytest.raises(ValueError, match="list of videos is empty"):
+        ClipDataset([], 8, 16, "larp")
+
+
+# --- damaged videos ---
+
+def test_damaged_videos_are_replaced_and_named_once(damaged, tmp_path, caplog):
+    files = list_folder(damaged)
+    bad = [i for i, file in enumerate(files) if file.path.endswith(".avi")]
+    data = dataset(damaged, quarantine=Quarantine(tmp_path / "bad.txt"))
+    keys = [ClipKey(position, index) for position in range(6) for index in (None, *bad)]
+    with caplog.at_level(logging.WARNING):
+        samples = [data[key] for key in keys]
+    lines = (tmp_path / "bad.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in lines) == sorted(files[i].path for i in bad)
+    assert f"{damaged}/b.avi\tthe file is empty" in lines and len(caplog.records) == 2
+    # The same whether the quarantine was empty or full, in one order or the other.
+    assert all(equal(data[key], sample) for key, sample in zip(keys, samples))
+    fresh = dataset(damaged)
+    assert all(equal(fresh[key], sample) for key, sample in reversed(list(zip(keys, samples))))
+
+
+def test_partly_damaged_videos_are_used_where_good(folder, tmp_path):
+    """Else what a key gives would depend on whether another key has met the damage before."""
+    quarantine = Quarantine(tmp_path / "bad.txt")
+    data = dataset(folder, quarantine=quarantine)
+    sample = data[ClipKey(0, 0, 2)]
+    assert data[ClipKey(1, 0, 30)]["path"]  # beyond the end
+    assert list(quarantine.read().values())[0].startswith("in part: ") and data.files[0].path not in quarantine
+    assert equal(data[ClipKey(0, 0, 2)], sample)
+    quarantine.add(data.files[0].path, "the decoder hangs")
+    quarantine.add(data.files[0].path, "in part: again")
+    assert data.files[0].path in quarantine and len(quarantine) == 1
+
+
+def test_evaluation_skips_and_counts(damaged):
+    data = dataset(damaged, damaged="skip", window="start")
+    batch = collate([data[ClipKey(i, i)] for i in range(5)])
+    assert batch["position"].tolist() == [0, 1, 2] and len(batch["frames"]) == 3
+    assert batch["skipped"][1] == (f"{damaged}/b.avi", "the file is empty")
+    none = collate([data[ClipKey(i, i)] for i in (3, 4)])
+    assert len(none["frames"]) == len(none["path"]) == len(none["label"]) == 0 and len(none["skipped"]) == 2
+
+
+def test_nothing_left_is_an_error(damaged, tmp_path):
+    for path in damaged.glob("*.mp4"):
+        path.write_bytes(b"also not a video")
+    data = dataset(damaged, quarantine=Quarantine(tmp_path / "bad.txt"))
+    with pytest.raises(VideoError, match=f"no readable video left of 5 under {damaged} .see {tmp_path}/bad.txt"):
+        data[ClipKey(0)]
+
+
+def report_damage(path: str) -> None:
+    quarantine = Quarantine(path)
+    for i in range(50):
+        quarantine.add(f"/{i}.avi", "broken")
+
+
+def test_a_quarantine_shared_by_processes_holds_each_video_once(tmp_path):
+    path = str(tmp_path / "runs" / "bad.txt")
+    watcher = Quarantine(path)
+    assert "/7.avi" not in watcher and len(watcher) == 0
+    processes = [multiprocessing.get_context("fork").Process(target=report_damage, args=(path,)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(Path(path).read_text().splitlines()) == 50
+    assert "/7.avi" in watcher and len(watcher) == 50
+
+
+def test_a_quarantine_waits_for_the_process_that_writes(tmp_path):
+    quarantine = Quarantine(tmp_path / "bad.txt")
+    with (tmp_path / "bad.txt").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        other = threading.Thread(target=quarantine.add, args=("/0.avi", "broken"))
+        other.start()
+        other.join(timeout=0.2)
+        file.write("/0.avi\tbroken\n")
+    other.join()
+    assert (tmp_path / "bad.txt").read_text() == "/0.avi\tbroken\n"
+
+
+# --- order ---
+
+@pytest.mark.parametrize("order", ["replacement", "epoch"])
+def test_the_global_batch_is_the_same_however_it_is_shared(order):
+    def batches(world_size: int, accum: int, start: int = 0) -> list[list[ClipKey]]:
+        ranks = [list(GlobalBatchSampler(30, 8, 10, rank, world_size, accum, start_step=start, order=order))
+                 for rank in range(world_size)]
+        assert {len(keys) for keys in ranks} == {(10 - start) * accum}
+        return [sum((keys for rank in ranks for keys in rank[step * accum:(step + 1) * accum]), [])
+                for step in range(10 - start)]
+
+    whole = batches(1, 1)
+    assert [key.position for batch in whole for key in batch] == list(range(80))
+    assert batches(2, 1) == batches(1, 4) == batches(2, 2) == batches(4, 2) == whole
+    assert batches(2, 2, start=7) == whole[7:]
+
+
+def test_epochs_are_permutations():
+    sampler = GlobalBatchSampler(11, 4, 4, order="epoch")
+    assert sampler.steps_per_epoch == 2
+    index = [key.index for keys in sampler for key in keys]
+    assert len(set(index[:8])) == len(set(index[8:])) == 8 and index[:8] != index[8:]
+    assert index != [key.index for keys in GlobalBatchSampler(11, 4, 4, seed=1, order="epoch") for key in keys]
+
+
+def test_batches_that_cannot_be_shared_are_errors():
+    with pytest.raises(ValueError, match="give a multiple of 6"):
+        GlobalBatchSampler(30, 8, 10, world_size=3, accum=2)
+    with pytest.raises(ValueError, match="lower the batch size"):
+        GlobalBatchSampler(3, 8, 10, order="epoch")
+
+
+def test_workers_change_nothing_and_leave_the_global_generator_alone(damaged, tmp_path):
+    def batches(workers: int) -> list[dict]:
+        data = dataset(damaged, points=("patches", 6, (8, 2, 2), 1), quarantine=Quarantine(tmp_path / f"{workers}.txt"))
+        return list(make_loader(data, GlobalBatchSampler(5, 4, 3), workers))
+
+    state = torch.get_rng_state()
+    for one, two in zip(batches(0), batches(2), strict=True):
+        assert equal(one, two)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,176 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+
+import data.video
+from data.video import FrameError, VideoError, VideoInfo, probe, read_frames, resize_crop, to_video, write_video
+
+
+def moving_frames(num: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """(num, height, width, 3) uint8; no two frames alike."""
+    t, y, x = np.meshgrid(np.arange(num), np.arange(height), np.arange(width), indexing="ij")
+    wave = [127 + 120 * np.sin((x * a + y * b) / 9 + t / 5) for a, b in ((1, 0), (0, 1), (1, 1))]
+    return np.stack(wave, axis=-1).astype(np.uint8)
+
+
+def encode(path: Path, frames: np.ndarray, codec: str, *options: str) -> Path:
+    imageio.mimwrite(path, frames, fps=25, codec=codec, quality=None, macro_block_size=1, output_params=list(options))
+    return path
+
+
+@pytest.fixture(scope="module")
+def xvid(tmp_path_factory) -> Path:
+    """60 frames as UCF-101 stores them: AVI, MPEG-4 with B-frames."""
+    path = tmp_path_factory.mktemp("video") / "xvid.avi"
+    return encode(path, moving_frames(60), "mpeg4", "-vtag", "xvid", "-bf", "2", "-g", "12")
+
+
+@pytest.mark.parametrize(("name", "codec", "options"), [
+    ("b_frames.avi", "mpeg4", ["-vtag", "xvid", "-bf", "2"]),
+    ("b_frames.mp4", "mpeg4", ["-bf", "2"]),
+    ("open_gop.mp4", "libx264", ["-bf", "3", "-x264opts", "open_gop=1:scenecut=0:b-adapt=0"]),
+    ("vp8.webm", "libvpx", ["-b:v", "300k", "-deadline", "realtime"]),
+])
+def test_windows_are_exact_wherever_they_start(tmp_path, name, codec, options):
+    path = str(encode(tmp_path / name, moving_frames(60), codec, "-g", "12", *options))
+    capture = cv2.VideoCapture(path)
+    frames = torch.stack([torch.from_numpy(capture.read()[1][..., ::-1].copy()) for _ in range(60)])
+    assert torch.equal(read_frames(path, range(60)), frames)
+    for start in (1, 11, 12, 13, 14, 24, 26, 37, 57):
+        assert torch.equal(read_frames(path, range(start, start + 3)), frames[start:start + 3]), start
+    for indices in ([3, 25, 40, 59], [30, 7, 7]):
+        assert torch.equal(read_frames(path, indices), frames[indices])
+
+
+def test_real_files(clips):
+    found = {name: probe(str(clips / name)) for name in (
+        "nasa.mp4", "pancake.mkv", "video_90.mov", "unordered.mov", "v_CricketShot_g04_c01.gif")}
+    assert found["nasa.mp4"] == VideoInfo(390, 270, 480, pytest.approx(29.97, abs=1e-3))  # the larger of two streams
+    assert found["pancake.mkv"] == VideoInfo(310, 240, 426, pytest.approx(30))
+    assert found["video_90.mov"][:3] == (3, 568, 320)  # stored 568 wide, marked as rotated
+    assert found["unordered.mov"][:3] == (4, 50, 50)
+    assert found["v_CricketShot_g04_c01.gif"] == VideoInfo(79, 224, 224, pytest.approx(25))
+    assert read_frames(str(clips / "v_CricketShot_g04_c01.gif"), [0, 78]).float().std() > 10
+
+
+def test_rotation_is_honoured(clips):
+    path = str(clips / "video_90.mov")
+    upright = torch.from_numpy(cv2.VideoCapture(path).read()[1][..., ::-1].copy())  # OpenCV turns it
+    assert torch.equal(read_frames(path, [0])[0], upright)
+
+
+def test_damaged_files_are_named_in_one_line(tmp_path, xvid, clips):
+    video = xvid.read_bytes()
+    (tmp_path / "empty.avi").touch()
+    (tmp_path / "text.avi").write_text("not a video")
+    write_video(tmp_path / "whole.mp4", torch.rand(3, 20, 32, 32))
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:2000])
+    scratched = bytearray(video)
+    scratched[len(video) // 3:len(video) // 3 * 2] = bytes(len(video) // 3)
+    (tmp_path / "scratched.avi").write_bytes(scratched)
+    paths = [tmp_path / name for name in ("empty.avi", "text.avi", "cut.mp4", "scratched.avi", "missing.avi")]
+    for path in [*paths, clips / "corrupted.mp4"]:
+        with pytest.raises(VideoError) as error:
+            read_frames(str(path), range(probe(str(path)).num_frames))
+        assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_only_frames_in_the_file_count(tmp_path, xvid):
+    video = bytearray(xvid.read_bytes())
+    for place in (video.find(b"avih") + 8 + 16, video.find(b"strh") + 8 + 32):
+        assert int.from_bytes(video[place:place + 4], "little") == 60
+        video[place:place + 4] = (400).to_bytes(4, "little")
+    (tmp_path / "boasting.avi").write_bytes(video)
+    assert probe(str(tmp_path / "boasting.avi")).num_frames == 60
+    (tmp_path / "truncated.avi").write_bytes(xvid.read_bytes()[:xvid.stat().st_size // 2])
+    left = probe(str(tmp_path / "truncated.avi")).num_frames
+    assert 10 < left < 50 and len(read_frames(str(tmp_path / "truncated.avi"), range(left))) == left
+    with pytest.raises(FrameError, match="it has 60 frames"):
+        read_frames(str(xvid), [60])
+
+
+def test_one_frame(tmp_path):
+    path = str(encode(tmp_path / "one.avi", moving_frames(1), "mpeg4"))
+    assert probe(path).num_frames == 1 and read_frames(path, [0, 0]).shape == (2, 48, 64, 3)
+
+
+def test_a_hanging_decoder_is_given_up(tmp_path):
+    """A named pipe that nobody writes to blocks whoever opens it. Neither the call nor the process may hang."""
+    os.mkfifo(tmp_path / "pipe.avi")
+    code = f"from data.video import probe; probe({str(tmp_path / 'pipe.avi')!r}, timeout=0.2)"
+    start = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+                         timeout=60, check=False)
+    assert "pipe.avi: the decoder was still busy after 0.2 s" in run.stderr, time.monotonic() - start
+
+
+@pytest.mark.parametrize("name", ["nasa.mp4", "pancake.mkv"])
+def test_transforms_match_the_released_ones(reference, clips, name, monkeypatch):
+    case, expected = reference.case("transforms")
+    frames = read_frames(str(clips / name), case["cases"][name]["frames"])
+    size = case["cases"][name]["crop"]
+    coordtok, larp = expected[f"{name}.coordtok"], expected[f"{name}.larp"].transpose(0, 1)[None].transpose(1, 2)
+    assert (resize_crop(frames, size, "coordtok") / 255 - coordtok).abs().max() <= 1.001 / 255
+    torch.testing.assert_close(to_video(frames[None], size, "larp", "cpu"), larp, atol=1e-3, rtol=0)
+    monkeypatch.setattr(data.video, "_bicubic_8bit", data.video._bicubic_two_pass)  # the route of a GPU
+    assert (resize_crop(frames, size, "coordtok") / 255 - coordtok).abs().max() <= 1.001 / 255
+
+
+@pytest.mark.parametrize(("height", "width"), [(240, 320), (320, 240), (63, 100), (40, 32)])
+def test_both_bicubic_routes_agree(height, width, monkeypatch):
+    frames = torch.randint(0, 256, (2, 3, height, width, 3), dtype=torch.uint8)
+    one = resize_crop(frames, 32, "coordtok")
+    monkeypatch.setattr(data.video, "_bicubic_8bit", data.video._bicubic_two_pass)
+    monkeypatch.setattr(data.video, "CHUNK", 1)  # frame by frame
+    two = resize_crop(frames, 32, "coordtok")
+    assert one.shape == (2, 3, 32, 32, 3) and one.is_contiguous()
+    assert (one.int() - two.int()).abs().max() <= 1
+
+
+def test_crop_is_where_torchvision_crops():
+    # 240x320 to 128x170: the offset is round(21.0); 63x101 to 32x51: round(9.5), half to even, is 10.
+    for height, width, new_width, left in ((240, 320, 170, 21), (63, 101, 51, 10)):
+        size = min(height, 128) if height == 240 else 32
+        frames = torch.randint(0, 256, (1, height, width, 3), dtype=torch.uint8)
+        whole = torch.nn.functional.interpolate(
+            frames.permute(0, 3, 1, 2), (size, new_width), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+        assert torch.equal(resize_crop(frames, size, "coordtok"), whole[:, :, left:left + size])
+
+
+def test_batches_of_one_and_of_many_sizes():
+    frames = torch.randint(0, 256, (2, 3, 40, 60, 3), dtype=torch.uint8)
+    for rule in ("coordtok", "larp"):
+        batch = to_video(frames, 32, rule, "cpu")
+        assert batch.shape == (2, 3, 3, 32, 32) and batch.min() >= 0 and batch.max() <= 1
+        assert torch.equal(to_video(list(frames), 32, rule, "cpu"), batch)
+        # Resized before (by a loader) gives the same as resized here.
+        assert torch.equal(to_video(resize_crop(frames, 32, rule), 32, rule, "cpu"), batch)
+
+
+def test_written_video_is_whole(tmp_path):
+    video = torch.rand(3, 1, 1, 1).expand(3, 5, 32, 34)
+    for name, clip in (("even.mp4", video), ("odd.mp4", video[..., :31, :33])):
+        write_video(tmp_path / name, clip)
+        frames = read_frames(str(tmp_path / name), range(5))
+        assert frames.shape == (5, *clip.shape[2:], 3)
+        assert (frames / 255 - clip.permute(1, 2, 3, 0)).abs().max() < 0.03
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["even.mp4", "odd.mp4"]
+
+
+def test_written_video_is_rounded(tmp_path, monkeypatch):
+    def write(path, frames, **options):
+        path.touch()
+        written.append(frames)
+
+    written = []
+    monkeypatch.setattr(data.video.imageio, "mimwrite", write)
+    write_video(tmp_path / "a.mp4", torch.tensor([-0.5, 127.6 / 255, 1.5]).expand(1, 1, 3).repeat(3, 1, 1, 1))
+    assert written[0][0, 0, :, 0].tolist() == [0, 128, 255]
