@@ -42,6 +42,10 @@ def reference() -> Reference:
     return Reference(SHARED / "reference")
 
 
+# Tiny tensors: threads that wait for one another on a busy machine make them many times slower.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
