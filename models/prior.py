@@ -1,0 +1,157 @@
+"""The autoregressive prior that shapes LARP's latent space in training (arXiv 2410.21264, section 3.3): a GPT over
+code *vectors* whose predictions are compared with the codebook. Sampling and decoding do not use it."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from models.layers import Blocks
+from models.quantizer import Generators, is_none, sample_codes, uniform
+
+PRIOR_SIZES = {  # layers, width, heads; parameters at 16 code dimensions
+    "gptc-XXS": (6, 256, 4),  # 5.0M
+    "gptc-XS": (6, 384, 6),  # 11.1M
+    "gptc-S": (12, 384, 6),  # 21.7M
+    "gptc-M": (12, 512, 8),  # 38.4M
+    "gptc-B": (12, 768, 12),  # 85.9M
+    "gptc-L": (24, 1024, 16),  # 303.4M
+}
+
+
+@dataclass(frozen=True)
+class PriorArgs:
+    l2_normalized: bool = True
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """As under "prior_model" in the released config.json; `name` none, no, null or empty: no prior."""
+
+    name: str | None = "gptc-S"
+    use_mix_ss: bool = True  # scheduled sampling; without it there is one round, on the true codes
+    mix_ss_max_ratio: float = 0.5
+    mix_ss_peak_steps_ratio: float = 0.3
+    n_rounds: int = 2
+    avg_loss_over_rounds: bool = True  # else the last round's loss alone
+    no_grad_before_last_round: bool = False
+    no_dropout: bool = False
+    latent_ce_temperature: float = 1.0
+    args: PriorArgs = field(default_factory=PriorArgs)
+
+    def __post_init__(self):
+        if not is_none(self.name) and self.name not in PRIOR_SIZES:
+            raise ValueError(f"prior_model.name is one of {', '.join(PRIOR_SIZES)} or none, got {self.name!r}")
+        for name in ("mix_ss_peak_steps_ratio", "n_rounds", "latent_ce_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"prior_model.{name} is positive, got {getattr(self, name)}: change --{name}")
+        if not 0 <= self.mix_ss_max_ratio <= 1:
+            raise ValueError(
+                f"prior_model.mix_ss_max_ratio is within 0 and 1, got {self.mix_ss_max_ratio}: "
+                "change --mix_ss_max_ratio"
+            )
+
+    def sampling_ratio(self, step: int, total: int) -> float:
+        """The share of codes that scheduled sampling replaces at `step` of `total`: rises linearly, then stays."""
+        return min(self.mix_ss_max_ratio * step / (self.mix_ss_peak_steps_ratio * total), self.mix_ss_max_ratio)
+
+
+class CausalAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.key = nn.Linear(dim, dim)
+        self.query = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+        self.resid_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+        heads = (
+            rearrange(part(x), "b n (h d) -> b h n d", h=self.num_heads) for part in (self.query, self.key, self.value)
+        )
+        # As released the attention's dropout stays on at evaluation; ours is off there.
+        x = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        return self.resid_drop(self.proj(rearrange(x, "b h n d -> b n (h d)")))  # (B, N, D)
+
+
+class GPTBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(dim, eps=1e-5)
+        self.ln2 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = CausalAttention(dim, num_heads, dropout)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+        x = x + self.attn(self.ln1(x))
+        return x + self.mlp(self.ln2(x))
+
+
+class Prior(nn.Module):
+    def __init__(self, config: PriorConfig, code_dim: int, num_tokens: int):
+        super().__init__()
+        self.config = config
+        num_layers, dim, num_heads = PRIOR_SIZES[config.name]
+        dropout = 0.0 if config.no_dropout else 0.1
+        self.pos_emb = nn.Parameter(torch.empty(1, max(1024, num_tokens), dim))  # released: 1024, also for fewer tokens
+        self.input_proj = nn.Linear(code_dim, dim)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = Blocks(GPTBlock(dim, num_heads, dropout) for _ in range(num_layers))
+        self.ln_f = nn.LayerNorm(dim, eps=1e-5)
+        self.head = nn.Linear(dim, code_dim)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """GPT-2's: everything from N(0, 0.02), biases 0."""
+        nn.init.normal_(self.pos_emb, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """vectors: (B, N, d) of codes 1 to N -> (B, N, d), the predictions of codes 2 to N + 1."""
+        x = self.drop(self.input_proj(vectors) + self.pos_emb[:, : vectors.shape[1]])  # (B, N, D)
+        x = self.head(self.ln_f(self.blocks(x)))  # (B, N, d)
+        return F.normalize(x, dim=-1) if self.config.args.l2_normalized else x
+
+    def loss(
+        self,
+        vectors: Tensor,
+        codes: Tensor,
+        codebook: Tensor,
+        ratio: float | Tensor = 0.0,
+        generator: Generators = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of codes 2 to N, in rounds: the first on the true codes, each later one on a mix with codes
+        sampled from the round before (scheduled sampling for transformers, arXiv 1906.07651).
+
+        vectors: (B, N, d), straight-through and *with* gradient: so the prior shapes the encoder.
+        codes: (B, N) long, their indices. codebook: (K, d); held fixed, so that the codes are not drawn to predictions.
+        ratio: the share of sampled codes. Returns the loss () and logs: first round's loss and accuracies.
+        """
+        c, codebook = self.config, codebook.detach()
+        num_rounds = c.n_rounds if c.use_mix_ss else 1
+        inputs, target, losses, logs = vectors[:, :-1], codes[:, 1:], [], {}  # (B, N-1, d), (B, N-1)
+        for i in range(num_rounds):
+            last = i == num_rounds - 1
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (last or not c.no_grad_before_last_round)):
+                predictions = self(inputs)  # (B, N-1, d)
+                # In float32, as the quantiser: rounded to half precision, many of the codes would tie.
+                with torch.autocast(inputs.device.type, enabled=False):
+                    logits = predictions.float() @ codebook.T / c.latent_ce_temperature  # (B, N-1, K)
+                losses.append(F.cross_entropy(logits.flatten(0, 1), target.flatten()))
+            if i == 0:
+                truth = logits.detach().gather(-1, target[..., None])
+                rank = (logits.detach() > truth).sum(-1)  # (B, N-1), codes thought likelier than the true one
+                logs = {"prior_first_round": losses[0].detach()}
+                logs |= {f"prior_top{k}": (rank < k).float().mean() for k in (1, 5)}
+            if not last:
+                sampled = sample_codes(logits.detach()[:, :-1], generator)  # (B, N-2), of codes 2 to N-1
+                replace = uniform(sampled.shape, sampled.device, generator) < ratio
+                mixed = torch.where(replace[..., None], F.embedding(sampled, codebook), vectors[:, 1:-1])
+                inputs = torch.cat([vectors[:, :1], mixed], dim=1)  # (B, N-1, d)
+        return torch.stack(losses).mean() if c.avg_loss_over_rounds else losses[-1], logs
