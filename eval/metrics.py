@@ -3,9 +3,6 @@
 Every function takes two clips (B, 3, T, H, W), float, [0, 1], clamped here (a decoder may overshoot), and returns (B,)
 float64: a clip's value does not depend on the others in its batch.
 """
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -59,43 +56,3 @@ def _check(a: Tensor, b: Tensor) -> None:
 def _squared_error(a: Tensor, b: Tensor) -> Tensor:
     _check(a, b)
     return (a.double().clamp(0, 1) - b.double().clamp(0, 1)).square()
-
-
-class MetricSums:
-    """Means over clips of several named metrics, mergeable across batches and processes.
-
-    One float64 row (sum, count, number of infinite values) a metric. Equal clips have an infinite PSNR, which would
-    make the mean infinite: such values are left out of the mean and counted, and the count is reported beside it.
-    """
-
-    def __init__(self, names: tuple[str, ...]):
-        self.names = tuple(names)
-        self.rows = torch.zeros(len(self.names), 3, dtype=torch.float64)
-
-    def add(self, **values: Tensor) -> None:
-        """Each named metric's values of some clips, (B,)."""
-        for name, value in values.items():
-            value = value.detach().double().flatten().cpu()
-            kept = value[~value.isinf()]
-            row = torch.stack([kept.sum(), kept.new_tensor(len(kept)), kept.new_tensor(len(value) - len(kept))])
-            self.rows[self.names.index(name)] += row
-
-    def to_tensor(self) -> Tensor:
-        """(3 * number of names,) float64; the sum of several processes' tensors is the whole's."""
-        return self.rows.flatten().clone()
-
-    @classmethod
-    def from_tensor(cls, names: tuple[str, ...], tensor: Tensor) -> "MetricSums":
-        sums = cls(names)
-        sums.rows = tensor.detach().double().cpu().view(len(sums.names), 3).clone()
-        return sums
-
-    def means(self) -> dict[str, float]:
-        """{name: mean over clips}, with name_infinite: count where clips were equal, so that the mean leaves them out.
-        A metric of no clips is nan; one of equal clips only is inf."""
-        result = {}
-        for name, (total, count, infinite) in zip(self.names, self.rows.tolist()):
-            result[name] = total / count if count else (math.inf if infinite else math.nan)
-            if infinite:
-                result[f"{name}_infinite"] = int(infinite)
-        return result

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from models.layers import Blocks, set_checkpointing, vit_block
+from models.layers import Blocks, vit_block
 from models.planes import Planes, unpatchify
 from models.released import load_state, read_released, strip_prefix
 
@@ -272,15 +272,6 @@ class CoordTok(nn.Module):
         model.to_empty(device="cpu")
         load_state(model, state, path, FLAGS_BEHIND)
         return model
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether the backward pass recomputes the blocks' activations: less memory, about a third more compute."""
-        return self.decoder.transformer.layers.checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enabled: bool) -> None:
-        set_checkpointing(self, enabled)
 
     def forward(self, video: Tensor, index: Tensor, n_frames: Tensor | None = None) -> Tensor:
         """Encode, then decode the patches at `index`: the one call of a training step (arguments as below)."""

@@ -161,6 +161,11 @@ class Interpolant:
         xt = x0.map(lambda noise, data: c.alpha * data + c.sigma * noise, x1)
         return xt, x0.map(lambda noise, data: c.d_alpha * data + c.d_sigma * noise, x1)
 
+    def training_times(self, uniform: Tensor) -> Tensor:
+        """(B,) numbers in [0, 1] to times between the training margins."""
+        low, high = self._interval(self.train_eps)
+        return low + (high - low) * uniform
+
     def loss(
         self,
         model: Callable[..., Planes],
@@ -177,13 +182,13 @@ class Interpolant:
         Returns (B,) losses, one a sample, and detached scalars: the mean loss of each plane.
         """
         planes = Planes(*planes)
-        low, high = self._interval(self.train_eps)
         # At least float32: bfloat16 has 8 bits, too few to tell times apart.
         dtype = torch.promote_types(planes.xy.dtype, torch.float32)
         if t is None:
-            uniform = torch.rand(len(planes.xy), generator=generator, device=planes.xy.device, dtype=dtype)
-            t = low + (high - low) * uniform
-        t = t.to(dtype).clamp(low, high)
+            t = self.training_times(
+                torch.rand(len(planes.xy), generator=generator, device=planes.xy.device, dtype=dtype)
+            )
+        t = t.to(dtype).clamp(*self._interval(self.train_eps))
         if noise is None:
             noise = planes.map(lambda x: torch.randn(x.shape, generator=generator, device=x.device, dtype=dtype))
         xt, velocity = self.interpolate(planes, noise, t)

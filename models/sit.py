@@ -14,9 +14,8 @@ from einops import rearrange
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from models.layers import sincos_2d
+from models.layers import Blocks, sincos_2d
 from models.planes import Planes
 from models.released import load_state, read_released
 
@@ -135,15 +134,11 @@ class FinalLayer(nn.Module):
 
 
 class SiT(nn.Module):
-    """SiT over the tokens of three planes. Keyword arguments are the fields of `SiTConfig`.
-
-    Set `grad_checkpointing` to True to recompute each block in the backward pass instead of keeping its activations.
-    """
+    """SiT over the tokens of three planes. Keyword arguments are the fields of `SiTConfig`."""
 
     def __init__(self, **config):
         super().__init__()
         self.config = cfg = SiTConfig(**config)
-        self.grad_checkpointing = False
         p, dim = cfg.patch_size, cfg.hidden_size
         r_t, r_xy = cfg.input_size
         channels = cfg.in_channels * (2 if cfg.learn_sigma else 1)
@@ -156,7 +151,7 @@ class SiT(nn.Module):
         self.type_embed = nn.Parameter(torch.empty(1, 3, dim))  # which plane
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(cfg.num_classes, dim, cfg.class_dropout_prob)
-        self.blocks = nn.ModuleList(SiTBlock(dim, cfg.num_heads) for _ in range(cfg.depth))
+        self.blocks = Blocks(SiTBlock(dim, cfg.num_heads) for _ in range(cfg.depth))
         self.final_layer_xy = FinalLayer(dim, p, channels)
         self.final_layer_yt = FinalLayer(dim, p, channels)
         self.final_layer_xt = FinalLayer(dim, p, channels)
@@ -211,11 +206,7 @@ class SiT(nn.Module):
         sizes = [xy.shape[1], yt.shape[1], xt.shape[1]]
         x = torch.cat([xy, yt, xt], dim=1)                                               # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y, drop)                                # (B, D)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, use_reentrant=False)                         # (B, N, D)
-            else:
-                x = block(x, c)                                                          # (B, N, D)
+        x = self.blocks(x, c)                                                            # (B, N, D)
         xy, yt, xt = x.split(sizes, dim=1)                                               # (B, N_xy or N_t, D)
         xy = self.final_layer_xy(xy, c)                                                  # (B, N_xy, p p C or 2C)
         yt = self.final_layer_yt(yt, c)                                                  # (B, N_t, p p C or 2C)

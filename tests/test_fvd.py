@@ -1,7 +1,12 @@
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from data.video import write_video
 from eval import fvd
 from eval.fvd import FeatureStats, frechet_distance
 
@@ -47,8 +52,6 @@ def test_merged_statistics_equal_one_pass(tmp_path):
         merged = merged + FeatureStats.from_features(part)
     assert merged.count == 37
     torch.testing.assert_close(merged.cov("N"), whole.cov("N"), rtol=1e-13, atol=1e-14)
-    merged.save(tmp_path / "stats.pt")
-    torch.testing.assert_close(FeatureStats.load(tmp_path / "stats.pt").to_tensor(), merged.to_tensor(), rtol=0, atol=0)
     assert FeatureStats.from_tensor(FeatureStats(400).to_tensor()).dim == 400
 
 
@@ -76,3 +79,71 @@ def test_report():
     assert result == fvd.report(real, fake), "a report is a function of the features and the seed"
     assert fvd.report(real[:8], fake)["fvd_rank_deficient"] is True
     assert "rank-deficient" in fvd.rank_note(400) and fvd.rank_note(401) is None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five videos of 12 frames, one of 6, one damaged."""
+    root = tmp_path_factory.mktemp("videos")
+    for i in range(6):
+        write_video(root / f"{i}.mp4", torch.rand(3, 6 if i == 2 else 12, 32, 32))
+    (root / "9.mp4").write_text("not a video")
+    return root
+
+
+class MeanColours(nn.Module):
+    """Stands in for I3D where the features do not matter: mean and spread of the three colours."""
+
+    weights_sha256 = "none"
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, video, resize):
+        assert resize == "square" and video.shape[1:] == (3, 10, 16, 16)
+        return self.scale * torch.cat([video.mean((2, 3, 4)), video.std((2, 3, 4))], dim=1)
+
+
+def test_folder_features_take_whole_clips_whatever_the_batch(folder):
+    protocol = dataclasses.replace(fvd.FOLDERS, num_frames=10, size=16)
+    files = fvd.list_videos(str(folder))
+    one, left_out = fvd.folder_features(MeanColours(), files, protocol, None, seed=3, batch_size=1, num_workers=0)
+    assert one.shape == (5, 6) and left_out == {"short": 1, "damaged": 1}
+    all_at_once, _ = fvd.folder_features(MeanColours(), files, protocol, None, seed=3, batch_size=7, num_workers=0)
+    torch.testing.assert_close(one, all_at_once)
+    counts = []
+    for batch_size in (1, 2, 7):
+        some, left_out = fvd.folder_features(MeanColours(), files, protocol, 3, 3, batch_size, num_workers=0)
+        torch.testing.assert_close(some, one[:3])
+        counts.append(left_out)
+    assert counts[0] == counts[1] == counts[2]
+    long = dataclasses.replace(protocol, num_frames=99)
+    with pytest.raises(ValueError, match="none of 7 videos gave a clip of 99 frames"):
+        fvd.folder_features(MeanColours(), files, long, None, seed=0, batch_size=4, num_workers=0)
+
+
+def test_lists_of_videos(folder, tmp_path):
+    paths = [str(folder / f"{i}.mp4") for i in (3, 0)]
+    (tmp_path / "list.txt").write_text("\n".join(paths) + "\n")
+    assert [file.path for file in fvd.list_videos(str(tmp_path / "list.txt"))] == sorted(paths)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        fvd.list_videos(str(tmp_path / "absent"))
+
+
+def test_command_line(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fvd.I3D, "from_weights", lambda path, eps: MeanColours())
+    flags = ["--num_frames", "10", "--size", "16", "--num_clips", "4", "--num_workers", "0", "--device", "cpu"]
+    out = tmp_path / "fvd.json"
+    code = fvd.main([str(folder), str(folder), *flags, "--seed", "1", "--out", str(out)])
+    assert code == 0
+    saved = json.loads(out.read_text())
+    assert abs(saved["results"]["fvd"]) < 1e-6 and saved["results"]["fvd_rank_deficient"]
+    assert saved["results"]["fvd_floor"] > 0
+    record = saved["record"]
+    assert record["num_real"] == record["num_generated"] == 4 and record["num_frames"] == 10 and record["seed"] == 1
+    assert record["deviations"] == ["num_frames: 10 instead of 16", "size: 16 instead of 128"]
+    text = capsys.readouterr().out
+    assert "folders*" in text and "rank-deficient" in text and "floor" in text
+    with pytest.raises(SystemExit):
+        fvd.main([str(folder)])

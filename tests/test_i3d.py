@@ -125,8 +125,9 @@ def test_files_of_all_layouts(random_network, tmp_path):
     """Our safetensors, a state dict as it is, one in hassony2's names, and a TorchScript archive of that."""
     state = random_network.state_dict()
     other = {i3d._hassony2(name): tensor for name, tensor in state.items()}
-    for name in ("conv3d_1a_7x7.batch3d.running_var", "mixed_3b.branch_1.1.conv3d.weight", "conv3d_0c_1x1.conv3d.bias"):
-        assert name in other
+    assert {"conv3d_1a_7x7.batch3d.running_var", "conv3d_0c_1x1.conv3d.bias"} < other.keys()
+    widths = {"0": 64, "1.0": 96, "1.1": 128, "2.0": 16, "2.1": 32, "3.1": 32}
+    assert {branch: len(other[f"mixed_3b.branch_{branch}.conv3d.weight"]) for branch in widths} == widths
     save_file(state, tmp_path / "ours.safetensors")
     torch.save(state, tmp_path / "i3d_pretrained_400.pt")
     torch.save({f"module.{name}": tensor for name, tensor in other.items()}, tmp_path / "hassony2.pt")
@@ -151,6 +152,10 @@ def test_strange_weights_are_named(random_network, tmp_path):
     torch.save(state | {"logits.conv3d.bias": torch.zeros(600)}, tmp_path / "k600.pt")
     with pytest.raises(WeightsError, match=r"shapes .* logits\.conv3d\.bias"):
         I3D.from_weights(tmp_path / "k600.pt")
+    for name in ("garbage.pt", "garbage.safetensors", "garbage.tar.gz"):
+        (tmp_path / name).write_bytes(b"not weights at all")
+        with pytest.raises(WeightsError, match=f"{name} cannot be read"):
+            I3D.from_weights(tmp_path / name)
     with pytest.raises(WeightsError, match="no such file"):
         I3D.from_weights(tmp_path / "absent.pt")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from eval.metrics import MetricSums, mse_clip, psnr_clip, psnr_frame, ssim_frame
+from eval.metrics import mse_clip, psnr_clip, psnr_frame, ssim_frame
 
 
 def pair(batch=3, frames=4, height=20, width=24):
@@ -56,39 +56,3 @@ def test_a_clips_value_does_not_depend_on_its_batch():
     for metric in (mse_clip, psnr_clip, psnr_frame, ssim_frame):
         alone = torch.cat([metric(a[i : i + 1], b[i : i + 1]) for i in range(len(a))])
         torch.testing.assert_close(metric(a, b), alone, rtol=1e-12, atol=0)
-
-
-def test_sums_merge():
-    values = torch.rand(10, dtype=torch.float64)
-    names = ("psnr", "ssim")
-    whole, first, second = MetricSums(names), MetricSums(names), MetricSums(names)
-    whole.add(psnr=values, ssim=-values)
-    first.add(psnr=values[:3], ssim=-values[:3])
-    for i in range(3, 10):
-        second.add(psnr=values[i : i + 1], ssim=-values[i : i + 1])
-    merged = MetricSums.from_tensor(names, first.to_tensor() + second.to_tensor())
-    assert merged.means() == pytest.approx(whole.means(), rel=1e-14)
-    assert whole.means()["psnr"] == pytest.approx(values.mean().item())
-
-
-def test_equal_clips_are_counted_not_averaged():
-    a, b = pair()
-    b[1] = a[1]
-    sums = MetricSums(("psnr", "none"))
-    sums.add(psnr=psnr_clip(a, b))
-    means = sums.means()
-    assert means["psnr"] == pytest.approx(psnr_clip(a, b)[[0, 2]].mean().item())
-    assert means["psnr_infinite"] == 1
-    assert math.isnan(means["none"])
-
-
-def test_equal_clips_only_are_infinite():
-    a, _ = pair()
-    sums = MetricSums(("psnr",))
-    sums.add(psnr=psnr_frame(a, a))
-    assert sums.means() == {"psnr": math.inf, "psnr_infinite": 3}
-
-
-def test_an_unknown_metric_is_an_error():
-    with pytest.raises(ValueError):
-        MetricSums(("psnr",)).add(psrn=torch.zeros(1))

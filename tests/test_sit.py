@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 
+from models.layers import set_checkpointing
 from models.planes import Planes
 from models.sit import SIT_SIZES, SiT, SiTConfig, timestep_sinusoids
 
@@ -118,7 +119,8 @@ def test_checkpointing_changes_no_gradient():
     model = tiny()
     x, t, y = inputs(model)
     gradients = []
-    for model.grad_checkpointing in (False, True):
+    for enabled in (False, True):
+        set_checkpointing(model, enabled)
         model.zero_grad()
         sum((plane**2).sum() for plane in model(x, t, y)).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])

@@ -78,7 +78,8 @@ def test_a_killed_run_resumes_bit_for_bit(data, trained, tmp_path):
              "--steps_til_save", 1)
     metrics = tmp_path / "run" / "metrics.jsonl"
     running = subprocess.Popen(
-        command(data, tmp_path, *flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command(data, tmp_path, *flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     after = random.randint(1, 4)
     while running.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= after):
@@ -93,11 +94,12 @@ def test_sigterm_saves_and_leaves(data, tmp_path):
     flags = ("--exp_name", "run", "--num_iters", 100000, "--point_per_vid", 16)
     metrics = tmp_path / "run" / "metrics.jsonl"
     running = subprocess.Popen(
-        command(data, tmp_path, *flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command(data, tmp_path, *flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     while running.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.01)
-    running.terminate()
+    os.killpg(running.pid, signal.SIGTERM)  # as schedulers do: the loader's workers get it too
     output, _ = running.communicate(timeout=60)
     assert running.returncode == 0, output
     assert b"SIGTERM: saved step" in output

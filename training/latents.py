@@ -46,13 +46,12 @@ class LatentStats(NamedTuple):
         return cls(*(Planes(*(state[f"{plane}_{kind}"] for plane in Planes._fields)) for kind in cls._fields))
 
 
-def measure(batches: Iterator[Planes], device: torch.device) -> LatentStats:
+def measure(batches: Iterator[Planes], channels: int, device: torch.device) -> LatentStats:
     """Statistics over the batches of all processes, from exact sums: not an average of per-process variances."""
-    sums = None
+    sums = torch.zeros(3, 3, channels, dtype=torch.float64, device=device)  # plane; count, sum, squares; channel
     for planes in batches:
-        flat = planes.map(lambda plane: plane.double().flatten(0, -2))  # (values, C)
-        part = torch.stack([torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]) for x in flat])
-        sums = part if sums is None else sums + part
+        flat = planes.map(lambda plane: plane.to(device).double().flatten(0, -2))  # (values, C)
+        sums += torch.stack([torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]) for x in flat])
     count, total, squares = distributed.all_sum(sums).unbind(1)  # (3 planes, C) each
     mean = total / count
     std = ((squares - count * mean.square()) / (count - 1)).sqrt()

@@ -1,0 +1,64 @@
+import math
+
+import pytest
+import torch
+
+from data.clips import ClipKey, Quarantine, VideoFile
+from data.video import write_video
+from eval.protocols import PROTOCOLS
+from eval.reconstruction import merge, protocol_clips, reconstruct_rows, summary
+
+
+def rows(index, psnr):
+    return {"index": torch.tensor(index), "psnr_frame": torch.tensor(psnr, dtype=torch.float64)}
+
+
+def test_rows_of_all_processes_come_together_in_order():
+    merged = merge([rows([1, 3], [10.0, 30.0]), {}, rows([0, 2], [0.0, 20.0])])
+    assert merged["psnr_frame"].tolist() == [0, 10, 20, 30]
+    assert summary(merged, "N") == {"clips": 4, "psnr_frame": 15}
+
+
+def test_a_clip_counted_twice_is_an_error():
+    with pytest.raises(ValueError, match="a clip is there twice|counted twice"):
+        merge([rows([0, 1], [1.0, 1.0]), rows([1], [1.0])])
+    with pytest.raises(ValueError, match="no clip could be evaluated"):
+        merge([{}, {}])
+
+
+def test_clips_without_error_are_counted_beside_the_mean():
+    assert summary(rows([0, 1, 2], [10.0, math.inf, 30.0]), "N") == {
+        "clips": 3, "psnr_frame": 20, "psnr_frame_infinite": 1
+    }
+
+
+def test_rows_of_a_perfect_and_of_a_mean_frame_reconstruction():
+    frames = (torch.rand(2, 6, 16, 16, 3) * 255).to(torch.uint8)
+    batch = {"position": torch.tensor([0, 1]), "frames": frames}
+    empty = {"position": torch.tensor([], dtype=torch.long), "frames": []}
+
+    def mean_frame(video):
+        return video.mean(2, keepdim=True).expand_as(video)
+
+    found, examples = reconstruct_rows(mean_frame, [empty, batch], torch.device("cpu"), 16, "coordtok")
+    assert torch.equal(found["psnr_frame"], found["psnr_mean_frame"])
+    assert len(examples) == 2
+    perfect, _ = reconstruct_rows(lambda video: video, [batch], torch.device("cpu"), 16, "coordtok")
+    assert summary(perfect, "N")["mse"] == 0
+    assert summary(perfect, "N")["psnr_frame_infinite"] == 2
+
+
+def test_clips_of_the_protocols(tmp_path):
+    for name, frames in (("a", 12), ("b", 5), ("c", 10)):
+        write_video(tmp_path / f"{name}.mp4", torch.rand(3, frames, 32, 64))
+    (tmp_path / "d.mp4").write_bytes(b"")
+    files = [VideoFile(str(tmp_path / f"{name}.mp4")) for name in "abcd"]
+    quarantine = Quarantine()
+    kept, keys = protocol_clips(PROTOCOLS["coordtok_rfvd10k_128f"], files, 10, 5, quarantine)
+    assert [file.path[-5] for file in kept] == ["a", "c"], "short and damaged ones are discarded"
+    assert keys == [ClipKey(i, i % 2) for i in range(5)]
+    assert files[3].path in quarantine
+    kept, keys = protocol_clips(PROTOCOLS["larp_rfvd"], files, 10, None, quarantine)
+    assert keys == [ClipKey(i, i) for i in range(4)]
+    with pytest.raises(ValueError, match="no video has 20 frames"):
+        protocol_clips(PROTOCOLS["coordtok_rfvd10k_128f"], files, 20, 5, quarantine)
