@@ -1,0 +1,554 @@
+"""LARP's generator (arXiv 2410.21264): a LLaMA-like decoder over the tokenizer's codes, and its sampling.
+
+It continues a condition, which is either the label of a class or the codes of the frames given, by the codes of a clip,
+in order. `forward` scores codes that are known; `generate` draws them, one after the other, from a cache of keys and
+values.
+"""
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.layers import sincos_1d
+from models.released import load_state, read_released, strip_prefix
+
+
+@dataclass(frozen=True)
+class LARPGeneratorConfig:
+    """The keys of the released config.json."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int | None = None  # fewer heads of keys and values than of queries; None: as many
+    multiple_of: int = 256  # the feed-forward width is rounded up to it
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    token_dropout_p: float = 0.1
+    attn_dropout_p: float = 0.0
+    resid_dropout_p: float = 0.1
+    ffn_dropout_p: float = 0.1
+    drop_path_rate: float = 0.0  # of the last layer; grows linearly from 0 at the first
+    num_classes: int = 101
+    class_dropout_prob: float = 0.1
+    model_type: str = "class_cond"  # kept for the released files; frame_prediction decides
+    vocab_size: int = 8192
+    cls_token_num: int = 1  # tokens of the condition
+    max_seq_len: int = 1024  # codes of a clip
+    use_fixed_pe: bool = False
+    frame_prediction: bool = False
+    rope_base: float = 10000  # kept for the released files: positions are absolute
+    max_batch_size: int = 32  # kept for the released files: the cache takes the batch it is given
+
+    def __post_init__(self):
+        if self.dim % self.n_head:
+            raise ValueError(f"dim {self.dim} does not divide by n_head {self.n_head}; change one of them")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_head {self.n_head} does not divide by n_kv_head {self.kv_heads}; change n_kv_head")
+        if self.use_fixed_pe and self.dim % 2:
+            raise ValueError(f"use_fixed_pe needs an even dim, got {self.dim}")
+        if not self.frame_prediction and self.cls_token_num != 1:
+            raise ValueError(
+                f"cls_token_num is {self.cls_token_num}, but a class condition is 1 token; set it to 1 or set "
+                f"frame_prediction"
+            )
+        if self.frame_prediction and self.cls_token_num < 2:
+            raise ValueError(
+                f"cls_token_num is {self.cls_token_num}, but frame prediction needs the codes given and a separator: "
+                f"set it to max_seq_len + 1 = {self.max_seq_len + 1}"
+            )
+        for name, value in asdict(self).items():
+            if name.endswith(("_dropout_p", "_dropout_prob", "drop_path_rate")) and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; expected a probability in [0, 1)")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_head
+
+    @property
+    def ffn_dim(self) -> int:
+        """Two thirds of 4 dim: the three matrices of SwiGLU then hold what the two of a plain MLP would."""
+        hidden = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return math.ceil(hidden / self.multiple_of) * self.multiple_of
+
+    @property
+    def num_positions(self) -> int:
+        """The last code is never read, so that it has no position."""
+        return self.cls_token_num + self.max_seq_len - 1
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias. Between `start_decoding` and `stop_decoding`, no row of its result depends on how many
+    others there are, on a CPU.
+
+    BLAS picks its kernel, and with it the order of a sum, by the number of rows; which code is drawn may hang on the
+    last bit of one. Multiples of eight rows have always given the same bits, for any number of threads, so fewer are
+    filled up. In float32 the weight is also packed for oneDNN: for few rows MKL is less than half as fast.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+        self.decoding = False
+        self.packed: Tensor | None = None
+
+    def start_decoding(self) -> None:
+        weight = self.weight.detach()
+        self.decoding = weight.device.type == "cpu"
+        if self.decoding and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+
+    def stop_decoding(self) -> None:
+        self.decoding, self.packed = False, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.decoding:
+            return F.linear(x, self.weight)
+        num_rows = x.shape[:-1].numel()
+        if num_rows % 8:
+            rows = F.pad(x.flatten(0, -2), (0, 0, 0, -num_rows % 8))
+            return self(rows)[:num_rows].unflatten(0, x.shape[:-1])
+        if self.packed is None:
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+class RMSNorm(nn.Module):
+    """In float32: a mean of squares over thousands of bfloat16 values loses what the next layers need."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).type_as(x) * self.weight
+
+
+class Window(NamedTuple):
+    """Where in the cache a decoding pass writes, and what it sees there."""
+
+    position: Tensor  # (T,) long, of the tokens of this pass
+    length: int  # attention reads the cache up to here
+    mask: Tensor | None  # (length,) bool, True where filled; None where all of it is
+
+
+class Attention(nn.Module):
+    """Causal self-attention; n_head / n_kv_head heads of queries share a head of keys and values."""
+
+    def __init__(self, config: LARPGeneratorConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.wqkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.wo = Linear(config.dim, config.dim)
+        self.attn_dropout_p = config.attn_dropout_p
+        self.resid_dropout = nn.Dropout(config.resid_dropout_p)
+
+    def forward(self, x: Tensor, cache: Tensor | None = None, window: Window | None = None) -> Tensor:
+        """x: (B, T, dim). cache: (2, B, n_kv_head, num_positions, head_dim) keys and values, written at `window`; a
+        pass of one token reads them, a longer one starts at position 0 and sees itself alone."""
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads of q, k and v, T, head_dim)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        mask = None
+        if cache is not None:
+            cache.index_copy_(3, window.position, torch.stack([k, v]))
+            if x.shape[1] == 1:
+                k, v = cache.narrow(3, 0, window.length)
+                mask = window.mask
+        if cache is not None and x.shape[1] == 1 and x.device.type == "cpu":
+            y = _attend_one(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=self.attn_dropout_p if self.training else 0.0,
+                is_causal=x.shape[1] > 1,
+                enable_gqa=self.heads != self.kv_heads,
+            )
+        return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2)))  # (B, T, dim)
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query a head on a CPU. q: (B, H, 1, d); k, v: (B, H_kv, L, d); mask: (L,). Returns (B, H, 1, d).
+
+    PyTorch's fused kernel would split the keys of a query over threads that the batch leaves idle, so that the order of
+    its sums depends on the batch. These products' does not; they are as fast, and copy no shared head of keys.
+    """
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5  # (B, H_kv, H / H_kv, d)
+    scores = grouped @ k.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weight = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return (weight @ v).view(q.shape)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: LARPGeneratorConfig):
+        super().__init__()
+        self.w1 = Linear(config.dim, config.ffn_dim)
+        self.w3 = Linear(config.dim, config.ffn_dim)
+        self.w2 = Linear(config.ffn_dim, config.dim)
+        self.ffn_dropout = nn.Dropout(config.ffn_dropout_p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LARPGeneratorConfig, drop_path: float):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, cache: Tensor | None = None, window: Window | None = None) -> Tensor:
+        x = x + self.drop_path(self.attention(self.attention_norm(x), cache, window))
+        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+
+
+class LabelEmbedding(nn.Module):
+    """One row a class and a last one for "no label", which any negative label takes."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(torch.where(labels < 0, self.num_classes, labels))
+
+
+class LARPGenerator(nn.Module, PyTorchModelHubMixin):
+    """LARP's generator. Keywords: those of LARPGeneratorConfig; the published sizes are in SIZES.
+
+    Attributes to set: `checkpointing` True recomputes each layer in the backward pass instead of keeping what it needs;
+    `cuda_graphs` False decodes on a GPU without them; `cache` None gives back the memory that `generate` keeps.
+    """
+
+    def __init__(self, **options):  # not **config: the mixin reads a meaning into that name
+        super().__init__()
+        self.config = config = LARPGeneratorConfig(**options)
+        self._hub_mixin_config = asdict(config)  # what save_pretrained writes: the defaults too
+        self.checkpointing = False
+        self.cuda_graphs = True
+        self.cache: KVCache | None = None
+
+        if config.use_fixed_pe:
+            table = sincos_1d(config.dim, torch.arange(config.num_positions))
+            self.register_buffer("abs_pe", table[None])
+        else:
+            self.abs_pe = nn.Parameter(torch.empty(1, config.num_positions, config.dim))
+        if not config.frame_prediction:
+            self.cls_embedding = LabelEmbedding(config.num_classes, config.dim)
+        # The separator between the codes given and those to come is one more code.
+        self.tok_embeddings = nn.Embedding(config.vocab_size + config.frame_prediction, config.dim)
+        self.tok_dropout = nn.Dropout(config.token_dropout_p)
+        rates = torch.linspace(0, config.drop_path_rate, config.n_layer, device="cpu").tolist()
+        self.layers = nn.ModuleList(Layer(config, rate) for rate in rates)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = Linear(config.dim, config.vocab_size)
+        self.initialize()
+
+    def initialize(self) -> None:
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+        if not self.config.use_fixed_pe:
+            nn.init.normal_(self.abs_pe, std=std)
+        nn.init.zeros_(self.output.weight)  # the first prediction is uniform: the loss starts at log(vocab_size)
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs) -> "LARPGenerator":
+        """The mixin's, but strict: weights that do not fit are an error."""
+        return super()._from_pretrained(strict=strict, **kwargs)
+
+    @classmethod
+    def from_released(cls, path: str | Path, version: str = "sd", **config) -> "LARPGenerator":
+        """A checkpoint of the authors' trainer, in evaluation mode. version: "sd", the weights, or "ema_DECAY", their
+        average with that decay. config: overrides what the file says."""
+        model = read_released(path, "model")["model"]
+        versions = {"sd": model["sd"]} | {f"ema_{decay}": state for decay, state in (model.get("ema_sd") or {}).items()}
+        if version not in versions:
+            raise ValueError(f"{path}: no version {version} in it; choose one of {', '.join(versions)}")
+        config = SIZES.get(model["name"], {}) | model["args"] | config
+        if config.get("frame_prediction"):
+            config = {"cls_token_num": config.get("max_seq_len", 1024) + 1} | config
+        generator = cls(**config)
+        load_state(generator, strip_prefix(strip_prefix(versions[version], "module."), "_orig_mod."), path)
+        return generator.eval()
+
+    def __getstate__(self) -> dict:
+        """The cache, with the CUDA graphs it may hold, is neither copied nor pickled."""
+        return self.__dict__ | {"cache": None}
+
+    def frame_condition(self, codes: Tensor) -> Tensor:
+        """codes: (B, cls_token_num - 1) long, of the frames given, the last repeated to a whole clip. Returns the
+        condition (B, cls_token_num) long: the codes, then the separator."""
+        return F.pad(codes, (0, 1), value=self.config.vocab_size)
+
+    def embed_condition(self, cond: Tensor) -> Tensor:
+        """(B,) labels or (B, cls_token_num) codes -> (B, cls_token_num, dim)."""
+        expected = (len(cond), self.config.cls_token_num) if self.config.frame_prediction else (len(cond),)
+        if cond.shape != expected:
+            kind = "codes and a separator" if self.config.frame_prediction else "labels"
+            raise ValueError(f"cond is {tuple(cond.shape)}; expected {kind}, {expected}")
+        return self.tok_embeddings(cond) if self.config.frame_prediction else self.cls_embedding(cond)[:, None]
+
+    def forward(self, codes: Tensor, cond: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Scores of each code after those before it.
+
+        codes: (B, n) long in [0, vocab_size), the first n <= max_seq_len of the clip. The last of a whole clip is not
+            read: nothing comes after it.
+        cond: (B,) long labels, negative for none; for frame prediction (B, cls_token_num) long, of `frame_condition`.
+        drop: (B,) bool, True where the label is hidden; None: in training, drawn with class_dropout_prob.
+        Returns logits (B, min(n + 1, max_seq_len), vocab_size) float32; row i is about code i.
+        """
+        if codes.shape[1] > self.config.max_seq_len:
+            raise ValueError(f"{codes.shape[1]} codes are more than max_seq_len {self.config.max_seq_len}")
+        if not self.config.frame_prediction:
+            if drop is None and self.training:
+                drop = torch.rand(len(cond), device=cond.device) < self.config.class_dropout_prob
+            if drop is not None:
+                cond = cond.masked_fill(drop, -1)
+        codes = codes[:, : self.config.max_seq_len - 1]
+        x = torch.cat([self.embed_condition(cond), self.tok_embeddings(codes)], dim=1)  # (B, cls_token_num + n, dim)
+        x = self.tok_dropout(x) + self.abs_pe[:, : x.shape[1]]
+        for layer in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        return self.output(self.norm(x[:, self.config.cls_token_num - 1 :])).float()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        cond: Tensor,
+        cfg_scale: float = 1.0,
+        cfg_interval: int = -1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seeds: Sequence | Tensor | None = None,
+        return_nll: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Draw clips. The host never waits for the device between two codes.
+
+        cond: as in `forward`.
+        cfg_scale: classifier-free guidance where > 1: logits are uncond + cfg_scale * (cond - uncond).
+        cfg_interval: guide only the first cfg_interval + 2 codes; -1: all of them.
+        temperature, top_k, top_p: see `sampling_probs`.
+        seeds: (B,), what each clip's draws come from: an int >= 0, or a sequence of them such as (seed, i). A clip
+            depends on its seed and condition alone: on a CPU its codes are the same in any batch and for any number of
+            threads; on a GPU products round by the size of the batch, so keep that size and fill up the last batch.
+            None: all draws from torch's global generator.
+        return_nll: also return the mean negative log-likelihood of each clip's codes, in nats, under the conditional
+            model (no guidance, temperature 1): what `forward` and a cross-entropy would give.
+        Returns codes (B, max_seq_len) long, and nll (B,) float32 if asked for.
+        """
+        guide = cfg_scale > 1
+        if guide and self.config.frame_prediction:
+            raise ValueError(f"cfg_scale is {cfg_scale}, but frame prediction has no unconditional row; leave it at 1")
+        num_samples, num_codes, device = len(cond), self.config.max_seq_len, cond.device
+        num_guided = 0 if not guide else num_codes if cfg_interval < 0 else cfg_interval + 2
+        uniform = _uniform(seeds, num_samples, num_codes).to(device, non_blocking=True)
+        codes = torch.empty(num_samples, num_codes, dtype=torch.long, device=device)
+        nll = torch.zeros(num_samples, device=device)
+        # Guided, the second half of the batch has no label.
+        cond = torch.cat([cond, torch.full_like(cond, -1)]) if guide else cond
+        decode = replay_one if device.type == "cuda" and self.cuda_graphs else decode_one
+        with torch.cuda.device_of(cond), torch.autocast(device.type, enabled=False), _decoding(self):
+            cache = self._cache_of(len(cond))
+            logits = prefill(self, cache, cond)
+            for i in range(num_codes):
+                plain = logits[:num_samples]
+                scores = plain
+                if i < num_guided:
+                    uncond = logits[num_samples:]
+                    scores = uncond + cfg_scale * (plain - uncond)
+                codes[:, i] = draw(sampling_probs(scores, temperature, top_k, top_p), uniform[:, i])
+                if return_nll:
+                    nll += F.cross_entropy(plain, codes[:, i], reduction="none")
+                if i + 1 < num_codes:
+                    code = codes[:, i].repeat(2) if i + 1 < num_guided else codes[:, i]
+                    p = self.config.cls_token_num + i
+                    logits = decode(self, cache, code, cache.positions[p : p + 1], cache.length(p + 1))
+        return (codes, nll / num_codes) if return_nll else codes
+
+    def _cache_of(self, rows: int) -> "KVCache":
+        """The cache of the last call where it is large enough, else a new one."""
+        dtype, device = self.output.weight.dtype, self.output.weight.device
+        if self.cache is None or not self.cache.fits(rows, dtype, device):
+            self.cache = None  # before the new one is allocated
+            self.cache = KVCache(self.config, rows, dtype, device)
+        addresses = [tensor.data_ptr() for tensor in self.state_dict().values()]
+        if self.cache.addresses != addresses:  # a captured step reads the weights where they were
+            self.cache.addresses, self.cache.graphs = addresses, {}
+        return self.cache
+
+
+def code_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the codes, mean over all of them.
+
+    logits: (B, N, vocab_size), of `LARPGenerator.forward`. codes: (B, N) long.
+    Returns the loss and {"loss", "accuracy"}, detached.
+    """
+    loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    accuracy = (logits.detach().argmax(-1) == codes).float().mean()
+    return loss, {"loss": loss.detach(), "accuracy": accuracy}
+
+
+class KVCache:
+    """Keys and values of every layer for up to `rows` sequences, kept between calls; on a GPU also the captured steps.
+
+    stride: attention reads the cache up to a multiple of it: 1 on a CPU, which is what is filled; 256 on a GPU, where a
+    captured step has fixed shapes, with the rest masked. A clip of 1,024 codes takes four graphs.
+    """
+
+    def __init__(self, config: LARPGeneratorConfig, rows: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.n_layer, 2, rows, config.kv_heads, config.num_positions, config.head_dim)
+        self.buffer = torch.zeros(shape, dtype=dtype, device=device)  # not empty: a masked NaN would still spread
+        self.positions = torch.arange(config.num_positions, device=device)
+        self.stride = 256 if device.type == "cuda" else 1
+        self.graphs: dict[tuple[int, int], tuple] = {}
+        self.addresses: list[int] = []  # of the weights that the graphs read
+
+    def fits(self, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+        return rows <= self.buffer.shape[2] and (dtype, device) == (self.buffer.dtype, self.buffer.device)
+
+    def length(self, filled: int) -> int:
+        """What attention reads when `filled` positions are."""
+        return min(math.ceil(filled / self.stride) * self.stride, len(self.positions))
+
+
+@contextmanager
+def _decoding(model: LARPGenerator) -> Iterator[None]:
+    """`model` in evaluation mode, its linear layers ready to decode."""
+    was_training = model.training
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    try:
+        model.eval()
+        for linear in linears:
+            linear.start_decoding()  # anew at each call: the weights may have been trained since the last
+        yield
+    finally:
+        for linear in linears:
+            linear.stop_decoding()
+        model.train(was_training)
+
+
+def _logits(model: LARPGenerator, cache: KVCache, x: Tensor, position: Tensor, length: int) -> Tensor:
+    """x: (B, T, dim) embedded tokens at `position` (T,). Returns logits (B, vocab_size) float32 after the last."""
+    mask = cache.positions[:length] <= position[-1:] if cache.stride > 1 else None
+    window = Window(position, length, mask)
+    x = x + model.abs_pe[:, position]
+    for layer, keys_values in zip(model.layers, cache.buffer[:, :, : len(x)]):
+        x = layer(x, keys_values, window)
+    return model.output(model.norm(x[:, -1])).float()
+
+
+def prefill(model: LARPGenerator, cache: KVCache, cond: Tensor) -> Tensor:
+    """Read the whole condition in one pass. Returns logits (B, vocab_size) float32 of the first code."""
+    x = model.embed_condition(cond)
+    return _logits(model, cache, x, cache.positions[: x.shape[1]], cache.length(x.shape[1]))
+
+
+def decode_one(model: LARPGenerator, cache: KVCache, code: Tensor, position: Tensor, length: int) -> Tensor:
+    """Read one code, (B,) long, at `position`, (1,) long. Returns logits (B, vocab_size) float32 of the next."""
+    return _logits(model, cache, model.tok_embeddings(code)[:, None], position, length)
+
+
+def replay_one(model: LARPGenerator, cache: KVCache, code: Tensor, position: Tensor, length: int) -> Tensor:
+    """`decode_one` as a CUDA graph, captured when a batch size and length first come: the same kernels in one launch.
+    The next call overwrites the logits."""
+    key = len(code), length
+    if key not in cache.graphs:
+        code, position = code.clone(), position.clone()
+        stream = torch.cuda.Stream()  # a capture must not be the first run: libraries allocate then
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            decode_one(model, cache, code, position, length)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = decode_one(model, cache, code, position, length)
+        cache.graphs[key] = graph, code, position, logits
+    graph, graph_code, graph_position, logits = cache.graphs[key]
+    graph_code.copy_(code)
+    graph_position.copy_(position)
+    graph.replay()
+    return logits
+
+
+def sampling_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """The distribution that a code is drawn from: temperature, then top-k, then nucleus filtering (arXiv 1904.09751).
+
+    logits: (B, vocab_size) float32.
+    temperature: floored at 1e-5, which is greedy but for near-ties.
+    top_k: keep the k largest, and what ties with the last of them; 0 keeps all.
+    top_p: keep the largest up to the one at which their probability exceeds top_p; 1 keeps all.
+    Returns probabilities (B, vocab_size) float32.
+    """
+    logits = logits / max(temperature, 1e-5)
+    if top_k > 0:
+        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        before = F.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))  # probability of all that is likelier
+        logits = logits.masked_fill((before > top_p).scatter(1, index, before > top_p), -torch.inf)
+    return logits.softmax(-1)
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """One code a row, by the inverse of the distribution function. probs: (B, vocab_size), need not sum to one.
+    uniform: (B,) float64 in [0, 1). Returns (B,) long."""
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    code = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return code.clamp_(max=probs.shape[-1] - 1)
+
+
+def _uniform(seeds: Sequence | Tensor | None, num_samples: int, num_codes: int) -> Tensor:
+    """(num_samples, num_codes) float64 in [0, 1) on the CPU: row i from seeds[i] alone, all of it before decoding."""
+    if seeds is None:
+        return torch.rand(num_samples, num_codes, dtype=torch.float64)
+    if len(seeds) != num_samples:
+        raise ValueError(f"{len(seeds)} seeds for {num_samples} clips; give one each")
+    # NumPy's, because PyTorch's CPU generator looks at 32 bits of a seed only, and at no pairs.
+    seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(num_codes) for seed in seeds]))
+
+
+# The published sizes, with the parameters that they have for 101 classes.
+SIZES = {
+    "llama-abs-S": {"n_layer": 12, "dim": 384, "n_head": 6},  # 28.0M
+    "llama-abs-B": {"n_layer": 12, "dim": 768, "n_head": 12},  # 98.4M
+    "llama-abs-L": {"n_layer": 24, "dim": 1024, "n_head": 16},  # 326.3M
+    "llama-abs-LP": {"n_layer": 30, "dim": 1280, "n_head": 20},  # 632.0M
+    "llama-abs-XL": {"n_layer": 36, "dim": 1280, "n_head": 20},  # 753.9M
+    "llama-abs-XXL": {"n_layer": 48, "dim": 1536, "n_head": 24},  # 1,386.0M
+    "llama-abs-XXXL": {"n_layer": 48, "dim": 2560, "n_head": 40},  # 3,851.4M
+}
