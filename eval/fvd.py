@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data.clips import ClipDataset, ClipKey, VideoFile, list_csv, list_folder, make_loader
 from data.video import to_video
-from eval.i3d import I3D, RESIZE_RULES
+from eval.i3d import I3D, MIN_FRAMES, RESIZE_RULES
 from eval.protocols import (
     COORDTOK_RESIZE,
     PROTOCOLS,
@@ -294,13 +294,14 @@ def main(argv: list[str] | None = None) -> int:
     names = ("num_frames", "stride", "size", "i3d_resize", "divisor", "i3d_eps")
     chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     protocol = dataclasses.replace(planned, **chosen)
-    i3d = I3D.from_weights(args.i3d_weights, eps=protocol.i3d_eps).to(args.device)
     if args.self_test:
-        return int(self_test(i3d) > 1e-4)
+        return int(self_test(I3D.from_weights(args.i3d_weights, eps=protocol.i3d_eps).to(args.device)) > 1e-4)
+    if protocol.num_frames < MIN_FRAMES:
+        raise ValueError(f"--num_frames {protocol.num_frames}: I3D needs clips of at least {MIN_FRAMES} frames")
 
-    files, features, left_out = {}, {}, {}
+    files, features, left_out = {side: list_videos(getattr(args, side)) for side in ("real", "generated")}, {}, {}
+    i3d = I3D.from_weights(args.i3d_weights, eps=protocol.i3d_eps).to(args.device)
     for side, planned_clips in (("real", planned.num_real), ("generated", planned.num_generated)):
-        files[side] = list_videos(getattr(args, side))
         num_clips = planned_clips if args.num_clips is None else args.num_clips
         features[side], left_out[side] = folder_features(
             i3d, files[side], protocol, num_clips, args.seed, args.batch_size, args.num_workers, side
@@ -337,4 +338,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from training.arguments import one_line_errors
+
+    with one_line_errors():
+        sys.exit(main())

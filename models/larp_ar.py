@@ -282,8 +282,8 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs) -> "LARPGenerator":
-        """The mixin's, but strict: weights that do not fit are an error."""
-        return super()._from_pretrained(strict=strict, **kwargs)
+        """The mixin's, but strict: weights that do not fit are an error. In evaluation mode, also of older mixins."""
+        return super()._from_pretrained(strict=strict, **kwargs).eval()
 
     @classmethod
     def from_released(cls, path: str | Path, version: str = "sd", **config) -> "LARPGenerator":
