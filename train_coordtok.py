@@ -19,7 +19,7 @@ from models.planes import gather_patches
 from training import checkpoint, distributed
 from training.arguments import Parser, add_coordtok, add_data, add_run, coordtok_config, one_line_errors
 from training.log import NonFiniteGuard, RunLog, StopSignal, say
-from training.optim import Precision, adamw
+from training.optim import Precision, adamw, update
 from training.tokenizers import coordtok_clips, load_coordtok
 from training.validation import Validation, validation_folder
 
@@ -99,7 +99,7 @@ def main():
     if args.num_val:
         held_out = validation_folder(args.data_root, args.video_name, args.val_name)
         validation = Validation(
-            held_out, args.num_val, config.video_shape[0], size, "coordtok", device, args.val_batch_size,
+            list_folder(held_out), args.num_val, config.video_shape[0], size, "coordtok", device, args.val_batch_size,
             args.num_workers, quarantine, args.lpips_weights,
         )
 
@@ -123,7 +123,7 @@ def main():
             "data": {"position": step * args.num_views, "files": len(files)}, "args": vars(args),
         }, keep=args.keep_checkpoints, best=is_best)
 
-    def reconstruct(video: Tensor) -> Tensor:
+    def reconstruct(video: Tensor, _: list[int]) -> Tensor:
         tokenizer.eval()
         with precision.autocast():
             output = tokenizer.render(tokenizer.encode(video))
@@ -152,15 +152,9 @@ def main():
                 loss = losses.sum() * world_size
             precision.scaler.scale(loss).backward()
             # Every micro-batch has the same number of videos, so that the mean of means is the mean over the batch.
-            parts = torch.stack([losses.detach().mean(), *logs.values()]) / (world_size * args.accum_iter)
-            means = means + parts
+            means = means + torch.stack([losses.detach().mean(), *logs.values()]) / (world_size * args.accum_iter)
             guard.watch(step, loss, batch["path"])
-        if args.clip_grad > 0:
-            precision.scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), args.clip_grad)
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        update(optimizer, precision.scaler, args.clip_grad)
         log.advance()
 
         if step % args.log_every == 0 or step == args.num_iters:

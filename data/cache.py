@@ -50,15 +50,20 @@ class RowCache:
         rows = np.ascontiguousarray(rows)
         self._write(self.folder / f"shard_{shard:06d}.{zlib.crc32(rows):08x}.npy", lambda file: np.save(file, rows))
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """The rows at the indices given, copied: (len(rows), *row_shape)."""
+    @property
+    def maps(self) -> list[np.ndarray]:
+        """The shards' rows as read-only memory maps, in order. ValueError while one is missing."""
         if self._maps is None:
             if missing := self.missing():
                 raise ValueError(f"{self.folder} lacks {len(missing)} of {self.num_shards} shards: fill it first")
             self._maps = [np.load(path, mmap_mode="r") for _, path in sorted(self._files().items())]
+        return self._maps
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """The rows at the indices given, copied: (len(rows), *row_shape)."""
         out = np.empty((len(rows), *self.row_shape), self.dtype)
         for place, row in enumerate(rows):
-            out[place] = self._maps[row // self.shard_rows][row % self.shard_rows]
+            out[place] = self.maps[row // self.shard_rows][row % self.shard_rows]
         return out
 
     def verify(self) -> None:

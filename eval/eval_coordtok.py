@@ -16,13 +16,14 @@ from training import distributed  # noqa: E402
 from training.arguments import Parser, add_coordtok, add_data, one_line_errors  # noqa: E402
 from training.evaluation import add_evaluation, evaluate  # noqa: E402
 from training.optim import Precision  # noqa: E402
-from training.tokenizers import load_coordtok  # noqa: E402
+from training.tokenizers import load_coordtok, weights_sha256  # noqa: E402
 
 
 def parse_args():
     parser = Parser(__doc__)
     parser.add_argument("--tokenizer", required=True, metavar="CKPT", help="checkpoint, or a folder of them")
     parser.add_argument("--slices", type=int, default=1, help="equal sequences the patches of a clip are decoded in")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32", help="of the tokenizer")
     add_data(parser)
     add_evaluation(parser, protocol="coordtok_rfvd10k_128f")
     add_coordtok(parser)
@@ -35,15 +36,16 @@ def main():
     tokenizer = load_coordtok(args.tokenizer, args).to(device).eval()
     precision = Precision(args.precision, device)
 
-    def reconstruct(video: torch.Tensor) -> torch.Tensor:
+    def reconstruct(video: torch.Tensor, _: list[int]) -> torch.Tensor:
         with precision.autocast():
             return tokenizer.render(tokenizer.encode(video), slices=args.slices)
 
     evaluate(
         reconstruct, list_folder(Path(args.data_root) / args.video_name), args, device,
-        num_frames=tokenizer.config.video_shape[0], size=tokenizer.config.video_shape[1], model=args.tokenizer,
+        num_frames=tokenizer.config.video_shape[0], size=tokenizer.config.video_shape[1],
+        model=f"{args.tokenizer} {weights_sha256(tokenizer)[:12]}",
         settings={"precision": precision.name, "slices": args.slices, "padding": tokenizer.config.padding},
-        dataset=args.video_name, manifest_root=args.data_root,
+        dataset=args.video_name,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 MARGIN = 4
 TEXT = 14  # height of a line of text
+SMALLEST = 96  # frames lower than this are shown in larger pixels
 
 
 def contact_sheet(
@@ -57,6 +58,8 @@ def _strip(video: Tensor, num_frames: int) -> Image.Image:
     """Evenly spaced frames of a video (3, T, H, W), first and last among them, side by side; all of a shorter one."""
     num_frames = min(num_frames, video.shape[1])
     frames = video[:, torch.linspace(0, video.shape[1] - 1, num_frames).round().long()]
+    scale = -(-SMALLEST // frames.shape[2])
+    frames = frames.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     frames = torch.nn.functional.pad(frames.detach().float().cpu().clamp(0, 1), (0, MARGIN), value=1)
     pixels = rearrange(frames, "c t h w -> h (t w) c")[:, :-MARGIN]
     return Image.fromarray((pixels * 255).round().byte().numpy())

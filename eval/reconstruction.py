@@ -51,7 +51,7 @@ def length(file: VideoFile, quarantine: Quarantine) -> int:
 
 @torch.inference_mode()
 def reconstruct_rows(
-    reconstruct: Callable[[Tensor], Tensor],
+    reconstruct: Callable[[Tensor, list[int]], Tensor],
     loader: Iterable[dict],
     device: torch.device,
     size: int,
@@ -63,8 +63,9 @@ def reconstruct_rows(
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
     """Compare clips with their reconstructions.
 
-    reconstruct: (B, 3, T, H, W) float [0, 1] -> the same, need not be clamped: it is here.
-    loader: batches of data.clips.collate, whose `position` is the clip's global index.
+    reconstruct: (B, 3, T, H, W) float [0, 1] and the clips' global indices -> the same, need not be clamped: it is
+        here. What it draws for a clip should depend on the clip's index alone.
+    loader: batches of data.clips.collate, whose `position` is that index.
     Returns ({index (n,), metric (n,), real and fake I3D logits (n, 400)}, the first batch's (input, reconstruction)
     pairs), on the CPU. psnr_mean_frame is of the clip's mean frame, which a useful tokenizer must beat.
     """
@@ -73,7 +74,7 @@ def reconstruct_rows(
         if not len(batch["position"]):
             continue  # all its clips were damaged
         video = to_video(batch["frames"], size, rule, device)
-        output = reconstruct(video).float().clamp(0, 1)
+        output = reconstruct(video, batch["position"].tolist()).float().clamp(0, 1)
         row = {
             "index": batch["position"],
             "mse": mse_clip(video, output),

@@ -19,9 +19,9 @@ GAN_LOSSES = ("ns_smooth", "ns", "hinge")
 
 
 def discriminator_loss(
-    real: Tensor, fake: Tensor, kind: str, generator: torch.Generator | None = None
+    real: Tensor, fake: Tensor, kind: str, noise: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """real, fake: (B,) logits. generator: of the target noise of "ns_smooth", on their device.
+    """real, fake: (B,) logits. noise: (2, B) standard normal n of the targets of "ns_smooth"; None draws it.
 
     "ns": non-saturating, BCE against 1 and 0, summed. "ns_smooth": the targets are noisy on one side, real
     1 - 0.15 |n| but at least 0.7, fake 0.15 |n| but at most 0.3, n normal. "hinge": half the sum of the two hinges.
@@ -34,8 +34,8 @@ def discriminator_loss(
     else:
         real_doubt, fake_doubt = torch.zeros_like(real), torch.zeros_like(fake)
         if kind == "ns_smooth":
-            for doubt in (real_doubt, fake_doubt):
-                doubt.normal_(std=0.15, generator=generator).abs_().clamp_(max=0.3)
+            noise = torch.randn(2, *real.shape, device=real.device) if noise is None else noise
+            real_doubt, fake_doubt = (0.15 * noise.abs()).clamp(max=0.3)
         loss = F.binary_cross_entropy_with_logits(real, 1 - real_doubt)
         loss = loss + F.binary_cross_entropy_with_logits(fake, fake_doubt)
     return loss, {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}

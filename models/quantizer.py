@@ -97,7 +97,10 @@ def uniform(shape: Sequence[int], device: torch.device, generator: Generators = 
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for {shape[0]} clips: give one a clip, or a single one")
-        return torch.stack([torch.rand(shape[1:], generator=one, device=device) for one in generator])
+        numbers = torch.empty(shape, device=device)
+        for row, one in zip(numbers, generator):
+            row.uniform_(generator=one)
+        return numbers
     return torch.rand(shape, generator=generator, device=device)
 
 

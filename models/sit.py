@@ -247,8 +247,9 @@ class SiT(nn.Module):
 
         The statistics that its latents are standardised by stand in the run's log.txt: see `models.released`.
         """
+        state = read_released(path, "ema")["ema"]
         model = cls(**config)
-        load_state(model, read_released(path, "ema")["ema"], path, _FLAGS)
+        load_state(model, state, path, _FLAGS)
         return model.eval()
 
 
@@ -275,4 +276,7 @@ SIT_SIZES = {
     "SiT-XL/2": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2},  # 679.4M
     "SiT-XL/4": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 4},  # 680.3M
     "SiT-XL/8": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 8},  # 684.3M
+    # Not published: for trials, and data sets of a few hundred videos.
+    "SiT-XS/2": {"depth": 6, "hidden_size": 128, "num_heads": 2, "patch_size": 2},  # 2.0M
+    "SiT-XS/4": {"depth": 6, "hidden_size": 128, "num_heads": 2, "patch_size": 4},  # 2.1M
 }

@@ -23,11 +23,11 @@ TRAIN="python train_coordtok.py --config scripts/configs/coordtok_quickstart.yam
 echo "== 2/4 CoordTok, step 1: pixels of random patches"
 $TRAIN --lpips_loss_scale 0.0 "$@"
 echo "== 3/4 CoordTok, step 2: whole frames and LPIPS"
-$TRAIN --is_second_step --first_step_ckpt $OUT/coordtok/checkpoints --num_iters 60 --lr 2e-4 \
+$TRAIN --is_second_step --first_step_ckpt $OUT/coordtok/checkpoints --num_iters 30 --lr 2e-4 \
     --lpips_loss_scale 0.01 "$@"
 echo "== 4/4 Evaluation on the test clips: rFVD, PSNR, SSIM, LPIPS"
 python eval/eval_coordtok.py --tokenizer $OUT/coordtok_second/checkpoints --data_root $DATA --video_name UCF-101_test \
-    --protocol larp_rfvd --num_clips 48 --lpips_weights $LPIPS --num_workers 1 --output_dir $OUT/evaluation
+    --protocol larp_rfvd --num_clips 32 --lpips_weights $LPIPS --num_workers 1 --output_dir $OUT/evaluation
 
 cat <<END
 

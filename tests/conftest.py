@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import TINY_COORDTOK, run
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -40,6 +41,25 @@ def reference() -> Reference:
     if not (SHARED / "reference").is_dir():
         pytest.skip("../shared/reference is not here")
     return Reference(SHARED / "reference")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A tiny data set under UCF-101's names: 6 training and 4 test videos of two classes, 6 to 12 frames of 64x48."""
+    root = tmp_path_factory.mktemp("data")
+    flags = "--classes PanLeft ZoomIn --groups 1 2 8 9 10 --clips 1 --size 64x48 --min_frames 6 --max_frames 12".split()
+    run("data/demo.py", "--root", root, *flags)
+    run("data/split_ucf.py", "--data_root", root, "--data_name", "UCF-101")
+    return root
+
+
+@pytest.fixture(scope="session")
+def coordtok(data, tmp_path_factory) -> Path:
+    """The folder of a CoordTok run: six steps of pixels on `data`, in one process."""
+    logs = tmp_path_factory.mktemp("logs")
+    run("train_coordtok.py", "--data_root", data, "--save_dir", logs, "--exp_name", "one", "--num_iters", 6,
+        "--point_per_vid", 16, "--lpips_loss_scale", "0.0", *TINY_COORDTOK)
+    return logs / "one"
 
 
 # Tiny tensors: threads that wait for one another on a busy machine make them many times slower.

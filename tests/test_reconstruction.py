@@ -37,13 +37,13 @@ def test_rows_of_a_perfect_and_of_a_mean_frame_reconstruction():
     batch = {"position": torch.tensor([0, 1]), "frames": frames}
     empty = {"position": torch.tensor([], dtype=torch.long), "frames": []}
 
-    def mean_frame(video):
+    def mean_frame(video, _):
         return video.mean(2, keepdim=True).expand_as(video)
 
     found, examples = reconstruct_rows(mean_frame, [empty, batch], torch.device("cpu"), 16, "coordtok")
     assert torch.equal(found["psnr_frame"], found["psnr_mean_frame"])
     assert len(examples) == 2
-    perfect, _ = reconstruct_rows(lambda video: video, [batch], torch.device("cpu"), 16, "coordtok")
+    perfect, _ = reconstruct_rows(lambda video, _: video, [batch], torch.device("cpu"), 16, "coordtok")
     assert summary(perfect, "N")["mse"] == 0
     assert summary(perfect, "N")["psnr_frame_infinite"] == 2
 

@@ -69,7 +69,7 @@ def test_published_sizes():
     with torch.device("meta"):
         counts = {name: sum(p.numel() for p in SiT(**SIT_SIZES[name]).parameters()) for name in millions}
     assert {name: round(count / 1e6, 1) for name, count in counts.items()} == millions
-    assert list(SIT_SIZES) == [f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)]
+    assert list(SIT_SIZES)[:12] == [f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)]
     assert SiTConfig() == SiTConfig(**SIT_SIZES["SiT-L/2"])
 
 

@@ -5,11 +5,15 @@ import dataclasses
 import os
 import re
 import sys
+from collections.abc import Iterator
+from typing import Any, get_type_hints
 
 import configargparse
 
 from data.video import VideoError
 from models.coordtok import CoordTokConfig
+from models.discriminator import DiscriminatorConfig
+from models.larp_tokenizer import LARPTokenizerConfig
 from training import distributed
 
 
@@ -24,7 +28,7 @@ class Parser(configargparse.ArgumentParser):
             config_file_parser_class=configargparse.YAMLConfigFileParser,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        self.add_argument("--config", is_config_file=True, help="YAML file of flags")
+        self.add_argument("--config", "--cfg", dest="config", is_config_file=True, help="YAML file of flags")
 
     def parse_known_args(self, args=None, *rest, **options):
         args = sys.argv[1:] if args is None else args
@@ -40,12 +44,14 @@ def word_or_none(word: str) -> str | None:
 def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> None:
     """Flags of a run: where it writes, how it resumes, precision and speed."""
     run = parser.add_argument_group("run")
-    run.add_argument("--save_dir", "--results_dir", dest="save_dir", default=save_dir, help="folder of runs")
-    run.add_argument("--exp_name", default=exp_name, help="name of this run's folder")
+    run.add_argument("--save_dir", "--results_dir", "--out_path", dest="save_dir", default=save_dir,
+                     help="folder of runs")
+    run.add_argument("--exp_name", "--name", dest="exp_name", default=exp_name, help="name of this run's folder")
     run.add_argument("--resume", "--ckpt", dest="resume", nargs="?", const="auto", metavar="auto|CKPT",
                      help="go on from the newest whole checkpoint of this run, or from the one named")
     run.add_argument("--keep_checkpoints", type=int, default=3, help="how many of the newest checkpoints to keep")
-    run.add_argument("--seed", "--global_seed", dest="seed", type=int, default=0, help="seeds weights and all draws")
+    run.add_argument("--seed", "--global_seed", "--manualSeed", dest="seed", type=int, default=0,
+                     help="seeds weights and all draws")
     run.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="log to wandb too")
     speed = parser.add_argument_group("speed")
     speed.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -54,7 +60,7 @@ def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> N
     speed.add_argument("--allow_tf32", action="store_true", help="let float32 matrix products use TF32")
     speed.add_argument("--compile", action="store_true", help="torch.compile the model")
     speed.add_argument("--gradient_checkpointing", action="store_true", help="recompute blocks in the backward pass")
-    speed.add_argument("--num_workers", type=int, default=num_workers, help="loader workers of each process")
+    speed.add_argument("-j", "--num_workers", type=int, default=num_workers, help="loader workers of each process")
     speed.add_argument("--prefetch_factor", type=int, default=2, help="micro-batches each worker prepares ahead")
 
 
@@ -89,14 +95,89 @@ def coordtok_config(args: argparse.Namespace, carried: dict | None = None, sourc
     if carried:
         held = {**carried, "num_frames": carried["video_shape"][0], "img_size": carried["video_shape"][1]}
         for name in [*FIELDS, *CLIP_FLAGS]:
-            if hasattr(args, name) and getattr(args, name) != held[name]:
-                raise ValueError(
-                    f"--{name} {getattr(args, name)} was given, but {source} has {held[name]}: leave the flag out, "
-                    "or give the same value"
-                )
+            if hasattr(args, name):
+                check_carried(name, getattr(args, name), held[name], source)
         return dict(carried)
     frames, size = frames or CLIP_FLAGS["num_frames"], size or CLIP_FLAGS["img_size"]
     return {**config, "video_shape": (frames, size, size)}
+
+
+def truth(word: str) -> bool:
+    """For flags that are true or false."""
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, got {word!r}")
+    return word.lower() == "true"
+
+
+def options(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type, Any]]:
+    """(path, type, default) of each value in a configuration of nested dataclasses."""
+    default = kind()
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from options(hint, (*path, name))
+        else:
+            yield (*path, name), hint, getattr(default, name)
+
+
+# Flags of the LARP tokenizer: {name: (path in config.json, type, default)}. A flag has the last name of its path, where
+# that says enough; names that can have but one value have none.
+LARP_RENAMED = {("prior_model", "name"): "prior_model", ("prior_model", "args", "l2_normalized"): "prior_l2_normalized"}
+LARP_FLAGS = {
+    LARP_RENAMED.get(path, path[-1]): (path, hint, default)
+    for path, hint, default in options(LARPTokenizerConfig)
+    if path in LARP_RENAMED or not path[-1].endswith(("name", "in_channels"))
+}
+DISC_FLAGS = {  # the discriminator sees the clips that the tokenizer sees
+    name: default for (name,), _, default in options(DiscriminatorConfig)
+    if name not in ("input_size", "frame_num", "in_channels")
+}
+
+
+def add_larp_tokenizer(parser: Parser) -> None:
+    """The LARP tokenizer's architecture, and its discriminator's. Not given, a flag takes the checkpoint's value where
+    there is one, else its default."""
+    group = parser.add_argument_group("LARP tokenizer", "our checkpoints carry it: leave out, or give the same")
+    for name, (_, hint, default) in LARP_FLAGS.items():
+        kind = {bool: truth, int: int, float: float}.get(hint, str)
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"(default: {default})")
+    group = parser.add_argument_group("LARP discriminator", "likewise")
+    for name, default in DISC_FLAGS.items():
+        group.add_argument(f"--disc_{name}", type=int, default=argparse.SUPPRESS, help=f"(default: {default})")
+
+
+def larp_config(args: argparse.Namespace, carried: dict | None = None, source: str = "") -> dict:
+    """The tokenizer's configuration, nested as in config.json, from the flags given and, if there is one, the
+    configuration a checkpoint carries. Raises ValueError naming both values where a flag and the checkpoint differ."""
+    config = {} if carried is None else carried
+    for name, (path, _, _) in LARP_FLAGS.items():
+        if not hasattr(args, name):
+            continue
+        given, inner = getattr(args, name), config
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        if carried is not None:
+            check_carried(name, given, inner[path[-1]], source)
+        inner[path[-1]] = given
+    return config
+
+
+def disc_config(args: argparse.Namespace, tokenizer: LARPTokenizerConfig, carried: dict | None = None,
+                source: str = "") -> dict:
+    """The discriminator's configuration, likewise."""
+    given = {name: getattr(args, f"disc_{name}") for name in DISC_FLAGS if hasattr(args, f"disc_{name}")}
+    if carried is None:
+        clip = {name: getattr(tokenizer, name) for name in ("input_size", "frame_num", "in_channels")}
+        return given | clip
+    for name, value in given.items():
+        check_carried(f"disc_{name}", value, carried[name], source)
+    return carried
+
+
+def check_carried(flag: str, given: Any, held: Any, source: str) -> None:
+    if given != held:
+        raise ValueError(
+            f"--{flag} {given} was given, but {source} has {held}: leave the flag out, or give the same value"
+        )
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from training import distributed
 
@@ -119,10 +120,23 @@ def find(folder: Path, resume: str | None) -> dict | None:
     return None
 
 
-def export(state: dict, folder: Path, ema: bool = False) -> None:
+def select_weights(state: dict, version: str = "sd") -> dict[str, Tensor]:
+    """A checkpoint's live weights ("sd"), or their moving average: "ema", or "ema_DECAY" where it holds several."""
+    found = {"sd": state["model"]}
+    averages = state.get("ema") or {}
+    if any(isinstance(value, dict) for value in averages.values()):
+        found |= {f"ema_{decay}": weights for decay, weights in averages.items()}
+    elif averages:
+        found["ema"] = averages
+    if version not in found:
+        raise ValueError(f"no weights {version!r} in this checkpoint; it holds {', '.join(found)}: choose one of them")
+    return found[version]
+
+
+def export(state: dict, folder: Path, version: str = "sd") -> None:
     """Weights alone: `folder`/model.safetensors and config.json."""
+    weights = select_weights(state, version)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = state["ema"] if ema else state["model"]
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(state["config"], indent=2) + "\n")
 
@@ -131,10 +145,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Export a checkpoint's weights to safetensors and config.json.")
     parser.add_argument("checkpoint", help="checkpoint, or a folder of them (the newest)")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    parser.add_argument("--version", default="sd", metavar="sd|ema|ema_DECAY", help="live weights, or an average")
     args = parser.parse_args()
     try:
-        export(load(args.checkpoint), args.folder, args.ema)
+        export(load(args.checkpoint), args.folder, args.version)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -63,6 +63,12 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_mean(tensor: Tensor) -> Tensor:
+    """Mean of `tensor` over all processes, to be used in a loss. Its gradient is that of this process's share, which
+    DDP's mean over processes makes whole."""
+    return all_sum(tensor) / world_size() + (tensor - tensor.detach())
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on any process. Between hosts only: it never waits for a GPU."""
     return bool(all_sum(torch.tensor([float(flag)])).item()) if dist.is_initialized() else flag

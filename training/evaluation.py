@@ -1,6 +1,6 @@
 """What the evaluation scripts of all tokenizers share: flags, clips split over processes, report, record, pictures."""
 import argparse
-import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,32 +20,38 @@ from training.arguments import Parser
 from training.log import say
 
 
-def add_evaluation(parser: Parser, protocol: str) -> None:
+def add_evaluation(parser: Parser, protocol: str, batch_size: int = 8) -> None:
     group = parser.add_argument_group("evaluation")
     names = [name for name, known in PROTOCOLS.items() if "reconstruction" in known.description]
     group.add_argument("--protocol", choices=names, default=protocol, help="how the numbers are made")
     group.add_argument("--num_clips", type=int, help="clips, where it is not the protocol's number")
-    group.add_argument("--batch_size", type=int, default=8, help="clips at once in each process")
+    group.add_argument("--batch_size", type=int, default=batch_size, help="clips at once in each process")
     group.add_argument("--seed", type=int, default=0, help="seeds the first frames of clips")
     group.add_argument("--i3d_weights", metavar="PATH", help="I3D weights (default: the cache, or a download into it)")
     group.add_argument("--i3d_eps", type=float, default=1e-3, help="eps of I3D's batch norms; 1e-5 is the older port's")
     group.add_argument("--lpips_weights", default="auto", metavar="auto|random|PATH", help="LPIPS's VGG16 backbone")
     group.add_argument("--no_fvd", action="store_true", help="leave rFVD out")
     group.add_argument("--output_dir", help="folder of the report (default: results/eval/PROTOCOL)")
-    group.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32", help="of the tokenizer")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     group.add_argument("--num_workers", type=int, default=4, help="loader workers of each process")
 
 
 def evaluate(
-    reconstruct: Callable[[Tensor], Tensor], files: Sequence[VideoFile], args: argparse.Namespace, device: torch.device,
-    num_frames: int, size: int, model: str, settings: dict, dataset: str, manifest_root: str,
+    reconstruct: Callable[[Tensor, list[int]], Tensor], files: Sequence[VideoFile], args: argparse.Namespace,
+    device: torch.device, num_frames: int, size: int, model: str, settings: dict, dataset: str,
+    more: Callable[[], dict[str, float]] = dict,
 ) -> dict[str, float]:
-    """Measure a tokenizer under args.protocol. Rank 0 prints and writes report.json and sheet.png."""
+    """Measure a tokenizer under args.protocol. Rank 0 prints and writes report.json and sheet.png.
+
+    reconstruct: as `reconstruct_rows` takes it. model: names the weights. dataset: the folder or list of `files`.
+    more: called at the end, on every process, for numbers to report beside the rest.
+    """
     protocol = PROTOCOLS[args.protocol]
     folder = Path(args.output_dir or Path("results/eval") / protocol.name)
     quarantine = Quarantine(folder / "quarantine.txt")
-    manifest = manifest_sha256([file.path for file in files], manifest_root)
+    paths = [file.path for file in files]
+    manifest = manifest_sha256(paths, os.path.commonpath(paths))
+    split = next((name for name in ("train", "test", "val") if name in dataset), "all")
     num_videos = len(files)
     files, keys = distributed.broadcast(
         protocol_clips(protocol, files, num_frames, args.num_clips, quarantine) if distributed.is_main() else None
@@ -74,16 +80,16 @@ def evaluate(
         reconstruct, loader, device, size, rule, i3d, protocol.i3d_resize, perceptual, progress
     )
     rows = merge(distributed.gather(rows))
-    numbers = summary(rows, protocol.divisor)
+    numbers = summary(rows, protocol.divisor) | more()
     if not distributed.is_main():
         return numbers
     if len(rows["index"]) < len(keys):
         say(f"{len(keys) - len(rows['index'])} clips could not be decoded and are left out: see {quarantine.path}")
     facts = record(
         protocol, num_real=len(rows["index"]), num_generated=len(rows["index"]), num_frames=num_frames, size=size,
-        dataset="UCF-101" if dataset.startswith("UCF-101") and num_videos in (9537, 3783, 13320) else dataset,
+        dataset="UCF-101" if is_ucf101(dataset, num_videos) else dataset, split=split,
         extractor_sha256=i3d.weights_sha256 if i3d else "none: --no_fvd", i3d_eps=args.i3d_eps, seed=args.seed,
-        manifest_sha256=manifest, num_videos=num_videos, sampler=settings, model=f"{model} {file_sha256(model)[:12]}",
+        manifest_sha256=manifest, num_videos=num_videos, sampler=settings, model=model,
         git_revision=git_revision(), world_size=distributed.world_size(), lpips=lpips,
     )
     write_record(folder / "report.json", facts, numbers)
@@ -95,12 +101,7 @@ def evaluate(
     return numbers
 
 
-def file_sha256(path: str) -> str:
-    """SHA-256 of a checkpoint file; of a folder of them, of the newest."""
-    path = Path(path)
-    path = sorted(path.glob("step_*.pt"))[-1] if path.is_dir() else path
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
+def is_ucf101(dataset: str, num_videos: int) -> bool:
+    """Whether a folder or list that calls itself UCF-101 has as many videos as a split of it."""
+    name = Path(dataset).name.upper().replace("-", "")
+    return name.startswith("UCF101") and num_videos in (9537, 3783, 13320)

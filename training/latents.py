@@ -1,6 +1,8 @@
 """CoordTok's planes as a diffusion model's data: statistics, and batches from videos or from a cache of latents."""
 import math
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from tqdm import tqdm
 
 from data.cache import RowCache
 from data.clips import ClipDataset, ClipKey, GlobalBatchSampler, make_loader
+from data.video import VideoError
 from eval.protocols import manifest_sha256
 from models.coordtok import CoordTokConfig
 from models.planes import Planes
@@ -47,14 +50,17 @@ class LatentStats(NamedTuple):
 
 
 def measure(batches: Iterator[Planes], channels: int, device: torch.device) -> LatentStats:
-    """Statistics over the batches of all processes, from exact sums: not an average of per-process variances."""
+    """Statistics over the batches of all processes, from exact sums: not an average of per-process variances.
+
+    batches: this process's, any number of them; channels last, (B, R, S, channels) each plane.
+    """
     sums = torch.zeros(3, 3, channels, dtype=torch.float64, device=device)  # plane; count, sum, squares; channel
     for planes in batches:
         flat = planes.map(lambda plane: plane.to(device).double().flatten(0, -2))  # (values, C)
         sums += torch.stack([torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]) for x in flat])
     count, total, squares = distributed.all_sum(sums).unbind(1)  # (3 planes, C) each
     mean = total / count
-    std = ((squares - count * mean.square()) / (count - 1)).sqrt()
+    std = ((squares - count * mean.square()) / (count - 1)).clamp_min(1e-12).sqrt()  # a dead channel becomes 0, not NaN
     return LatentStats(Planes(*mean.float()), Planes(*std.float()))
 
 
@@ -65,40 +71,48 @@ def plane_shapes(config: CoordTokConfig) -> Planes:
 
 
 class LatentCache:
-    """Planes of `views` windows of every video, encoded once.
+    """Planes of `views` windows of every video, encoded once: float32 rows, row `file * views + view` drawn from
+    (seed, row). Rows that cannot be decoded are NaN.
 
-    folder: where caches are kept. key: what the latents depend on beside the videos: tokenizer, precision.
-    Rows are float32; row `file * views + view` is drawn at that position of the run's random stream. A damaged video's
-    rows are NaN, and its videos are left out of training.
+    folder: where caches are kept. clips: the videos, with damaged="skip". key: what encodes them (plain JSON values);
+    with the videos (names and sizes), their number of windows and the seed it is what a cache is found by.
     """
 
     def __init__(self, folder: Path, clips: ClipDataset, config: CoordTokConfig, views: int, key: dict):
         self.clips, self.views, self.shapes = clips, views, plane_shapes(config)
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        key = {**key, "views": views, "seed": clips.seed, "files": manifest_sha256([f.path for f in clips.files])}
+        root = os.path.commonpath([os.path.dirname(file.path) for file in clips.files])
+        files = manifest_sha256([f"{file.path} {os.path.getsize(file.path)}" for file in clips.files], root)
+        key = {**key, "config": asdict(config), "views": views, "seed": clips.seed, "files": files}
         self.rows = RowCache(folder, "latents", key, len(clips.files) * views, (sum(self.sizes),), "float32")
 
     def fill(self, encode: Encode, batch_size: int, num_workers: int) -> None:
-        """Encode what is missing, shared by all processes; what a killed run left is kept."""
-        shards = distributed.broadcast(self.rows.missing())
-        mine = shards[distributed.rank() :: distributed.world_size()]
-        for shard in tqdm(mine, "caching latents", disable=None if distributed.is_main() else True):
+        """Encode what is missing, shared by all processes; the whole shards of a killed run are kept."""
+        shards = distributed.broadcast(self.rows.missing())[distributed.rank() :: distributed.world_size()]
+        spans = [self.rows.rows_of(shard) for shard in shards]
+        parts = [(shard, span[i : i + batch_size]) for shard, span in zip(shards, spans)
+                 for i in range(0, len(span), batch_size)]  # of one shard each
+        batches = [[ClipKey(row, row // self.views) for row in part] for _, part in parts]
+        loader = make_loader(self.clips, batches, min(num_workers, len(batches)))
+        quiet = not (distributed.is_main() and parts)
+        for (shard, part), batch in zip(tqdm(parts, "caching latents", disable=quiet), loader):
             span = self.rows.rows_of(shard)
-            keys = [ClipKey(row, row // self.views) for row in span]
-            batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-            filled = np.full((len(span), sum(self.sizes)), np.nan, np.float32)
-            for batch in make_loader(self.clips, batches, min(num_workers, len(batches))):
-                if len(batch["position"]):
-                    planes = encode(batch)
-                    flat = torch.cat([plane.flatten(1) for plane in planes], dim=1).float()
-                    filled[batch["position"].numpy() - span.start] = flat.cpu().numpy()
-            self.rows.write(shard, filled)
+            if part.start == span.start:
+                filled = np.full((len(span), sum(self.sizes)), np.nan, np.float32)
+            if len(batch["position"]):
+                flat = torch.cat([plane.flatten(1) for plane in encode(batch)], dim=1)
+                filled[batch["position"].numpy() - span.start] = flat.cpu().numpy()
+            if part.stop == span.stop:
+                self.rows.write(shard, filled)
         distributed.barrier()
 
     def good_files(self) -> list[int]:
-        """Indices of the videos that could be decoded."""
-        first = np.concatenate([self.rows.read(np.array([file * self.views])) for file in range(len(self.clips.files))])
-        return np.flatnonzero(~np.isnan(first[:, 0])).tolist()
+        """Indices of the videos of which every window could be decoded. VideoError where there is none."""
+        first = np.concatenate([rows[:, 0] for rows in self.rows.maps])
+        good = np.flatnonzero(~np.isnan(first).reshape(-1, self.views).any(1)).tolist()
+        if not good:
+            raise VideoError(f"{self.rows.folder}: none of {len(self.clips.files)} videos could be decoded")
+        return good
 
     def read(self, rows: np.ndarray) -> Planes:
         """(B, R, S, C) planes on the CPU."""
@@ -116,7 +130,7 @@ def batches_from_cache(
     for keys in sampler:
         chosen = [files[key.index] for key in keys]
         views = [np.random.default_rng((sampler.seed, key.position, 0, 4)).integers(cache.views) for key in keys]
-        planes = cache.read(np.array([file * cache.views + view for file, view in zip(chosen, views)]))
+        planes = cache.read(np.array(chosen) * cache.views + np.array(views))
         labels = torch.tensor([cache.clips.files[file].label for file in chosen])
         paths = [cache.clips.files[file].path for file in chosen]
         yield planes.map(lambda plane: plane.to(device, non_blocking=True)), labels.to(device), paths

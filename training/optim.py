@@ -16,8 +16,12 @@ class Precision:
         if name == "auto":
             name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
         self.name, self.device = name, device
-        # Only fp16 has too small an exponent for gradients; a disabled scaler passes everything through.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        self.scaler = self.make_scaler()
+
+    def make_scaler(self) -> torch.amp.GradScaler:
+        """Each optimizer needs its own: a scale backs off where the gradients it scales overflow. Only fp16 has too
+        small an exponent for gradients; a disabled scaler passes everything through."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.name == "fp32":
@@ -28,6 +32,44 @@ class Precision:
 def adamw(groups, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
     """AdamW with the fused kernel. groups: parameters, or parameter groups."""
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
+
+
+def adam(groups, lr: float, betas: tuple[float, float]) -> torch.optim.Adam:
+    """Adam with the fused kernel. groups: parameters, or parameter groups."""
+    return torch.optim.Adam(groups, lr=lr, betas=betas, fused=True)
+
+
+def groups_by_name(model: nn.Module, lr: float, multipliers: dict[str, float]) -> list[dict]:
+    """Parameter groups: those whose name starts with a key of `multipliers` learn at `lr` times its value, the others
+    at `lr`."""
+    named = dict(model.named_parameters())
+    groups = []
+    for prefix, multiplier in [*multipliers.items(), ("", 1.0)]:
+        chosen = [named.pop(name) for name in list(named) if name.startswith(prefix)]
+        if chosen:
+            groups.append({"params": chosen, "lr": lr * multiplier})
+    return groups
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: list[float], multiplier: float) -> None:
+    """The learning rate of each group: its base rate times a multiplier, which is a pure function of the step."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * multiplier
+
+
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_norm: float = 0.0) -> None:
+    """One step on the gradients of a scaled loss, clipped to a norm of `max_norm` (0: not), which are then dropped."""
+    if max_norm > 0:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def ramp(step: int, steps: int, start: float, end: float) -> float:
+    """From `start` to `end` in a straight line over `steps`, then `end`."""
+    return end if step >= steps else start + (end - start) * step / steps
 
 
 def cosine_with_warmup(step: int, warmup: int, total: int, floor: float) -> float:

@@ -1,12 +1,14 @@
 """Frozen tokenizers by the path of their checkpoint, ours or the authors', and batches of clips as they take them."""
 import argparse
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from data.video import to_video
 from models.coordtok import CoordTok, CoordTokConfig, released_padding
+from models.larp_tokenizer import LARPTokenizer
 from training import checkpoint
 from training.arguments import coordtok_config
 
@@ -21,6 +23,29 @@ def load_coordtok(path: str, args: argparse.Namespace) -> CoordTok:
     tokenizer = CoordTok(**coordtok_config(args, state["config"], path))
     tokenizer.load_state_dict(state["model"])
     return tokenizer
+
+
+def load_larp_tokenizer(source: str, version: str = "sd") -> LARPTokenizer:
+    """A LARP tokenizer on the CPU, in evaluation mode.
+
+    source: a folder with config.json and model.safetensors, a Hugging Face hub id, a checkpoint of ours or a folder of
+    them, or a file of the authors' trainer. version: the live weights "sd", or "ema_DECAY" of a checkpoint that has it.
+    """
+    if version != "sd" and not version.startswith("ema_"):
+        raise ValueError(f"--version is sd or ema_DECAY, got {version!r}")
+    path = Path(source)
+    if not (path.is_file() or path.suffix in (".pt", ".pth") or any(path.glob("step_*.pt"))):
+        if version != "sd":
+            raise ValueError(f"{source} holds one set of weights, not {version!r}: leave --version out")
+        return LARPTokenizer.from_pretrained(source)
+    if path.is_file() and not checkpoint.is_ours(path):
+        return LARPTokenizer.from_released_checkpoint(path, None if version == "sd" else version.removeprefix("ema_"))
+    state = checkpoint.load(path)
+    if state.get("kind") != "larp_tokenizer":
+        raise ValueError(f"{source} holds a {state.get('kind')} model, expected a larp_tokenizer checkpoint")
+    tokenizer = LARPTokenizer(**state["config"])
+    tokenizer.load_state_dict(checkpoint.select_weights(state, version))
+    return tokenizer.eval()
 
 
 def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:

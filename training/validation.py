@@ -1,11 +1,11 @@
 """Validation during training: a tokenizer on a fixed set of clips, split over the processes."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data.clips import ClipDataset, ClipKey, Quarantine, list_folder, make_loader
+from data.clips import ClipDataset, ClipKey, Quarantine, VideoFile, make_loader
 from data.video import write_video
 from eval.i3d import I3D
 from eval.pictures import contact_sheet
@@ -23,25 +23,25 @@ def validation_folder(data_root: str, video_name: str, val_name: str | None) -> 
     return sibling if sibling.is_dir() else Path(data_root) / video_name
 
 
-def spread(files: int, clips: int) -> list[int]:
-    """`clips` indices spread evenly over `files`."""
-    clips = min(clips, files)
+def spread(files: int, clips: int | None) -> list[int]:
+    """`clips` indices spread evenly over `files`; None: all of them."""
+    clips = files if clips is None else min(clips, files)
     return [i * files // clips for i in range(clips)]
 
 
 class Validation:
-    """PSNR, SSIM, LPIPS and rFVD on `num_clips` fixed clips of `root`, with a contact sheet and an mp4.
+    """PSNR, SSIM, LPIPS and rFVD on a fixed clip of each of `num_clips` of the files (None: of all), with a contact
+    sheet and an mp4.
 
     Short clips repeat their last frame, so that every clip has `num_frames`. A metric whose weights cannot be had is
     left out, and said so once.
     """
 
     def __init__(
-        self, root: Path, num_clips: int, num_frames: int, size: int, rule: str, device: torch.device, batch_size: int,
-        num_workers: int, quarantine: Quarantine, lpips_weights: str,
+        self, files: Sequence[VideoFile], num_clips: int | None, num_frames: int, size: int, rule: str,
+        device: torch.device, batch_size: int, num_workers: int, quarantine: Quarantine, lpips_weights: str,
     ):
         self.size, self.rule, self.device = size, rule, device
-        files = list_folder(root)
         keys = [ClipKey(position, index) for position, index in enumerate(spread(len(files), num_clips))]
         mine = keys[distributed.rank() :: distributed.world_size()]
         clips = ClipDataset(
@@ -59,8 +59,11 @@ class Validation:
             say(f"validation goes without {metric}: {error}")
             return None
 
-    def run(self, reconstruct: Callable[[Tensor], Tensor], folder: Path) -> dict[str, float]:
-        """Scores over all processes; pictures of rank 0's first batch go to `folder`.png and .mp4."""
+    def run(self, reconstruct: Callable[[Tensor, list[int]], Tensor], folder: Path) -> dict[str, float]:
+        """Scores over all processes; pictures of rank 0's first batch go to `folder`.png and .mp4.
+
+        reconstruct: as `reconstruct_rows` takes it.
+        """
         rows, examples = reconstruct_rows(
             reconstruct, self.loader, self.device, self.size, self.rule, self.i3d, perceptual=self.perceptual
         )
@@ -70,3 +73,30 @@ class Validation:
             pair = torch.cat([torch.cat(pair, dim=2) for pair in examples], dim=3)
             write_video(folder.with_suffix(".mp4"), pair)
         return summary(merge(distributed.gather(rows)), divisor="N-1")
+
+
+class CodeStats:
+    """How a codebook is used, and how well a prior predicts it, over all batches and processes."""
+
+    def __init__(self, codebook_size: int, device: torch.device):
+        self.counts = torch.zeros(codebook_size, dtype=torch.float64, device=device)
+        self.accuracy = {}
+
+    def add(self, codes: Tensor, logs: dict[str, Tensor] | None = None) -> None:
+        """codes: (B, N) long. logs: of the model, with the prior's accuracies where it has a prior."""
+        self.counts += codes.flatten().bincount(minlength=len(self.counts))
+        for name, value in (logs or {}).items():
+            if name.startswith("prior_top"):
+                self.accuracy[name] = self.accuracy.get(name, 0) + value.double() * codes.numel()
+
+    def summary(self) -> dict[str, float]:
+        """code_use: the share of codes that occur at all; code_perplexity; the prior's accuracies."""
+        counts = distributed.all_sum(self.counts)
+        share = counts / counts.sum()
+        numbers = {"code_use": (share > 0).double().mean(), "code_perplexity": torch.special.entr(share).sum().exp()}
+        # By name: a process that had no clip has no accuracies of its own, but takes part in their sum.
+        names = sorted(set().union(*distributed.gather(list(self.accuracy))))
+        for name in names:
+            own = self.accuracy.get(name, torch.zeros_like(counts[0]))
+            numbers[name] = distributed.all_sum(own) / counts.sum()
+        return {name: value.item() for name, value in numbers.items()}

@@ -1,0 +1,70 @@
+"""Running the scripts as users do."""
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TINY_COORDTOK = (
+    "--num_frames 8 --img_size 32 --enc_embed_dim 32 --enc_num_layers 1 --enc_num_heads 2 --enc_patch_size_xy 8 "
+    "--enc_patch_size_t 4 --enc_patch_num_layers 1 --latent_resolution_xy 8 --latent_resolution_t 8 "
+    "--latent_n_features 4 --latent_patch_size_xy 4 --latent_patch_size_t 4 --dec_embed_dim 32 --dec_num_layers 1 "
+    "--dec_num_heads 2 --num_views 4 --num_workers 1 --num_val 0 --log_every 1"
+).split()
+
+
+def command(script: str, *flags, processes: int = 0) -> list[str]:
+    """The command line: `python script flags`, or with torchrun in `processes` processes."""
+    launch = [sys.executable]
+    if processes:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"]
+    return [*launch, script, *map(str, flags)]
+
+
+def environment() -> dict[str, str]:
+    # One thread a process: the tests compare numbers, and share two cores.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(script: str, *flags, processes: int = 0, fails: bool = False) -> subprocess.CompletedProcess:
+    """Run a script to its end, which must be a success, or with `fails` an error."""
+    done = subprocess.run(
+        command(script, *flags, processes=processes), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done
+
+
+def start(script: str, *flags) -> subprocess.Popen:
+    """Start a script in a session of its own, to be killed."""
+    return subprocess.Popen(
+        command(script, *flags), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def wait(running: subprocess.Popen, until: Callable[[], bool]) -> None:
+    """Until the condition holds, or the script has ended."""
+    while running.poll() is None and not until():
+        time.sleep(0.001)
+
+
+def error_line(done: subprocess.CompletedProcess) -> str:
+    """The one line that a user's mistake gets."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return errors[0]
+
+
+def num_lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def losses(run: Path) -> dict[int, float]:
+    """{step: training loss} of a run's folder."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}

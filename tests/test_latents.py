@@ -1,0 +1,156 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.clips import ClipDataset, GlobalBatchSampler, VideoFile
+from data.video import VideoError, write_video
+from models.coordtok import CoordTokConfig
+from models.planes import Planes
+from training import latents
+from training.latents import LatentCache, LatentStats, batches_from_cache, measure
+
+CONFIG = CoordTokConfig(video_shape=(4, 16, 16), enc_patch_size_xy=16, enc_patch_size_t=4, latent_resolution_xy=2,
+                        latent_resolution_t=4, latent_n_features=3, latent_patch_size_xy=2, latent_patch_size_t=2)
+CPU = torch.device("cpu")
+
+
+def planes(batch):
+    return Planes(*(2 + 3 * torch.randn(batch, rows, 2, 3) for rows in (2, 4, 4)))
+
+
+def encode(batch):
+    """Planes that say which clip they are of: its position everywhere, but for the last value."""
+    values = torch.stack([batch["position"], batch["label"]], dim=1).float()
+    return Planes(*(values[:, :1, None, None].expand(-1, rows, 2, 3).clone() for rows in (2, 4, 4)))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Four videos, the third one damaged."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i in (0, 1, 3):
+        write_video(folder / f"{i}.mp4", torch.rand(3, 6, 32, 32))
+    (folder / "2.mp4").write_bytes(b"no video")
+    return [VideoFile(str(folder / f"{i}.mp4"), i) for i in range(4)]
+
+
+@pytest.fixture
+def clips(files):
+    return ClipDataset(files, 4, 16, "coordtok", seed=5, damaged="skip")
+
+
+@pytest.fixture
+def cache(tmp_path, clips, monkeypatch):
+    small = latents.RowCache
+    monkeypatch.setattr(latents, "RowCache", lambda *args: small(*args, shard_rows=5))
+    return lambda views=3, config=CONFIG, **key: LatentCache(tmp_path / "cache", clips, config, views, key)
+
+
+def test_statistics_are_those_of_all_values():
+    parts = [planes(n) for n in (3, 1, 4)]
+    stats = measure(iter(parts), 3, CPU)
+    for name in Planes._fields:
+        values = torch.cat([getattr(part, name) for part in parts]).flatten(0, -2)
+        torch.testing.assert_close(getattr(stats.mean, name), values.mean(0))
+        torch.testing.assert_close(getattr(stats.std, name), values.std(0))
+
+
+def test_standardised_planes_have_mean_0_and_variance_1_and_come_back():
+    batch = planes(50)
+    stats = measure(iter([batch]), 3, CPU)
+    standard = stats.standardise(batch)
+    assert standard.yt.shape == (50, 3, 4, 2), "channels first"
+    for plane in standard:
+        torch.testing.assert_close(plane.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+        torch.testing.assert_close(plane.std((0, 2, 3)), torch.ones(3))
+    for there, back in zip(batch, stats.restore(standard)):
+        torch.testing.assert_close(back, there)
+    again = LatentStats.from_state_dict(stats.state_dict())
+    assert all(torch.equal(a, b) for kind in range(2) for a, b in zip(stats[kind], again[kind]))
+
+
+def test_a_dead_channel_stays_finite():
+    batch = planes(4).map(lambda plane: torch.cat([plane[..., :2], torch.ones_like(plane[..., :1])], dim=-1))
+    standard = measure(iter([batch]), 3, CPU).standardise(batch)
+    assert all(plane.isfinite().all() and (plane[:, 2] == 0).all() for plane in standard)
+
+
+def test_the_cache_holds_what_was_encoded(cache, clips):
+    filled = cache()
+    filled.fill(encode, 2, 0)
+    assert filled.rows.num_shards == 3
+    assert filled.good_files() == [0, 1, 3]
+    rows = np.array([11, 0, 4])
+    got = filled.read(rows)
+    for plane, shape in zip(got, ((2, 2, 3), (4, 2, 3), (4, 2, 3))):
+        assert plane.shape == (3, *shape)
+        assert torch.equal(plane[:, 0, 0, 0], torch.tensor([11.0, 0.0, 4.0]))
+
+
+def test_filling_goes_on_where_it_was_killed(cache):
+    class Killed(Exception):
+        pass
+
+    calls = []
+
+    def dies(batch):
+        calls.append(batch["position"].tolist())
+        if len(calls) == 4:
+            raise Killed
+        return encode(batch)
+
+    with pytest.raises(Killed):
+        cache().fill(dies, 2, 0)
+    assert cache().rows.missing() == [1, 2], "one whole shard was written"
+    calls.clear()
+    cache().fill(lambda batch: calls.append(batch["position"].tolist()) or encode(batch), 2, 0)
+    assert min(map(min, calls)) == 5, "what is whole is not made again"
+    assert cache().rows.missing() == []
+    assert cache().good_files() == [0, 1, 3]
+
+
+def test_another_tokenizer_or_setting_is_another_cache(cache, clips):
+    folders = [
+        cache().rows.folder, cache(views=4).rows.folder, cache(tokenizer="b").rows.folder,
+        cache(config=replace(CONFIG, padding="released")).rows.folder,
+    ]
+    clips.seed += 1
+    folders.append(cache().rows.folder)
+    clips.files = clips.files[:3]
+    folders.append(cache().rows.folder)
+    assert len(set(folders)) == 6
+
+
+def test_no_good_video_is_an_error(cache, clips):
+    clips.files = clips.files[2:3]
+    with pytest.raises(VideoError, match="none of 1 videos could be decoded"):
+        filled = cache()
+        filled.fill(encode, 2, 0)
+        filled.good_files()
+
+
+def test_batches_are_windows_of_the_videos_asked_for_whatever_the_processes(cache):
+    filled = cache()
+    filled.fill(encode, 4, 0)
+    files = filled.good_files()
+
+    def batches(**sharing):
+        sampler = GlobalBatchSampler(3, 2, 60, order="epoch", seed=1, **sharing)
+        return list(batches_from_cache(filled, sampler, files, CPU))
+
+    whole = batches()
+    seen = {}
+    for latent, labels, paths in whole:
+        rows = latent.xy[:, 0, 0, 0].long()
+        assert torch.equal(rows // 3, labels), "a file's rows, with its label"
+        assert [Path(path).name for path in paths] == [Path(filled.clips.files[label].path).name for label in labels]
+        for row in rows.tolist():
+            seen[row] = seen.get(row, 0) + 1
+    assert seen.keys() == {0, 1, 2, 3, 4, 5, 9, 10, 11}, "every window is used, none of the damaged video"
+    shared = list(zip(batches(rank=0, world_size=2), batches(rank=1, world_size=2)))
+    for (latent, _, _), parts in zip(whole, shared):
+        assert torch.equal(latent.xt, torch.cat([part[0].xt for part in parts]))
+    assert all(torch.equal(a[0].xy, b[0].xy) for a, b in zip(whole[7:], batches(start_step=7)))
