@@ -76,3 +76,12 @@ def test_export(tmp_path):
     checkpoint.export(checkpoint.load(tmp_path), tmp_path / "weights")
     assert load_file(tmp_path / "weights" / "model.safetensors")["w"].tolist() == [5, 5, 5]
     assert json.loads((tmp_path / "weights" / "config.json").read_text()) == {"a": 1}
+
+
+def test_weights_by_version():
+    averaged = {**state(1), "ema": {"0.9": state(2)["model"], "0.99": state(3)["model"]}}
+    assert checkpoint.select_weights(averaged)["w"][0] == 1
+    assert checkpoint.select_weights(averaged, "ema_0.99")["w"][0] == 3
+    assert checkpoint.select_weights({**state(1), "ema": state(4)["model"]}, "ema")["w"][0] == 4
+    with pytest.raises(ValueError, match="no weights 'ema' in this checkpoint; it holds sd, ema_0.9, ema_0.99"):
+        checkpoint.select_weights(averaged, "ema")

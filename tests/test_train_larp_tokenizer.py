@@ -52,7 +52,9 @@ def lines(folder: Path, kind: str = "train") -> dict[int, dict]:
 def data(tmp_path_factory):
     """12 videos to train on, 4 held out."""
     root = tmp_path_factory.mktemp("data")
-    flags = "--classes PanLeft ZoomIn --groups 1 2 8 9 10 11 12 13 --clips 1 --size 64x48 --min_frames 6 --max_frames 12".split()
+    flags = (
+        "--classes PanLeft ZoomIn --groups 1 2 8 9 10 11 12 13 --clips 1 --size 64x48 --min_frames 6 --max_frames 12"
+    ).split()
     run(sys.executable, "data/demo.py", "--root", root, *flags)
     run(sys.executable, "split_ucf.py", "--data_root", root, "--data_name", "UCF-101", cwd=ROOT / "data")
     return root

@@ -2,9 +2,10 @@
 
     python -m scripts.benchmarks.larp_tokenizer [--batch 8] [--rounds 5]
 
-The small size on a CPU, the published size on a GPU. The variants (fp32 and bf16, eager and compiled) run in turn in the
-same process. A training step is the tokenizer's (L1, quantiser, prior, generator loss) and the discriminator's, without
-LPIPS. FLOPs are torch's count of one plain call; the GPU's peak is left to the reader, as it depends on the clock.
+The small size on a CPU, the published size on a GPU. The variants (fp32 and bf16, eager and compiled) run in turn in
+the same process. A training step is the tokenizer's (L1, quantiser, prior, generator loss) and the discriminator's,
+without LPIPS. FLOPs are torch's count of one plain call; the share of the peak is left to the reader, as it depends on
+the clock.
 """
 import argparse
 import copy

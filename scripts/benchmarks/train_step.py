@@ -58,6 +58,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=["small", "published"], help="default: published on a GPU, small on a CPU")
     parser.add_argument("--batch", type=int, help="videos a step (default: 16 on a GPU, 8 on a CPU)")
+    parser.add_argument("--eager", action="store_true", help="no compiled variants: compiling takes minutes on a CPU")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each variant, taken in turn")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -77,7 +78,7 @@ def main():
 
     variants, flops = {}, 0
     for name in ("fp32", "bf16"):
-        for compiled in (False, True):
+        for compiled in (False,) if args.eager else (False, True):
             step = make_step(copy.deepcopy(model), Precision(name, device), compiled, batch, points, device)
             if not flops:
                 with FlopCounterMode(display=False) as counter:
