@@ -132,6 +132,19 @@ def test_the_discriminator_learns_at_its_own_steps_alone(trained):
     assert states[9]["disc_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.3 * rest)
 
 
+def test_the_generators_loss_leaves_the_discriminator_alone(monkeypatch, tmp_path):
+    """With a tokenizer that stands still, the discriminator's two steps do not know what its verdict weighs."""
+    weights = []
+    for disc_weight in ("0.3", "3"):
+        flags = [*TINY, *NULL, "--perceptual_weight", "0", "--lr", "0", "--num_iters", "6", "--save_dir", str(tmp_path)]
+        flags += ["--disc_weight", disc_weight, "--exp_name", disc_weight, "--num_workers", "0"]
+        monkeypatch.setattr(sys, "argv", ["train_larp_tokenizer.py", *flags])
+        train_larp_tokenizer.main()
+        weights.append(checkpoint.load(tmp_path / disc_weight / "checkpoints")["discriminator"])
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name])
+
+
 def test_validation_counts_each_held_out_clip_once(trained):
     for kind in ("val", "val_ema_0.9"):
         scores = lines(trained, kind)
