@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.clips import ClipDataset, ClipKey, GlobalBatchSampler, Quarantine, VideoFile, list_folder, make_loader
+from data.clips import ClipDataset, ClipKey, GlobalBatchSampler, Quarantine, class_names, list_folder, make_loader
 from models.interpolant import LOSS_WEIGHTS, PATHS, PREDICTIONS, Interpolant
 from models.layers import set_checkpointing
 from models.planes import Planes
@@ -232,12 +232,6 @@ def main():
             break
     log.close()
     say(f"checkpoints: {folder / 'checkpoints'}")
-
-
-def class_names(files: list[VideoFile]) -> list[str]:
-    """The folder of each label's first video, by label; empty where a video has no label."""
-    names = {file.label: Path(file.path).parent.name for file in reversed(files)}
-    return [] if -1 in names else [names[label] for label in sorted(names)]
 
 
 if __name__ == "__main__":

@@ -96,6 +96,12 @@ def _read_csv(path: Path, label_column: str | None) -> list[VideoFile]:
     return [VideoFile(str(REPOSITORY / row["path"]), int(row[label_column]) if label_column else -1) for row in rows]
 
 
+def class_names(files: Sequence[VideoFile]) -> list[str]:
+    """The folder of each label's first video, by label ("" where there is none); empty where a video has no label."""
+    names = {file.label: Path(file.path).parent.name for file in reversed(files)}
+    return [] if -1 in names else [names.get(label, "") for label in range(max(names) + 1)]
+
+
 # --- damaged videos ---
 
 class Quarantine:

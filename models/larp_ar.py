@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.layers import sincos_1d
-from models.released import load_state, read_released, strip_prefix
+from models.released import load_state, read_pretrained, read_released, strip_prefix
 
 
 @dataclass(frozen=True)
@@ -281,9 +281,18 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         nn.init.zeros_(self.output.weight)  # the first prediction is uniform: the loss starts at log(vocab_size)
 
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs) -> "LARPGenerator":
-        """The mixin's, but strict: weights that do not fit are an error. In evaluation mode, also of older mixins."""
-        return super()._from_pretrained(strict=strict, **kwargs).eval()
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **hub: Any
+    ) -> "LARPGenerator":
+        """In evaluation mode, from a folder with config.json and model.safetensors, or a Hugging Face hub id. hub:
+        revision, cache_dir, token, local_files_only, ... as huggingface_hub.snapshot_download takes them."""
+        config, weights, path = read_pretrained(pretrained_model_name_or_path, **hub)
+        try:
+            generator = cls(**config)
+        except TypeError as error:  # unknown keys, or none
+            raise ValueError(f"{path.parent}: its config.json is not a LARP generator's ({error})") from error
+        load_state(generator, weights, path)
+        return generator.to(map_location).eval()
 
     @classmethod
     def from_released(cls, path: str | Path, version: str = "sd", **config) -> "LARPGenerator":

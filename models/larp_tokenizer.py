@@ -1,7 +1,6 @@
 """LARP's video tokenizer (arXiv 2410.21264): learned queries gather a clip into a sequence of discrete codes, and a
 decoder turns the codes back into the clip. Parameter names and configuration are those of the released files."""
 
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -11,9 +10,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import load_file
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from models.discriminator import xavier_linears
@@ -21,7 +18,7 @@ from models.layers import Blocks, sincos_1d, sincos_3d, vit_block
 from models.planes import unpatchify
 from models.prior import Prior, PriorConfig
 from models.quantizer import Bottleneck, BottleneckConfig, Generators, is_none
-from models.released import WeightsError, load_state, read_released
+from models.released import load_state, read_pretrained, read_released
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -314,9 +311,9 @@ class LARPTokenizer(
     ) -> "LARPTokenizer":
         """In evaluation mode, from a folder with config.json and model.safetensors, or a Hugging Face hub id. hub:
         revision, cache_dir, token, local_files_only, ... as huggingface_hub.snapshot_download takes them."""
-        folder = pretrained_folder(pretrained_model_name_or_path, **hub)
-        model = cls(**json.loads((folder / "config.json").read_text()))
-        model.load_weights(load_file(folder / "model.safetensors"), folder / "model.safetensors")
+        config, weights, path = read_pretrained(pretrained_model_name_or_path, **hub)
+        model = cls(**config)
+        model.load_weights(weights, path)
         return model.to(map_location).eval()
 
     @classmethod
@@ -354,25 +351,3 @@ def type_vector(dim: int, used: bool) -> nn.Parameter | None:
 
 def add(x: Tensor, vector: Tensor | None) -> Tensor:
     return x if vector is None else x + vector
-
-
-def pretrained_folder(source: str | Path, **hub: Any) -> Path:
-    """The folder of config.json and model.safetensors: `source` itself, or a download of that hub id. Raises
-    WeightsError, in one line, where there is neither, and FileNotFoundError for a folder that lacks one of them."""
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors"], **hub))
-        except (HfHubHTTPError, OSError, ValueError) as error:  # no such id, no network, not in the cache, ...
-            reason = str(error).strip().split("\n")[0]
-            raise WeightsError(
-                f"{source}: not a folder, and as a Hugging Face hub id it failed ({reason}); put config.json and "
-                "model.safetensors into a folder and give its path, or fetch it once where there is a network and set "
-                "HF_HUB_OFFLINE=1 to use the hub's cache"
-            ) from error
-    missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder}: no {' and no '.join(missing)} in it; expected both, as save_pretrained writes them"
-        )
-    return folder

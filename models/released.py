@@ -1,13 +1,19 @@
 """Reads the files that the papers' authors released, without running code that such a file may carry."""
 import argparse
 import collections
+import json
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -104,6 +110,40 @@ def load_state(
     advice = f"; check {', '.join('--' + flag for flag in suspects)}" if suspects else ""
     first = ", ".join(text for _, text in differences[:3])
     raise ValueError(f"{path}: {len(differences)} tensors do not fit this model: {first}{advice}")
+
+
+PRETRAINED = ("config.json", "model.safetensors")
+
+
+def read_pretrained(source: str | Path, **hub: Any) -> tuple[dict, dict[str, Tensor], Path]:
+    """What save_pretrained wrote: the configuration, the weights by name, and the path of the weights.
+
+    source: a folder, or the Hugging Face hub id of one. hub: revision, cache_dir, token, local_files_only, ... as
+    huggingface_hub.snapshot_download takes them. Raises WeightsError where there is neither, FileNotFoundError for a
+    folder that lacks a file, and ValueError for a damaged one, each in one line.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=PRETRAINED, **hub))
+        except (HfHubHTTPError, OSError, ValueError) as error:  # no such id, no network, not in the cache, ...
+            reason = str(error).strip().split("\n")[0]
+            raise WeightsError(
+                f"{source}: not a folder, and as a Hugging Face hub id it is neither in the cache "
+                f"{hub.get('cache_dir') or constants.HF_HUB_CACHE} nor to be had ({reason}); put config.json and "
+                "model.safetensors into a folder and give its path, or fetch it once where there is a network and set "
+                "HF_HUB_OFFLINE=1 to use the cache"
+            ) from error
+    missing = [name for name in PRETRAINED if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder}: no {' and no '.join(missing)} in it; expected both, as save_pretrained writes them"
+        )
+    config, weights = (folder / name for name in PRETRAINED)
+    try:
+        return json.loads(config.read_text()), load_file(weights), weights
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: its files are not whole ({error}); fetch them again") from error
 
 
 SIT_STATISTICS = ("xy_mean", "xy_std", "yt_mean", "yt_std", "xt_mean", "xt_std")

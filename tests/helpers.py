@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from models.larp_tokenizer import LARPTokenizer
+
 ROOT = Path(__file__).parents[1]
 TINY_COORDTOK = (
     "--num_frames 8 --img_size 32 --enc_embed_dim 32 --enc_num_layers 1 --enc_num_heads 2 --enc_patch_size_xy 8 "
@@ -14,6 +18,20 @@ TINY_COORDTOK = (
     "--latent_n_features 4 --latent_patch_size_xy 4 --latent_patch_size_t 4 --dec_embed_dim 32 --dec_num_layers 1 "
     "--dec_num_heads 2 --num_views 4 --num_workers 1 --num_val 0 --log_every 1"
 ).split()
+
+
+def tiny_larp(input_size: int, frame_num: int, bottleneck_token_num: int, codebook_size: int = 64) -> LARPTokenizer:
+    """An untrained LARP tokenizer in evaluation mode, whose codes depend on the clip, and whose clips on the codes."""
+    torch.manual_seed(0)
+    args = {"bottleneck_dim": 4, "regularizer": {"args": {"codebook_size": codebook_size}}}
+    tokenizer = LARPTokenizer(
+        input_size=input_size, frame_num=frame_num, bottleneck_token_num=bottleneck_token_num,
+        bottleneck={"args": args}, prior_model={"name": "none"}, encoder_hidden_size=16, decoder_hidden_size=16,
+        encoder_num_heads=2, decoder_num_heads=2, encoder_depth=1, decoder_depth=1,
+    ).eval()
+    tokenizer.x_embedder.proj.weight.data.mul_(10)
+    torch.nn.init.xavier_uniform_(tokenizer.final_layer.linear.weight)
+    return tokenizer
 
 
 def command(script: str, *flags, processes: int = 0) -> list[str]:
@@ -36,6 +54,15 @@ def run(script: str, *flags, processes: int = 0, fails: bool = False) -> subproc
     )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
+
+
+def run_bash(script: str, *flags, gpus: int) -> None:
+    """Run a bash script to its end, which must be a success, in `gpus` processes."""
+    done = subprocess.run(
+        ["bash", script, *map(str, flags)], cwd=ROOT, env={**environment(), "GPUS": str(gpus)}, capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def start(script: str, *flags) -> subprocess.Popen:
@@ -64,7 +91,12 @@ def num_lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def losses(run: Path) -> dict[int, float]:
-    """{step: training loss} of a run's folder."""
+def logged(run: Path, kind: str) -> dict[int, dict]:
+    """{step: what a run's folder says of it}, of one kind of line."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+    return {line["step"]: line for line in lines if line["kind"] == kind}
+
+
+def losses(run: Path, kind: str = "train") -> dict[int, float]:
+    """{step: loss} of a run's folder."""
+    return {step: line["loss"] for step, line in logged(run, kind).items()}

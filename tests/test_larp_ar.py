@@ -1,4 +1,5 @@
 import copy
+import json
 import pickle
 
 import pytest
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.larp_ar import SIZES, LARPGenerator, Linear, code_loss, draw, sampling_probs
+from models.released import WeightsError
 
 TINY = {"n_layer": 3, "n_head": 4, "dim": 64, "num_classes": 7, "vocab_size": 64, "max_seq_len": 24}
 FP = TINY | {"frame_prediction": True, "cls_token_num": 25}
@@ -326,8 +328,21 @@ def test_save_and_load(tmp_path, config):
     assert loaded.config == generator.config and not loaded.training
     codes, cond = torch.randint(64, (2, 24)), random_condition(generator, 2)
     assert loaded(codes, cond).equal(generator(codes, cond))
-    with pytest.raises(RuntimeError, match="layers.2"):
-        LARPGenerator.from_pretrained(tmp_path, n_layer=2)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    with pytest.raises(ValueError, match=r"model.safetensors: 7 tensors do not fit.*layers\.2\..* is not expected"):
+        LARPGenerator.from_pretrained(tmp_path)
+
+
+def test_nothing_to_load_is_one_clear_line(tmp_path):
+    with pytest.raises(WeightsError, match="^nobody/AR: not a folder.* cache .*HF_HUB_OFFLINE=1") as caught:
+        LARPGenerator.from_pretrained("nobody/AR", local_files_only=True, cache_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+    random_generator().save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(ValueError, match="not whole"):
+        LARPGenerator.from_pretrained(tmp_path)
 
 
 def test_trainer_files(tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import sample
 from data.clips import ClipDataset, list_folder
+from data.video import probe
 from eval.i3d import I3D
 from models.coordtok import CoordTok
 from models.interpolant import Interpolant
@@ -22,8 +23,8 @@ from models.planes import Planes
 from models.released import WeightsError
 from models.sit import SIT_SIZES, SiT
 from training import checkpoint
-from training.generation import real_batches, real_clips, to_bytes
 from training.latents import LatentStats
+from training.samples import drawn_clips, real_batches, to_bytes
 from training.tokenizers import weights_sha256
 
 TOKENIZER = {
@@ -135,18 +136,20 @@ def test_fvd_and_its_table(sampled, data, tmp_path, models):
         I3D.from_weights()
     except WeightsError as error:
         pytest.skip(str(error))
-    measured = ("--video_name", "UCF-101", "--stats_only", "--num_samples_total", 4)
-    sampled("sharded", *measured, "--starting_index", 3, "--num_samples", 4, "--sample_batch_size", 1, fvd=True)
+    long_enough = sum(probe(file.path).num_frames >= 10 for file in list_folder(data / "UCF-101"))
+    total = long_enough + 1
+    measured = ("--video_name", "UCF-101", "--stats_only", "--num_samples_total", total)
+    sampled("sharded", *measured, "--starting_index", 3, "--num_samples", 9, "--sample_batch_size", 1, fvd=True)
     folder = sampled("sharded", *measured, "--num_samples", 3, "--sample_batch_size", 2, fvd=True)
     assert not list((folder / "sampled_videos").iterdir())
     rows = {name: np.concatenate([np.load(path)[name] for path in sorted(folder.glob("chunks/*.npz"))])
             for name in ("index", "real", "fake", "label")}
     report = json.loads((folder / "report.json").read_text())
     num_real = np.isfinite(rows["real"]).all(1).sum()
-    assert num_real == report["record"]["num_real"] == 3, "three videos are long enough"
-    assert report["record"]["num_generated"] == 4
+    assert num_real == report["record"]["num_real"] == long_enough
+    assert report["record"]["num_generated"] == total
 
-    whole = sampled("whole", *measured, "--num_samples", 4, fvd=True)
+    whole = sampled("whole", *measured, "--num_samples", total, fvd=True)
     again = json.loads((whole / "report.json").read_text())
     assert again["results"]["fvd"] == pytest.approx(report["results"]["fvd"], rel=1e-4)
     assert again["record"] == report["record"]
@@ -154,7 +157,7 @@ def test_fvd_and_its_table(sampled, data, tmp_path, models):
         table = list(csv.DictReader(file))
     assert len(table) == 2
     assert {row["report"] for row in table} == {str(folder / "report.json"), str(whole / "report.json")}
-    assert all(row["num_samples"] == "4" and row["protocol"] == "styleganv_fvd2048_16f*" for row in table)
+    assert all(row["num_samples"] == str(total) and row["protocol"] == "styleganv_fvd2048_16f*" for row in table)
 
 
 @pytest.mark.parametrize("flags", [
@@ -179,7 +182,7 @@ def test_reverse_takes_real_clips_there_and_back(sampled, data, models, tmp_path
     tokenizer = CoordTok(**TOKENIZER)
     tokenizer.load_state_dict(checkpoint.load(models[1])["model"])
     clips = ClipDataset(list_folder(data / "UCF-101"), 10, 16, "coordtok", damaged="skip")
-    [(places, real)] = real_batches(clips, real_clips(clips, 2), [[0, 1]], 0, torch.device("cpu"))
+    [(places, real)] = real_batches(clips, drawn_clips(clips, 2), [[0, 1]], 0, torch.device("cpu"))
     assert places == [0, 1]
     with torch.no_grad():
         expected = to_bytes(tokenizer.render(tokenizer.encode(real))).transpose(0, 2, 3, 4, 1).astype(int)

@@ -6,13 +6,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import configargparse
 
 from data.video import VideoError
 from models.coordtok import CoordTokConfig
 from models.discriminator import DiscriminatorConfig
+from models.larp_ar import SIZES, LARPGeneratorConfig
 from models.larp_tokenizer import LARPTokenizerConfig
 from training import distributed
 
@@ -171,6 +172,60 @@ def disc_config(args: argparse.Namespace, tokenizer: LARPTokenizerConfig, carrie
     for name, value in given.items():
         check_carried(f"disc_{name}", value, carried[name], source)
     return carried
+
+
+AR_MODEL = "llama-abs-LP"
+AR_FLAGS = {  # {name: (type, default)}; the tokenizer says how many codes there are, the task what they continue
+    name: (hint, getattr(LARPGeneratorConfig(**SIZES[AR_MODEL]), name))
+    for name, hint in get_type_hints(LARPGeneratorConfig).items()
+    if name not in ("vocab_size", "max_seq_len", "cls_token_num", "frame_prediction", "model_type", "rope_base",
+                    "max_batch_size")
+}
+NUM_COND_FRAMES = 5
+
+
+def add_larp_ar(parser: Parser) -> None:
+    """Architecture and task of LARP's generator. Not given, a flag takes the checkpoint's value where there is one,
+    else its default."""
+    group = parser.add_argument_group("LARP generator", "our checkpoints carry it: leave out, or give the same")
+    group.add_argument("--model", choices=SIZES, default=argparse.SUPPRESS, help=f"size (default: {AR_MODEL})")
+    for name, (hint, default) in AR_FLAGS.items():
+        kind = truth if hint is bool else next(kind for kind in (int, float) if kind in (hint, *get_args(hint)))
+        default = "that of --model" if name in SIZES[AR_MODEL] else default
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"(default: {default})")
+    group.add_argument("--frame_prediction", "--fp", dest="frame_prediction", action="store_true",
+                       default=argparse.SUPPRESS, help="continue the first frames of a clip, instead of a class label")
+    group.add_argument("--num_cond_frames", type=int, default=argparse.SUPPRESS,
+                       help=f"how many frames frame prediction is given (default: {NUM_COND_FRAMES})")
+
+
+def larp_ar_config(args: argparse.Namespace, tokenizer: LARPTokenizerConfig, carried: dict | None = None,
+                   source: str = "") -> tuple[dict, int]:
+    """The generator's configuration and the number of frames it is given (0: a class label), from the flags given, the
+    tokenizer and, if there is one, the checkpoint that goes on, which carries both. Raises ValueError naming both
+    values where a flag and the checkpoint differ."""
+    given = {name: getattr(args, name) for name in (*AR_FLAGS, "frame_prediction") if hasattr(args, name)}
+    size = SIZES[getattr(args, "model", AR_MODEL)]
+    frames = getattr(args, "num_cond_frames", None)
+    if carried is not None:
+        config, held = carried["config"], carried["num_cond_frames"]
+        for name, value in ((size if hasattr(args, "model") else {}) | given).items():
+            flag = name if name in given else f"model {args.model}, {name}"
+            check_carried(flag, value, config[name], source)
+        if frames is not None:
+            check_carried("num_cond_frames", frames, held, source)
+        return config, held
+    num_codes, frame_prediction = tokenizer.bottleneck_token_num, "frame_prediction" in given
+    if frames is not None and not frame_prediction:
+        raise ValueError(f"--num_cond_frames {frames} is for --frame_prediction: add that, or leave it out")
+    frames = (NUM_COND_FRAMES if frames is None else frames) if frame_prediction else 0
+    if frame_prediction and not 0 < frames < tokenizer.frame_num:
+        raise ValueError(f"--num_cond_frames is {frames}, but the tokenizer's clips have {tokenizer.frame_num} frames: "
+                         f"give 1 to {tokenizer.frame_num - 1}")
+    return {
+        **size, **given, "vocab_size": tokenizer.bottleneck.args.regularizer.args.codebook_size,
+        "max_seq_len": num_codes, "cls_token_num": num_codes + 1 if frame_prediction else 1,
+    }, frames
 
 
 def check_carried(flag: str, given: Any, held: Any, source: str) -> None:

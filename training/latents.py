@@ -1,4 +1,7 @@
-"""CoordTok's planes as a diffusion model's data: statistics, and batches from videos or from a cache of latents."""
+"""CoordTok's planes as a diffusion model's data: statistics, and batches from videos or from a cache of latents.
+
+WindowCache, what a frozen tokenizer makes of a few windows of every video, serves codes too.
+"""
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -12,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.cache import RowCache
-from data.clips import ClipDataset, ClipKey, GlobalBatchSampler, make_loader
-from data.video import VideoError
+from data.clips import ClipDataset, ClipKey, GlobalBatchSampler, VideoFile, make_loader
+from data.video import NULL, VideoError
 from eval.protocols import manifest_sha256
 from models.coordtok import CoordTokConfig
 from models.planes import Planes
@@ -70,24 +73,28 @@ def plane_shapes(config: CoordTokConfig) -> Planes:
     return Planes((res, res, channels), (res_t, res, channels), (res_t, res, channels))
 
 
-class LatentCache:
-    """Planes of `views` windows of every video, encoded once: float32 rows, row `file * views + view` drawn from
-    (seed, row). Rows that cannot be decoded are NaN.
+class WindowCache:
+    """`views` windows of every video, encoded once: row `file * views + view`, of the window drawn from (seed, row), is
+    (row_size,) values. Rows that cannot be decoded are `missing`, a value that no other row starts with.
 
-    folder: where caches are kept. clips: the videos, with damaged="skip". key: what encodes them (plain JSON values);
-    with the videos (names and sizes), their number of windows and the seed it is what a cache is found by.
+    folder: where caches are kept. name: what the rows are. clips: the videos, with damaged="skip". key: what encodes
+    them (plain JSON values); with the videos (names and sizes), their number of windows and the seed it is what a cache
+    is found by.
     """
 
-    def __init__(self, folder: Path, clips: ClipDataset, config: CoordTokConfig, views: int, key: dict):
-        self.clips, self.views, self.shapes = clips, views, plane_shapes(config)
-        self.sizes = [math.prod(shape) for shape in self.shapes]
+    def __init__(self, folder: Path, name: str, clips: ClipDataset, views: int, key: dict, row_size: int, dtype: str,
+                 missing: float):
+        self.clips, self.views, self.name, self.missing = clips, views, name, missing
         root = os.path.commonpath([os.path.dirname(file.path) for file in clips.files])
-        files = manifest_sha256([f"{file.path} {os.path.getsize(file.path)}" for file in clips.files], root)
-        key = {**key, "config": asdict(config), "views": views, "seed": clips.seed, "files": files}
-        self.rows = RowCache(folder, "latents", key, len(clips.files) * views, (sum(self.sizes),), "float32")
+        files = manifest_sha256([f"{file.path} {file_size(file.path)}" for file in clips.files], root)
+        key = {**key, "views": views, "seed": clips.seed, "files": files}
+        self.rows = RowCache(folder, name, key, len(clips.files) * views, (row_size,), dtype)
 
-    def fill(self, encode: Encode, batch_size: int, num_workers: int) -> None:
-        """Encode what is missing, shared by all processes; the whole shards of a killed run are kept."""
+    def fill(self, encode: Callable[[dict], Tensor], batch_size: int, num_workers: int) -> None:
+        """Encode what is missing, shared by all processes; the whole shards of a killed run are kept.
+
+        encode: a loader's batch -> (B, row_size).
+        """
         shards = distributed.broadcast(self.rows.missing())[distributed.rank() :: distributed.world_size()]
         spans = [self.rows.rows_of(shard) for shard in shards]
         parts = [(shard, span[i : i + batch_size]) for shard, span in zip(shards, spans)
@@ -95,13 +102,12 @@ class LatentCache:
         batches = [[ClipKey(row, row // self.views) for row in part] for _, part in parts]
         loader = make_loader(self.clips, batches, min(num_workers, len(batches)))
         quiet = not (distributed.is_main() and parts)
-        for (shard, part), batch in zip(tqdm(parts, "caching latents", disable=quiet), loader):
+        for (shard, part), batch in zip(tqdm(parts, f"caching {self.name}", disable=quiet), loader):
             span = self.rows.rows_of(shard)
             if part.start == span.start:
-                filled = np.full((len(span), sum(self.sizes)), np.nan, np.float32)
+                filled = np.full((len(span), *self.rows.row_shape), self.missing, self.rows.dtype)
             if len(batch["position"]):
-                flat = torch.cat([plane.flatten(1) for plane in encode(batch)], dim=1)
-                filled[batch["position"].numpy() - span.start] = flat.cpu().numpy()
+                filled[batch["position"].numpy() - span.start] = encode(batch).cpu().numpy()
             if part.stop == span.stop:
                 self.rows.write(shard, filled)
         distributed.barrier()
@@ -109,10 +115,41 @@ class LatentCache:
     def good_files(self) -> list[int]:
         """Indices of the videos of which every window could be decoded. VideoError where there is none."""
         first = np.concatenate([rows[:, 0] for rows in self.rows.maps])
-        good = np.flatnonzero(~np.isnan(first).reshape(-1, self.views).any(1)).tolist()
+        bad = np.isnan(first) if np.isnan(self.missing) else first == self.missing
+        good = np.flatnonzero(~bad.reshape(-1, self.views).any(1)).tolist()
         if not good:
             raise VideoError(f"{self.rows.folder}: none of {len(self.clips.files)} videos could be decoded")
         return good
+
+    def draw(self, keys: list[ClipKey], files: list[int], seed: int) -> tuple[np.ndarray, list[VideoFile]]:
+        """For each sample of a micro-batch one of its video's rows, drawn from (seed, position), and that video.
+
+        files: the videos that the keys' indices count.
+        """
+        chosen = np.array([files[key.index] for key in keys])
+        views = [np.random.default_rng((seed, key.position, 0, 4)).integers(self.views) for key in keys]
+        return chosen * self.views + np.array(views), [self.clips.files[file] for file in chosen]
+
+
+def file_size(path: str) -> int:
+    """In bytes; 0 for a random clip, which has no file."""
+    return 0 if path.startswith(NULL) else os.path.getsize(path)
+
+
+class LatentCache(WindowCache):
+    """A WindowCache of planes, float32; rows that cannot be decoded are NaN."""
+
+    def __init__(self, folder: Path, clips: ClipDataset, config: CoordTokConfig, views: int, key: dict):
+        self.shapes = plane_shapes(config)
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        key = {**key, "config": asdict(config)}
+        super().__init__(folder, "latents", clips, views, key, sum(self.sizes), "float32", math.nan)
+
+    def fill(self, encode: Encode, batch_size: int, num_workers: int) -> None:
+        def flat(batch: dict) -> Tensor:
+            return torch.cat([plane.flatten(1) for plane in encode(batch)], dim=1)
+
+        super().fill(flat, batch_size, num_workers)
 
     def read(self, rows: np.ndarray) -> Planes:
         """(B, R, S, C) planes on the CPU."""
@@ -128,11 +165,9 @@ def batches_from_cache(
     files: the videos the sampler's indices count.
     """
     for keys in sampler:
-        chosen = [files[key.index] for key in keys]
-        views = [np.random.default_rng((sampler.seed, key.position, 0, 4)).integers(cache.views) for key in keys]
-        planes = cache.read(np.array(chosen) * cache.views + np.array(views))
-        labels = torch.tensor([cache.clips.files[file].label for file in chosen])
-        paths = [cache.clips.files[file].path for file in chosen]
+        rows, videos = cache.draw(keys, files, sampler.seed)
+        planes, labels = cache.read(rows), torch.tensor([video.label for video in videos])
+        paths = [video.path for video in videos]
         yield planes.map(lambda plane: plane.to(device, non_blocking=True)), labels.to(device), paths
 
 

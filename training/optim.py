@@ -51,6 +51,14 @@ def groups_by_name(model: nn.Module, lr: float, multipliers: dict[str, float]) -
     return groups
 
 
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups: the weights of linear layers decay; embeddings, positions, norms and biases do not."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    decayed = [p for p in model.parameters() if id(p) in linear]
+    others = [p for p in model.parameters() if id(p) not in linear]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
 def set_rates(optimizer: torch.optim.Optimizer, rates: list[float], multiplier: float) -> None:
     """The learning rate of each group: its base rate times a multiplier, which is a pure function of the step."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -1,13 +1,15 @@
-"""Frozen tokenizers by the path of their checkpoint, ours or the authors', and batches of clips as they take them."""
+"""Trained models by the path of their checkpoint, ours or the authors', and batches of clips as CoordTok takes them."""
 import argparse
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from data.video import to_video
 from models.coordtok import CoordTok, CoordTokConfig, released_padding
+from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
 from training import checkpoint
 from training.arguments import coordtok_config
@@ -31,21 +33,46 @@ def load_larp_tokenizer(source: str, version: str = "sd") -> LARPTokenizer:
     source: a folder with config.json and model.safetensors, a Hugging Face hub id, a checkpoint of ours or a folder of
     them, or a file of the authors' trainer. version: the live weights "sd", or "ema_DECAY" of a checkpoint that has it.
     """
+    return _load_larp("larp_tokenizer", source, version)[0]
+
+
+class TrainedLARP(NamedTuple):
+    """A LARP generator with what only our checkpoints say of it."""
+
+    model: LARPGenerator
+    tokenizer: str | None  # weights_sha256 of the tokenizer that it was trained on
+    class_names: list[str]  # by label; empty where unknown
+    num_cond_frames: int | None  # frames given to it; 0: class-conditional
+
+
+def load_larp_ar(source: str, version: str = "sd") -> TrainedLARP:
+    """A LARP generator on the CPU, in evaluation mode, from whatever `load_larp_tokenizer` takes."""
+    model, state = _load_larp("larp_ar", source, version)
+    return TrainedLARP(model, state.get("tokenizer"), state.get("classes", []), state.get("num_cond_frames"))
+
+
+def _load_larp(kind: str, source: str, version: str) -> tuple[LARPTokenizer | LARPGenerator, dict]:
+    """The model, and the checkpoint it comes from: empty unless it is one of ours."""
     if version != "sd" and not version.startswith("ema_"):
         raise ValueError(f"--version is sd or ema_DECAY, got {version!r}")
+    model_class = {"larp_tokenizer": LARPTokenizer, "larp_ar": LARPGenerator}[kind]
     path = Path(source)
+    path = path / "checkpoints" if any(path.glob("checkpoints/step_*.pt")) else path  # a run's folder
     if not (path.is_file() or path.suffix in (".pt", ".pth") or any(path.glob("step_*.pt"))):
         if version != "sd":
             raise ValueError(f"{source} holds one set of weights, not {version!r}: leave --version out")
-        return LARPTokenizer.from_pretrained(source)
+        return model_class.from_pretrained(source), {}
     if path.is_file() and not checkpoint.is_ours(path):
-        return LARPTokenizer.from_released_checkpoint(path, None if version == "sd" else version.removeprefix("ema_"))
+        if kind == "larp_ar":
+            return LARPGenerator.from_released(path, version), {}
+        ema = None if version == "sd" else version.removeprefix("ema_")
+        return LARPTokenizer.from_released_checkpoint(path, ema), {}
     state = checkpoint.load(path)
-    if state.get("kind") != "larp_tokenizer":
-        raise ValueError(f"{source} holds a {state.get('kind')} model, expected a larp_tokenizer checkpoint")
-    tokenizer = LARPTokenizer(**state["config"])
-    tokenizer.load_state_dict(checkpoint.select_weights(state, version))
-    return tokenizer.eval()
+    if state.get("kind") != kind:
+        raise ValueError(f"{source} holds a {state.get('kind')} model, expected a {kind} checkpoint")
+    model = model_class(**state["config"])
+    model.load_state_dict(checkpoint.select_weights(state, version))
+    return model.eval(), state
 
 
 def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -61,9 +88,14 @@ def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) ->
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 of a model's tensors with their names: the same for equal weights in whatever file."""
+    """SHA-256 of a model's tensors with their names: the same for equal weights in whatever file.
+
+    A LARP tokenizer's prior does not count: neither codes nor clips depend on it, and released files lack it.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith("prior_model."):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -1,0 +1,187 @@
+import csv
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from data.clips import ClipDataset, ClipKey, VideoFile
+from training.samples import SampleStore, append_report, drawn_clips, ranges, real_batches, segments
+
+
+def fill(store, indices):
+    videos = torch.rand(len(indices), 3, 4, 8, 8)
+    store.add(indices, videos, [], value=torch.tensor(indices) * 2.0)
+
+
+def report(rows):
+    """(record, results, row) that say how often they were made."""
+    return {}, {"sum": float(rows["value"].sum())}, {"num_samples": len(rows["value"]), "fvd": 1.5}
+
+
+def test_a_store_keeps_batches_and_knows_what_is_missing(tmp_path):
+    store = SampleStore(tmp_path, {"seed": 0}, 6)
+    assert store.open(range(6), False) == list(range(6))
+    fill(store, [4, 5])
+    fill(store, [0, 2])
+    again = SampleStore(tmp_path, {"seed": 0}, 6)
+    assert again.open(range(6), False) == [1, 3]
+    assert again.finish(report, tmp_path / "table.csv") is None
+    fill(again, [1, 3])
+    rows = again.collect()
+    assert rows["index"].tolist() == list(range(6))
+    assert rows["value"].tolist() == [0, 2, 4, 6, 8, 10]
+    assert list(again.previews()) == list(range(6))
+    assert again.previews()[0][0].shape == (3, 4, 8, 8)
+
+
+def test_shards_that_overlap_or_are_foreign_are_named(tmp_path):
+    store = SampleStore(tmp_path / "a", {"seed": 0}, 4)
+    fill(store, [0, 1])
+    fill(store, [1, 2])
+    with pytest.raises(ValueError, match=r"0000001-0000002.* holds sample 1, which is in .*0000000-0000001.* too"):
+        store.open(range(4), False)
+    store = SampleStore(tmp_path / "b", {"seed": 0}, 4)
+    fill(store, [3, 4])
+    with pytest.raises(ValueError, match="holds sample 4, which is not one of 0 to 3"):
+        store.done()
+    store, other = (SampleStore(tmp_path / name, {"seed": seed}, 4) for seed, name in enumerate("cd"))
+    fill(other, [0])
+    (chunk,) = other.chunks.glob("*.npz")
+    chunk.rename(store.chunks / chunk.name)
+    with pytest.raises(ValueError, match="is of a run with other settings"):
+        store.done()
+
+
+def test_replace_makes_a_shards_own_samples_anew(tmp_path):
+    store = SampleStore(tmp_path, {"seed": 0}, 4)
+    store.open(range(4), False)
+    fill(store, [0, 1])
+    fill(store, [2, 3])
+    assert store.finish(report, tmp_path / "table.csv")
+    assert store.open(range(2), True) == [0, 1]
+    assert store.done().keys() == {2, 3}
+    assert not store.report.exists()
+    other = SampleStore(tmp_path, {"seed": 1}, 4)
+    with pytest.raises(ValueError, match="seed 0 there, 1 here"):
+        other.open(range(4), False)
+    assert other.open(range(2), True) == [0, 1]
+    assert other.done() == {}, "samples of other settings are dropped"
+
+
+def test_whoever_finishes_last_reports_once(tmp_path):
+    """Eight shards end at the same time."""
+    SampleStore(tmp_path / "out", {}, 16).open(range(16), False)
+    together, made = threading.Barrier(8), []
+
+    def shard(number):
+        store = SampleStore(tmp_path / "out", {}, 16)
+        fill(store, [2 * number, 2 * number + 1])
+        together.wait()
+        return store.finish(lambda rows: made.append(number) or report(rows), tmp_path / "table.csv")
+
+    with ThreadPoolExecutor(8) as pool:
+        reports = list(pool.map(shard, range(8)))
+    assert len(made) == 1
+    assert [each for each in reports if each] == [({}, {"sum": 240.0})]
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["results"]["sum"] == 240
+
+
+def test_a_report_that_was_killed_is_made_again(tmp_path):
+    store = SampleStore(tmp_path, {}, 2)
+    fill(store, [0, 1])
+
+    def dies(rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.finish(dies, tmp_path / "table.csv")
+    append_report(tmp_path / "table.csv", {**report(store.collect())[2], "report": str(store.report)})
+    assert store.finish(report, tmp_path / "table.csv"), "killed after the row was written, say"
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 2
+
+
+def test_the_table_has_the_published_columns_first(tmp_path):
+    path = tmp_path / "table.csv"
+    append_report(path, {"mode": "SDE", "tokenizer": "t", "num_samples": 2, "fvd": 1.0, "report": "a"})
+    append_report(path, {"fvd": 2.0, "seed": 0, "dtype": "bfloat16", "ar_model": "m", "num_samples": 2})
+    assert path.read_text().splitlines() == [
+        "ar_model,tokenizer,num_samples,dtype,fvd,report,mode,seed", ",t,2,,1.0,a,SDE,", "m,,2,bfloat16,2.0,,,0"]
+
+
+def test_the_table_is_sorted_and_survives_concurrent_writers(tmp_path):
+    path = tmp_path / "table.csv"
+    rows = [{"num_samples": 10 + i % 3, "fvd": float(i), "note": None, f"own{i % 2}": i} for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda row: append_report(path, row), rows))
+    with open(path, newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(int(row["num_samples"]), float(row["fvd"])) for row in table] == [
+        (12, 2), (12, 5), (12, 8), (12, 11), (11, 1), (11, 4), (11, 7), (11, 10), (10, 0), (10, 3), (10, 6), (10, 9)]
+    assert {row["own0"] for row in table} == {"", "0", "2", "4", "6", "8", "10"}
+
+
+def test_samples_that_cannot_be_made_are_left_out(tmp_path):
+    store = SampleStore(tmp_path, {}, 5)
+    fill(store, [0])
+    store.add([], torch.empty(0), ["mp4"], left_out=[1, 2])
+    videos, value = torch.rand(1, 3, 4, 8, 8), torch.tensor([8.0])
+    store.add([4], videos, [], left_out=[3], value=value)
+    assert store.open(range(5), False) == [], "nor are they tried again"
+    assert store.collect()["index"].tolist() == [0, 4]
+    assert list(store.previews()) == [0, 4]
+    empty = SampleStore(tmp_path / "empty", {}, 2)
+    empty.add([], torch.empty(0), [], left_out=[0, 1])
+    with pytest.raises(ValueError, match="none of 2 samples could be made"):
+        empty.collect()
+
+
+def test_real_clips_are_kept_beside_the_samples(tmp_path):
+    store = SampleStore(tmp_path, {}, 2)
+    real, videos = torch.zeros(2, 3, 4, 8, 8), torch.ones(2, 3, 4, 8, 8)
+    store.add([0, 1], videos, ["mp4"], real)
+    for folder in ("gt", "sampled_videos"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["000000.mp4", "000001.mp4"]
+    assert [clip.mean() for clip in store.previews()[1]] == [0, 1]
+
+
+def test_real_clips_are_drawn_without_replacement_and_long_enough():
+    files = [VideoFile(f"null:{i}") for i in range(5)]
+    clips = ClipDataset(files, 4, 16, "coordtok", seed=3, damaged="skip")
+    keys = drawn_clips(clips, 9)
+    assert sorted(keys) == [ClipKey(i, i) for i in range(5)]
+    assert drawn_clips(clips, 3) == keys[:3]
+    batches = list(real_batches(clips, keys, [[0, 1, 2], [4, 5], [7]], 0, torch.device("cpu")))
+    assert [places for places, _ in batches] == [[0, 1, 2], [0], []]
+    assert batches[2][1] is None
+    alone = list(real_batches(clips, keys, [[i] for i in range(5)], 0, torch.device("cpu")))
+    assert torch.equal(batches[0][1], torch.cat([video for _, video in alone[:3]]))
+    with pytest.raises(ValueError, match="none of 5 videos has 300 frames"):
+        drawn_clips(ClipDataset(files, 300, 16, "coordtok", damaged="skip"), 1)
+
+
+def test_segments(tmp_path, monkeypatch):
+    """Of videos of 37, 0 (damaged), 3 and 20 frames: 3 + 0 + 1 + 2 segments of ten frames."""
+    frames = {"a": 37, "b": 0, "c": 3, "d": 20}
+    monkeypatch.setattr("training.samples.length", lambda file, quarantine: frames[file.path])
+    clips = ClipDataset([VideoFile(name) for name in frames], 10, 16, "larp", short="repeat", damaged="skip")
+    known = [(0, 0), (0, 10), (0, 20), (2, 0), (3, 0), (3, 10)]
+    drawn = [5, 0, 4, 2, 1, 3]  # random.Random(42).sample(range(6), 6)
+    assert segments(clips, 6, 42, tmp_path) == [ClipKey(i, *known[k]) for i, k in enumerate(drawn)]
+    monkeypatch.setattr("training.samples.length", None)  # lengths are kept: shards must agree on them
+    eight = segments(clips, 8, 42, tmp_path)
+    assert eight[:6] == segments(clips, 6, 42, tmp_path)
+    assert [key[1:] for key in eight[6:]] == [key[1:] for key in eight[:2]], "they come round again"
+    assert [key.position for key in eight] == list(range(8))
+    assert segments(clips, 6, 0, tmp_path) != eight[:6]
+
+    monkeypatch.setattr("training.samples.length", lambda file, quarantine: 2000)
+    clips = ClipDataset([VideoFile("long")], 10, 16, "larp", damaged="skip")
+    drawn = [key.start // 10 for key in segments(clips, 5, 42, tmp_path)]
+    assert drawn == [163, 28, 6, 189, 70]  # random.Random(42).sample(range(200), 5)
+
+
+def test_ranges():
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0 to 2, 5, 7 to 8"

@@ -1,0 +1,271 @@
+"""Real clips beside the samples, the folder of samples that shards and resumed runs share, and the table of results."""
+import csv
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data.clips import ClipDataset, ClipKey, make_loader
+from data.video import to_video, write_video
+from eval.protocols import write_record
+from eval.reconstruction import length
+from training.generation import differences
+from training.log import say
+
+# --- real clips beside the samples ---
+
+def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
+    """Real clip 0, 1, ..., which stand beside samples 0, 1, ...: of videos drawn without replacement from the seed,
+    those too short left out, as `python -m eval.fvd` draws them; first frames uniform. Up to `total` of them.
+
+    clips: with damaged="skip", so that nothing takes a damaged one's place.
+    """
+    order = np.random.default_rng(clips.seed).permutation(len(clips.files)).tolist()
+    chosen = []
+    with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
+        for start in range(0, len(order), 256):
+            part = order[start : start + 256]
+            lengths = pool.map(lambda video: length(clips.files[video], clips.quarantine), part)
+            chosen += [video for video, frames in zip(part, lengths) if frames >= clips.num_frames]
+            if len(chosen) >= total:
+                break
+    if not chosen:
+        raise ValueError(f"none of {len(clips.files)} videos has {clips.num_frames} frames: choose another --data_root "
+                         "or --video_name, or go without with --no_fvd")
+    return [ClipKey(video, video) for video in chosen[:total]]
+
+
+def segments(clips: ClipDataset, total: int, split_seed: int, folder: Path) -> list[ClipKey]:
+    """Real segments 0 .. total - 1, which stand beside samples 0 .. total - 1: drawn by
+    random.Random(split_seed).sample from all non-overlapping windows of the videos, in their order.
+
+    A video shorter than a window is one, its last frame repeated. Fewer segments than `total` come round again.
+    folder: keeps the lengths of the videos, so that shards agree on them, and look for them once.
+    """
+    window = clips.num_frames
+    starts = [(video, start) for video, frames in enumerate(video_lengths(clips, folder)) if frames
+              for start in range(0, max(frames - window, 0) + 1, window)]
+    if not starts:
+        raise ValueError(f"none of {len(clips.files)} videos can be read: see {clips.quarantine.path}")
+    drawn = random.Random(split_seed).sample(range(len(starts)), min(total, len(starts)))
+    return [ClipKey(i, *starts[drawn[i % len(drawn)]]) for i in range(total)]
+
+
+def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
+    """Frames of each video, 0 where it cannot be decoded; kept in `folder`/lengths.json."""
+    path = folder / "lengths.json"
+    with FileLock(folder / ".lengths.lock"):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if unknown := [file for file in clips.files if file.path not in known]:
+            with ThreadPoolExecutor(8) as pool:
+                found = pool.map(lambda file: length(file, clips.quarantine), unknown)
+                known |= zip((file.path for file in unknown), tqdm(found, "lengths", len(unknown), leave=False))
+            write_whole(path, json.dumps(known, indent=0))
+    return [known[file.path] for file in clips.files]
+
+
+def real_batches(
+    clips: ClipDataset, keys: list[ClipKey], batches: list[list[int]], num_workers: int, device: torch.device
+) -> Iterator[tuple[list[int], Tensor | None]]:
+    """For each batch of sample indices: the places in it that have a real clip, and those clips (n, 3, T, H, W).
+
+    keys: of real clip 0, 1, ..., no position twice; samples beyond them have none.
+    """
+    chosen = [[keys[i] for i in batch if i < len(keys)] for batch in batches]
+    for part, batch in zip(chosen, make_loader(clips, chosen, min(num_workers, len(chosen)))):
+        positions = [key.position for key in part]
+        places = [positions.index(position) for position in batch["position"].tolist()]
+        yield places, to_video(batch["frames"], clips.size, clips.rule, device) if places else None
+
+
+# --- the samples' folder ---
+
+NUM_PREVIEWS = 16  # samples on the contact sheet
+
+
+class SampleStore:
+    """The folder of one set of samples 0 .. total - 1, filled by any number of shards in any order.
+
+    A batch is kept as one file of chunks/, written whole after its videos: values by name, a row a sample, `index` (n,)
+    among them; and `left_out`, the samples that could not be made. So a killed shard goes on after its last whole
+    batch, and the shard that finishes last reports. All shards must agree on `settings` (plain JSON values), which
+    settings.json holds.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict, total: int):
+        self.folder, self.total = Path(folder), total
+        self.settings = json.loads(json.dumps({**settings, "num_samples_total": total}))
+        self.run = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
+        self.videos, self.chunks = self.folder / "sampled_videos", self.folder / "chunks"
+        self.given = self.folder / "gt"
+        self.report = self.folder / "report.json"
+        self.chunks.mkdir(parents=True, exist_ok=True)
+        self.videos.mkdir(exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock")
+
+    def open(self, indices: Sequence[int], replace: bool) -> list[int]:
+        """Those of `indices` that are still to be made. With `replace`, all of them, and whatever other settings made
+        is dropped. ValueError where the folder holds samples of other settings."""
+        path = self.folder / "settings.json"
+        with self.lock:
+            there = json.loads(path.read_text()) if path.exists() else self.settings
+            if there != self.settings and not replace:
+                raise ValueError(f"{self.folder} holds samples of other settings: {differences(there, self.settings)}; "
+                                 "choose another --output_dir, or --replace them")
+            write_whole(path, json.dumps(self.settings, indent=1))
+            if replace:
+                for chunk in self.chunks.iterdir():
+                    if there != self.settings or set(chunk_indices(chunk)) & set(indices):
+                        chunk.unlink()
+                self.report.unlink(missing_ok=True)
+            done = self.done()
+        return [index for index in indices if index not in done]
+
+    def done(self) -> dict[int, Path]:
+        """{index: its chunk}. ValueError for chunks of other settings, and where two hold the same sample."""
+        found = {}
+        for path in sorted(self.chunks.glob("*.npz")):
+            if path.name.split(".")[1] != self.run:
+                raise ValueError(f"{path} is of a run with other settings: take it away")
+            for index in chunk_indices(path):
+                if index in found or not 0 <= index < self.total:
+                    also = f"in {found[index]} too" if index in found else f"not one of 0 to {self.total - 1}"
+                    raise ValueError(f"{path} holds sample {index}, which is {also}: take one away, and run again")
+                found[index] = path
+        return found
+
+    def add(self, index: list[int], videos: Tensor, formats: Sequence[str], given: Tensor | None = None,
+            left_out: Sequence[int] = (), **values: Tensor) -> None:
+        """Keep one batch. videos: (B, 3, T, H, W) in [0, 1]. formats: of "mp4" and "png" (a folder of frames, without
+        loss). given: real clips to keep beside them, as `videos`. values: (B, ...) each."""
+        shown = {self.videos: videos} if given is None else {self.given: given, self.videos: videos}
+        shown = {folder: clips.float().cpu() for folder, clips in shown.items()}
+        for folder, clips in shown.items():
+            folder.mkdir(exist_ok=True)
+            for i, video in zip(index, clips):
+                if "mp4" in formats:
+                    write_video(folder / f"{i:06d}.mp4", video)
+                if "png" in formats:
+                    write_frames(folder / f"{i:06d}", video)
+        for i, *clips in zip(index, *shown.values()):
+            if i < NUM_PREVIEWS:
+                frames = torch.linspace(0, clips[0].shape[1] - 1, min(8, clips[0].shape[1])).round().long()
+                np.save(self.chunks / f"preview_{i:02d}.npy", to_bytes(torch.stack(clips)[:, :, frames]))
+        first, last = min([*index, *left_out]), max([*index, *left_out])
+        path = self.chunks / f"{first:07d}-{last:07d}.{self.run}.npz"
+        partial_path = path.with_suffix(f".{os.getpid()}")
+        values = {name: value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
+                  for name, value in values.items()}
+        with open(partial_path, "wb") as file:
+            np.savez(file, index=np.array(index, int), left_out=np.array(left_out, int), **values)
+        os.replace(partial_path, path)
+
+    def previews(self) -> dict[int, list[Tensor]]:
+        """A few frames (3, 8, H, W) in [0, 1] of each of the first samples, after those of the clip given, if kept."""
+        paths = {i: self.chunks / f"preview_{i:02d}.npy" for i in range(min(NUM_PREVIEWS, self.total))}
+        return {i: list(torch.from_numpy(np.load(path)) / 255) for i, path in paths.items() if path.exists()}
+
+    def collect(self) -> dict[str, np.ndarray]:
+        """All rows, in the order of their indices."""
+        chunks = [dict(np.load(path)) for path in sorted(set(self.done().values()))]
+        left_out = sum(len(chunk.pop("left_out")) for chunk in chunks)
+        chunks = [chunk for chunk in chunks if len(chunk["index"])]
+        if not chunks:
+            raise ValueError(f"none of {left_out} samples could be made: see the quarantine list in {self.folder}")
+        rows = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        order = rows["index"].argsort()
+        return {name: values[order] for name, values in rows.items()}
+
+    def finish(self, make_report: Callable[[dict[str, np.ndarray]], tuple[dict, dict, dict | None]],
+               table: Path) -> tuple[dict, dict] | None:
+        """Report where no sample is missing and nobody has done so; else say what is missing, and return None.
+
+        make_report: rows -> (record, results, row of the table or None). report.json is written last, so that a report
+        that was killed is made again. Returns (record, results).
+        """
+        with self.lock:
+            done = self.done()
+            if missing := [index for index in range(self.total) if index not in done]:
+                say(f"{len(done)} of {self.total} samples are in {self.folder}; no report while some are missing: "
+                    f"{ranges(missing)}")
+                return None
+            if self.report.exists():
+                say(f"all {self.total} samples are in {self.folder}, and reported in {self.report}")
+                return None
+            record, results, row = make_report(self.collect())
+            if row is not None:
+                append_report(table, {**row, "report": str(self.report)})
+            write_record(self.report, record, results)
+        return record, results
+
+
+def chunk_indices(path: Path) -> list[int]:
+    """The samples in a chunk, made or left out; none in other files."""
+    if path.suffix != ".npz":
+        return []
+    with np.load(path) as chunk:
+        return [*chunk["index"].tolist(), *chunk["left_out"].tolist()]
+
+
+def to_bytes(video: Tensor) -> np.ndarray:
+    """Float in [0, 1] to uint8, rounded."""
+    return video.clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
+
+
+def write_frames(folder: Path, video: Tensor) -> None:
+    """folder/000.png, ... of a video (3, T, H, W)."""
+    folder.mkdir(exist_ok=True)
+    for i, frame in enumerate(to_bytes(video).transpose(1, 2, 3, 0)):
+        Image.fromarray(frame).save(folder / f"{i:03d}.png")
+
+
+# The columns of LARP's own fvd_report.csv, then ours; others come after them.
+COLUMNS = ("ar_model", "tokenizer", "num_samples", "cfg_scale", "temperature", "top_k", "top_p", "dtype", "NLL_sampled",
+           "fvd", "protocol", "report")
+
+
+def append_report(path: Path, row: dict) -> None:
+    """Add a row to a csv table, safe under concurrent writers, unless it is there. Rows are sorted by num_samples down,
+    fvd up; columns of all rows are kept."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = {name: "" if value is None else str(value) for name, value in row.items()}
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        rows = []
+        if path.exists():
+            with open(path, newline="") as file:
+                rows = list(csv.DictReader(file))
+        names = dict.fromkeys(name for each in (*rows, row) for name in each)
+        names = [*(name for name in COLUMNS if name in names), *(name for name in names if name not in COLUMNS)]
+        rows = [{name: each.get(name, "") for name in names} for each in (*rows, row)]
+        rows = [each for i, each in enumerate(rows) if each not in rows[:i]]
+        rows.sort(key=lambda each: (-int(each["num_samples"]), float(each["fvd"])))
+        partial_path = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(partial_path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(partial_path, path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}")
+    partial_path.write_text(text + "\n")
+    os.replace(partial_path, path)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Sorted numbers as text: "3 to 5, 9"."""
+    runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    spans = [[number for _, number in run] for _, run in runs]
+    return ", ".join(f"{span[0]} to {span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
