@@ -178,9 +178,10 @@ def main():
         keys, val_clips = held_out_keys(len(val_files), args.num_val, args.seed), make_clips(val_files)
         held_out = HeldOut(val_clips, keys, encode, args.val_batch_size, args.num_workers, device)
         keys = keys[: args.num_samples]
-        captions = [caption(val_files[key.index]) for key in keys]
+        given = f": {num_cond_frames} frames given" if num_cond_frames else ""
+        captions = [caption(val_files[key.index]) + given for key in keys]
         if keys:
-            check = SampleCheck(val_clips, keys, args.sample_batch_size, args.num_workers, device)
+            check = SampleCheck(val_clips, keys, args.sample_batch_size, args.num_workers, device, not class_cond)
 
     model = distributed.wrap(generator, device, broadcast_buffers=False)
 

@@ -17,7 +17,8 @@ from models.layers import set_checkpointing
 from models.losses import Perceptual, coordtok_loss
 from models.planes import gather_patches
 from training import checkpoint, distributed
-from training.arguments import Parser, add_coordtok, add_data, add_run, coordtok_config, one_line_errors
+from training.arguments import Parser, add_clip_cache, add_coordtok, add_data, add_run, coordtok_config, one_line_errors
+from training.clip_cache import clip_cache
 from training.log import NonFiniteGuard, RunLog, StopSignal, say
 from training.optim import Precision, adamw, update
 from training.tokenizers import coordtok_clips, load_coordtok
@@ -27,6 +28,7 @@ from training.validation import Validation, validation_folder
 def parse_args():
     parser = Parser(__doc__)
     add_data(parser)
+    add_clip_cache(parser)
     add_coordtok(parser)
     train = parser.add_argument_group("training")
     train.add_argument("--num_views", type=int, default=256, help="videos a step, over all processes")
@@ -84,9 +86,12 @@ def main():
     quarantine = Quarantine(folder / "quarantine.txt")
     resize = args.resize if args.resize != "auto" else "device" if device.type == "cuda" else "worker"
     points = ("frames" if args.is_second_step else "patches", args.point_per_vid, config.grid, patch_t)
+    cache = clip_cache(
+        args.cache_dir, files, size, "coordtok", quarantine, args.num_workers, args.decode_timeout
+    ) if args.cache_clips else None
     clips = ClipDataset(
         files, config.video_shape[0], size, rule="coordtok", resize=resize, seed=args.seed, points=points,
-        quarantine=quarantine, timeout=args.decode_timeout,
+        quarantine=quarantine, timeout=args.decode_timeout, cache=cache,
     )
     start = state["step"] if state else 0
     sampler = GlobalBatchSampler(

@@ -21,7 +21,17 @@ from models.larp_tokenizer import LARPTokenizer
 from models.layers import set_checkpointing
 from models.losses import Perceptual
 from training import checkpoint, distributed
-from training.arguments import Parser, add_data, add_larp_tokenizer, add_run, disc_config, larp_config, one_line_errors
+from training.arguments import (
+    Parser,
+    add_clip_cache,
+    add_data,
+    add_larp_tokenizer,
+    add_run,
+    disc_config,
+    larp_config,
+    one_line_errors,
+)
+from training.clip_cache import clip_cache
 from training.log import NonFiniteGuard, RunLog, StopSignal, say
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.validation import CodeStats, Validation, validation_folder
@@ -30,6 +40,7 @@ from training.validation import CodeStats, Validation, validation_folder
 def parse_args():
     parser = Parser(__doc__)
     add_data(parser)
+    add_clip_cache(parser)
     data = parser.add_argument_group("lists of videos")
     data.add_argument("--csv_file", default="k600_train.csv+ucf101_train.csv",
                       help="lists to train on; null128.csv: random clips. --video_name names a folder instead")
@@ -129,9 +140,12 @@ def main():
     quarantine = Quarantine(folder / "quarantine.txt")
     on_gpu = device.type == "cuda"
     resize = args.resize if args.resize != "auto" else "device" if on_gpu else "worker"
+    cache = clip_cache(
+        args.cache_dir, files, config.input_size, "larp", quarantine, args.num_workers, args.decode_timeout
+    ) if args.cache_clips else None
     clips = ClipDataset(
         files, config.frame_num, config.input_size, "larp", resize=resize, seed=args.seed, short="repeat",
-        quarantine=quarantine, timeout=args.decode_timeout,
+        quarantine=quarantine, timeout=args.decode_timeout, cache=cache,
     )
     epoch_steps = len(files) // args.batch_size
     num_iters = args.num_iters or args.max_epoch * epoch_steps

@@ -3,16 +3,18 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 
-class RowCache:
-    """`num_rows` arrays of one shape, in .npy shards of `shard_rows` rows each.
+class ShardCache:
+    """`num_rows` rows in .npy shards of `shard_rows` each.
 
     A shard appears under its name only when whole, so that filling can be killed and gone on with, by any number of
-    processes: each writes other shards of `missing()`. The name carries the CRC-32 of the rows, for `verify`.
+    processes: each writes other shards of `missing()`. The name carries the CRC-32 of its content, for `verify`.
 
     folder: holds one cache a key. name: what the rows are, for people. key: everything that the rows depend on, as
     plain JSON values; another key is another cache.
@@ -29,7 +31,6 @@ class RowCache:
         self.folder = Path(folder) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write(self.folder / "key.json", lambda file: file.write(text.encode()))
-        self._maps = None
 
     @property
     def num_shards(self) -> int:
@@ -42,35 +43,22 @@ class RowCache:
         """Shards not written yet."""
         return sorted(set(range(self.num_shards)) - self._files().keys())
 
-    def write(self, shard: int, rows: np.ndarray) -> None:
-        """rows: (len(rows_of(shard)), *row_shape) of the cache's dtype."""
-        expected = (len(self.rows_of(shard)), *self.row_shape)
-        if rows.shape != expected or rows.dtype != self.dtype:
-            raise ValueError(f"shard {shard} is {expected} {self.dtype}, got {rows.shape} {rows.dtype}")
-        rows = np.ascontiguousarray(rows)
-        self._write(self.folder / f"shard_{shard:06d}.{zlib.crc32(rows):08x}.npy", lambda file: np.save(file, rows))
-
-    @property
-    def maps(self) -> list[np.ndarray]:
-        """The shards' rows as read-only memory maps, in order. ValueError while one is missing."""
-        if self._maps is None:
-            if missing := self.missing():
-                raise ValueError(f"{self.folder} lacks {len(missing)} of {self.num_shards} shards: fill it first")
-            self._maps = [np.load(path, mmap_mode="r") for _, path in sorted(self._files().items())]
-        return self._maps
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """The rows at the indices given, copied: (len(rows), *row_shape)."""
-        out = np.empty((len(rows), *self.row_shape), self.dtype)
-        for place, row in enumerate(rows):
-            out[place] = self.maps[row // self.shard_rows][row % self.shard_rows]
-        return out
+    def paths(self) -> list[Path]:
+        """The shards' files in order. ValueError while one is missing."""
+        if missing := self.missing():
+            raise ValueError(f"{self.folder} lacks {len(missing)} of {self.num_shards} shards: fill it first")
+        return [path for _, path in sorted(self._files().items())]
 
     def verify(self) -> None:
         """Compare every shard with the checksum in its name; ValueError naming the first that differs."""
         for path in self._files().values():
             if f"{zlib.crc32(np.load(path)):08x}" != path.name.split(".")[1]:
                 raise ValueError(f"{path} is damaged: delete it, and it will be made again")
+
+    def _save(self, shard: int, content: np.ndarray) -> None:
+        content = np.ascontiguousarray(content)
+        path = self.folder / f"shard_{shard:06d}.{zlib.crc32(content):08x}.npy"
+        self._write(path, lambda file: np.save(file, content))
 
     def _files(self) -> dict[int, Path]:
         return {int(path.name[6:12]): path for path in self.folder.glob("shard_*.npy")}
@@ -82,5 +70,75 @@ class RowCache:
             write(file)
         os.replace(partial, path)
 
+
+class RowCache(ShardCache):
+    """Rows of one shape and type."""
+
+    _maps = None
+
+    def write(self, shard: int, rows: np.ndarray) -> None:
+        """rows: (len(rows_of(shard)), *row_shape) of the cache's dtype."""
+        expected = (len(self.rows_of(shard)), *self.row_shape)
+        if rows.shape != expected or rows.dtype != self.dtype:
+            raise ValueError(f"shard {shard} is {expected} {self.dtype}, got {rows.shape} {rows.dtype}")
+        self._save(shard, rows)
+
+    @property
+    def maps(self) -> list[np.ndarray]:
+        """The shards' rows as read-only memory maps, in order. ValueError while one is missing."""
+        if self._maps is None:
+            self._maps = [np.load(path, mmap_mode="r") for path in self.paths()]
+        return self._maps
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """The rows at the indices given, copied: (len(rows), *row_shape)."""
+        out = np.empty((len(rows), *self.row_shape), self.dtype)
+        for place, row in enumerate(rows):
+            out[place] = self.maps[row // self.shard_rows][row % self.shard_rows]
+        return out
+
     def __getstate__(self):
         return {**self.__dict__, "_maps": None}  # loader workers open maps of their own
+
+
+class ClipCache(ShardCache):
+    """Ready frames of videos of any length: row i is the (num_frames, size, size, 3) uint8 of video i.
+
+    A shard is one array of bytes: the lengths of its videos (int64), then their frames. A video that could not be
+    decoded has no frames. 32 videos of ten seconds are 400 MB at a size of 128.
+    """
+
+    def __init__(self, folder: str | Path, key: dict, num_videos: int, size: int, shard_rows: int = 32):
+        super().__init__(folder, "clips", key, num_videos, (size, size, 3), "uint8", shard_rows)
+
+    def write(self, shard: int, videos: Sequence[np.ndarray]) -> None:
+        """videos: those of rows_of(shard)."""
+        if len(videos) != len(self.rows_of(shard)) or any(
+            video.shape[1:] != self.row_shape or video.dtype != self.dtype for video in videos
+        ):
+            raise ValueError(f"shard {shard} is {len(self.rows_of(shard))} videos of {self.row_shape} {self.dtype}, "
+                             f"got {[(video.shape, video.dtype) for video in videos]}")
+        lengths = np.array([len(video) for video in videos], np.int64)
+        self._save(shard, np.concatenate([lengths.view(np.uint8), *(video.reshape(-1) for video in videos)]))
+
+    @cached_property
+    def index(self) -> tuple[list[Path], np.ndarray, np.ndarray]:
+        """The shards, and of each video the number of frames and the first of them in its shard."""
+        paths, lengths, starts = self.paths(), [], []
+        for shard, path in enumerate(paths):
+            there = np.load(path, mmap_mode="r")[: 8 * len(self.rows_of(shard))].view(np.int64)
+            lengths.append(np.array(there))
+            starts.append(np.cumsum(there) - there)
+        return paths, np.concatenate(lengths), np.concatenate(starts)
+
+    def length(self, video: int) -> int:
+        """Frames of a video; 0 where it could not be decoded."""
+        return int(self.index[1][video])
+
+    def read(self, video: int, frames: np.ndarray) -> np.ndarray:
+        """The frames at the indices given, copied: (len(frames), size, size, 3) uint8."""
+        paths, _, starts = self.index
+        shard = video // self.shard_rows
+        # Opened each time: that takes 0.1 ms, and maps kept open would each hold a file.
+        content = np.asarray(np.load(paths[shard], mmap_mode="r"))[8 * len(self.rows_of(shard)) :]
+        return content.reshape(-1, *self.row_shape)[starts[video] + frames]

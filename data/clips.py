@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from data.cache import ClipCache
 from data.points import random_frames, random_patches
-from data.video import NULL, TIMEOUT, FrameError, VideoError, read_chosen, resize_crop
+from data.video import NULL, TIMEOUT, FrameError, VideoError, read_chosen, resize_crop, resize_crop_8bit
 
 REPOSITORY = Path(__file__).parents[1]
 METADATA = REPOSITORY / "data" / "metadata"
@@ -199,12 +200,15 @@ class ClipDataset(Dataset):
     damaged: a video that cannot be decoded is quarantined and, by "replace", another one is drawn in its place; by
         "skip", the sample says so and `collate` leaves it out (for evaluation, where nothing may be put in its place).
     points: a PointRule adds patch indices to each sample. timeout: seconds for one video.
+    cache: ready uint8 frames of `files` by `size` and `rule`. A video that is not in it is read from its file, resized
+        in the worker to the same kind of frames.
     """
 
     def __init__(
         self, files: Sequence[VideoFile], num_frames: int, size: int, rule: str, *, seed: int = 0, stride: int = 1,
         resize: str = "worker", window: str = "random", short: str = "pad", damaged: str = "replace",
         points: PointRule | tuple | None = None, quarantine: Quarantine | None = None, timeout: float = TIMEOUT,
+        cache: ClipCache | None = None,
     ):
         known = {"rule": ("coordtok", "larp"), "resize": ("worker", "device"), "window": ("random", "start", "center"),
                  "short": ("pad", "repeat"), "damaged": ("replace", "skip")}
@@ -218,7 +222,7 @@ class ClipDataset(Dataset):
         self.stride, self.resize, self.window, self.short, self.damaged = stride, resize, window, short, damaged
         self.points = PointRule(*points) if points else None
         self.quarantine = Quarantine() if quarantine is None else quarantine
-        self.timeout = timeout
+        self.timeout, self.cache = timeout, cache
 
     def __len__(self) -> int:
         return len(self.files)
@@ -239,7 +243,7 @@ class ClipDataset(Dataset):
                 reason = self.quarantine.read()[file.path]
             else:
                 try:
-                    return self._sample(file, key.position, start, rng)
+                    return self._sample(index, key.position, start, rng)
                 except VideoError as error:
                     reason = self.quarantine.add_error(file.path, error)
             if self.damaged == "skip":
@@ -250,15 +254,24 @@ class ClipDataset(Dataset):
         raise VideoError(f"no readable video left of {len(self.files)} under {root} "
                          f"(see {self.quarantine.path or 'the warnings above'})")
 
-    def _sample(self, file: VideoFile, position: int, start: int | None, rng: np.random.Generator) -> dict:
+    def _sample(self, index: int, position: int, start: int | None, rng: np.random.Generator) -> dict:
+        file = self.files[index]
+
         def choose(available: int) -> np.ndarray:
             starts = num_starts(available, self.num_frames, self.stride)
             by_rule = {"random": int(rng.integers(starts)), "start": 0, "center": (starts - 1) // 2}[self.window]
             return window_frames(available, by_rule if start is None else start, self.num_frames, self.stride)
 
-        frames, indices = read_chosen(file.path, choose, self.timeout)
-        if self.resize == "worker":
-            frames = resize_crop(frames, self.size, self.rule)
+        length = self.cache.length(index) if self.cache else 0
+        indices = choose(length) if length else ()
+        if len(indices):
+            frames = torch.from_numpy(self.cache.read(index, indices))
+        else:
+            frames, indices = read_chosen(file.path, choose, self.timeout)
+            if self.cache:
+                frames = resize_crop_8bit(frames, self.size, self.rule)
+            elif self.resize == "worker":
+                frames = resize_crop(frames, self.size, self.rule)
         n_frames = len(frames)
         if n_frames < self.num_frames:
             tail = frames[-1:] if self.short == "repeat" else torch.zeros_like(frames[-1:])
@@ -338,14 +351,14 @@ def make_loader(dataset: ClipDataset, batches: Sampler, num_workers: int, prefet
                 pin_memory: bool = False) -> DataLoader:
     """Loads the batches of keys that `batches` yields, in worker processes of one thread each."""
     return DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, worker_init_fn=_init_worker,
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, worker_init_fn=init_worker,
         prefetch_factor=prefetch_factor if num_workers else None, persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else every pass over the loader would draw from the global generator
     )
 
 
-def _init_worker(worker: int) -> None:
+def init_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # Schedulers send SIGTERM to all processes of a job: the training process saves and then ends its workers.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

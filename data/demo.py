@@ -38,8 +38,8 @@ MOTIONS = {
     "ZoomOut": (0, 0, -1, 0),
 }
 # With these four numbers no corner of a view leaves its photo.
-REACH = np.array([0.43, 0.43, math.log(1.5), math.radians(60)])  # half of the longest way
-ZOOM = 1.6  # at the middle of the way
+REACH = np.array([0.43, 0.43, math.log(1.75), math.radians(60)])  # half of the longest way
+ZOOM = 1.75  # at the middle of the way
 CENTRE = 0.05  # the middle of the way is at most this far from that of the photo, in view widths and heights
 MARGIN = 1.8  # width and height of the scaled photo, at least, in view widths and heights
 PHOTOS = ("astronaut", "camera", "coffee")  # of strong contrast, so that motion shows in small frames
@@ -91,7 +91,7 @@ def render_clip(config: DemoConfig, action: str, group: int, clip: int) -> Itera
     width, height = config.size
     for position in np.linspace(-1, 1, num_frames):
         right, down, log_zoom, angle = centre + position * way
-        zoom = ZOOM * math.exp(log_zoom)  # 1.07 to 2.4
+        zoom = ZOOM * math.exp(log_zoom)  # 1 to 3.06
         cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
         # Pixel (x, y) of the frame shows pixel view @ (x, y, 1) of the photo.
         x = photo.shape[1] / 2 + right * width - (cos * width - sin * height) / 2

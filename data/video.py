@@ -101,13 +101,15 @@ def _bounded(function: Callable, path: str, timeout: float):
     """
     future = Future()
 
-    def work() -> None:
+    def work(future: Future) -> None:
         try:
             future.set_result(function())
         except BaseException as error:  # not swallowed: raised again by result()
             future.set_exception(error)
+        finally:
+            del future  # as below
 
-    Thread(target=work, daemon=True, name=f"decode {path}").start()
+    Thread(target=work, args=(future,), daemon=True, name=f"decode {path}").start()
     try:
         return future.result(timeout)
     except VideoError:
@@ -116,6 +118,10 @@ def _bounded(function: Callable, path: str, timeout: float):
         raise VideoError(f"{path}: the decoder was still busy after {timeout:g} s") from None
     except DECODER_ERRORS as error:
         raise VideoError(f"{path}: {_reason(error)}") from None
+    finally:
+        # Else the error and what it was raised in would keep each other, and the decoder, until they are collected:
+        # in a loader worker forked before that, a decoder without its threads hangs the process or ends it.
+        del future
 
 
 def _reason(error: Exception) -> str:
@@ -186,6 +192,12 @@ def resize_crop(frames: Tensor, size: int, rule: str) -> Tensor:
         for piece in images.split(max(1, CHUNK // (height * width * 3)))
     ]
     return torch.cat(pieces).view(*frames.shape[:-3], size, size, 3)
+
+
+def resize_crop_8bit(frames: Tensor, size: int, rule: str) -> Tensor:
+    """`resize_crop` rounded to 8 bits, where its rule does not do so itself: (..., size, size, 3) uint8."""
+    frames = resize_crop(frames, size, rule)
+    return frames if frames.dtype == torch.uint8 else frames.mul_(255).round_().to(torch.uint8)
 
 
 def _bilinear(images: Tensor, height: int, width: int) -> Tensor:

@@ -12,7 +12,7 @@ from models.layers import Blocks
 from models.quantizer import Generators, is_none, sample_codes, uniform
 
 PRIOR_SIZES = {  # layers, width, heads; parameters at 16 code dimensions
-    "gptc-tiny": (2, 128, 4),  # 0.5M; not one of the paper's: for trials on a CPU
+    "gptc-tiny": (2, 64, 4),  # 0.1M; not one of the paper's: for trials on a CPU
     "gptc-XXS": (6, 256, 4),  # 5.0M
     "gptc-XS": (6, 384, 6),  # 11.1M
     "gptc-S": (12, 384, 6),  # 21.7M

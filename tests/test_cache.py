@@ -1,7 +1,9 @@
+import pickle
+
 import numpy as np
 import pytest
 
-from data.cache import RowCache
+from data.cache import ClipCache, RowCache
 
 
 def cache(tmp_path, key=1):
@@ -50,3 +52,47 @@ def test_damage_is_named(tmp_path):
 def test_wrong_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"shard 2 is \(2, 2, 3\) float32, got \(4, 2, 3\) float32"):
         cache(tmp_path).write(2, np.zeros((4, 2, 3), "float32"))
+
+
+def clip_cache(tmp_path, rule="larp"):
+    return ClipCache(tmp_path, {"rule": rule}, 5, size=2, shard_rows=2)
+
+
+def test_clips_of_any_length_are_read_back(tmp_path):
+    rng = np.random.default_rng(0)
+    videos = [rng.integers(256, size=(length, 2, 2, 3), dtype=np.uint8) for length in (3, 0, 7, 1, 4)]
+    cache = clip_cache(tmp_path)
+    for shard in (1, 0):
+        cache.write(shard, videos[2 * shard : 2 * shard + 2])
+    with pytest.raises(ValueError, match="lacks 1 of 3 shards"):
+        clip_cache(tmp_path).length(0)
+    clip_cache(tmp_path).write(2, videos[4:])
+    cache = pickle.loads(pickle.dumps(cache))
+    assert [cache.length(i) for i in range(5)] == [3, 0, 7, 1, 4]
+    for video, frames in ((0, [2, 0]), (2, [1, 3, 5]), (3, [0]), (4, [0, 1, 2, 3])):
+        got = cache.read(video, np.array(frames))
+        assert np.array_equal(got, videos[video][frames]) and type(got) is np.ndarray
+        got += 1  # what is read is a copy
+        assert np.array_equal(cache.read(video, np.array(frames)), videos[video][frames])
+    assert clip_cache(tmp_path, "coordtok").missing() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["lengths", "frames"])
+def test_damage_to_clips_is_named(tmp_path, place):
+    cache = clip_cache(tmp_path)
+    cache.write(2, [np.ones((4, 2, 2, 3), np.uint8)])
+    cache.verify()
+    path = next(cache.folder.glob("shard_000002.*"))
+    content = np.load(path)
+    content[place] ^= 1
+    np.save(path, content)
+    with pytest.raises(ValueError, match="shard_000002.* is damaged"):
+        cache.verify()
+
+
+@pytest.mark.parametrize("videos", [
+    [np.zeros((4, 2, 2, 3), np.uint8)], [np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 2, 2, 3), "float32")],
+    [np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 3, 2, 3), np.uint8)]], ids=["number", "type", "size"])
+def test_wrong_clips_are_refused(tmp_path, videos):
+    with pytest.raises(ValueError, match=r"shard 0 is 2 videos of \(2, 2, 3\) uint8, got"):
+        clip_cache(tmp_path).write(0, videos)

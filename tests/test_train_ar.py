@@ -13,8 +13,10 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, logged, losses, num_lines, run, run_bash, start, tiny_larp, wait
+from PIL import Image
 
 import train_ar
+from eval.pictures import MARGIN, SMALLEST, TEXT
 from models.larp_ar import LARPGenerator
 from training import checkpoint
 from training.arguments import Parser, add_larp_ar, larp_ar_config, one_line_errors
@@ -130,7 +132,8 @@ def test_a_cache_is_gone_on_with_and_serves_any_number_of_processes(arguments, m
     assert two == pytest.approx(one, abs=1e-5)
     state = checkpoint.load(tmp_path / "one" / "run" / "checkpoints")
     assert (state["classes"], state["num_cond_frames"], state["config"]["cls_token_num"]) == ([], 3, CODES + 1)
-    assert (tmp_path / "one" / "run" / "samples" / "step_0000006.png").exists()
+    sheet = Image.open(tmp_path / "one" / "run" / "samples" / "step_0000006.png")
+    assert sheet.height == MARGIN + 3 * (TEXT + 2 * (SMALLEST + MARGIN)), "three real clips above their continuations"
 
 
 @pytest.mark.parametrize("mode", [["--num_classes", 2], FRAMES], ids=["classes", "frames"])

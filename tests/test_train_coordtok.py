@@ -33,6 +33,15 @@ def test_two_processes_and_accumulation_train_as_one(data, coordtok, tmp_path):
         assert losses(tmp_path / name) == pytest.approx(one, abs=1e-5)
 
 
+def test_cached_clips_train_as_decoded_ones(data, coordtok, tmp_path):
+    flags = ("--num_iters", 6, *PIXELS, "--cache_clips", "--cache_dir", tmp_path / "cache")
+    two = train(data, tmp_path, "--exp_name", "two", *flags, processes=2)
+    assert "clips of 6 of 6 videos" in two.stdout
+    assert losses(tmp_path / "two") == pytest.approx(losses(coordtok), abs=1e-5)
+    train(data, tmp_path, "--exp_name", "one", *flags, "--num_workers", 0)
+    assert losses(tmp_path / "one") == losses(coordtok)
+
+
 def test_a_killed_run_resumes_bit_for_bit(data, coordtok, tmp_path):
     flags = ("--exp_name", "run", "--num_iters", 6, *PIXELS, "--steps_til_save", 1)
     running = start("train_coordtok.py", *arguments(data, tmp_path, *flags))

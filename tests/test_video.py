@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 import sys
@@ -5,6 +6,7 @@ import time
 from pathlib import Path
 
 import cv2
+import decord
 import imageio.v2 as imageio
 import numpy as np
 import pytest
@@ -174,3 +176,16 @@ def test_written_video_is_rounded(tmp_path, monkeypatch):
     monkeypatch.setattr(data.video.imageio, "mimwrite", write)
     write_video(tmp_path / "a.mp4", torch.tensor([-0.5, 127.6 / 255, 1.5]).expand(1, 1, 3).repeat(3, 1, 1, 1))
     assert written[0][0, 0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_an_error_leaves_no_decoder_behind(tmp_path):
+    """Collected in a process forked later, where its threads are missing, it would hang that."""
+    write_video(tmp_path / "a.mp4", torch.rand(3, 4, 32, 32))
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(VideoError):
+            read_frames(str(tmp_path / "a.mp4"), [9])
+        assert not any(type(thing) is decord.VideoReader for thing in gc.get_objects())
+    finally:
+        gc.enable()

@@ -74,6 +74,13 @@ def add_data(parser: Parser) -> None:
     data.add_argument("--decode_timeout", type=float, default=60.0, help="seconds after which a file counts as damaged")
 
 
+def add_clip_cache(parser: Parser) -> None:
+    cache = parser.add_argument_group("clip cache")
+    cache.add_argument("--cache_clips", action="store_true",
+                       help="decode, resize and crop every video once, and train from these frames of 8 bits")
+    cache.add_argument("--cache_dir", default="data/cache", help="folder of clip caches")
+
+
 FIELDS = {field.name: field.default for field in dataclasses.fields(CoordTokConfig) if field.name != "video_shape"}
 CLIP_FLAGS = {"num_frames": CoordTokConfig.video_shape[0], "img_size": CoordTokConfig.video_shape[1]}
 

@@ -133,13 +133,16 @@ def sample_planes(
 class SampleCheck:
     """Samples during training: a contact sheet, an mp4, and the FVD of a few samples against as many fixed real clips.
 
-    clips, keys: the real ones. Too few for a number to report; good for its course.
+    clips, keys: the real ones. Too few for a number to report; good for its course. continued: sample i continues clip
+    i, which stands above it in the pictures; `clips` must then replace damaged ones.
     """
 
     def __init__(
-        self, clips: ClipDataset, keys: list[ClipKey], batch_size: int, num_workers: int, device: torch.device
+        self, clips: ClipDataset, keys: list[ClipKey], batch_size: int, num_workers: int, device: torch.device,
+        continued: bool = False,
     ):
         self.clips, self.num_samples, self.batch_size, self.num_workers = clips, len(keys), batch_size, num_workers
+        self.continued = continued
         self.keys = keys[distributed.rank() :: distributed.world_size()]
         self.real = self.i3d = None
         if clips.num_frames >= 10 and len(keys) > 1:
@@ -162,9 +165,12 @@ class SampleCheck:
             if self.i3d is not None:
                 fake.append(self.i3d(videos).cpu())
         if distributed.is_main():
-            captions = [captions[index] for index in mine[: len(shown)]]
-            contact_sheet(folder.with_suffix(".png"), [(video,) for video in shown], captions, num_clips=len(shown))
-            write_video(folder.with_suffix(".mp4"), torch.cat(shown, dim=3))
+            captions, rows = [captions[index] for index in mine[: len(shown)]], [shown]
+            if self.continued:
+                frames = [self.clips[key]["frames"] for key in self.keys[: len(shown)]]
+                rows = [list(to_video(frames, self.clips.size, self.clips.rule, torch.device("cpu"))), shown]
+            contact_sheet(folder.with_suffix(".png"), list(zip(*rows)), captions, ("real", "generated"), len(shown))
+            write_video(folder.with_suffix(".mp4"), torch.cat([torch.cat(row, dim=3) for row in rows], dim=2))
         if self.i3d is None:
             return {}
         if self.real is None:

@@ -3,7 +3,6 @@
 WindowCache, what a frozen tokenizer makes of a few windows of every video, serves codes too.
 """
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +15,11 @@ from tqdm import tqdm
 
 from data.cache import RowCache
 from data.clips import ClipDataset, ClipKey, GlobalBatchSampler, VideoFile, make_loader
-from data.video import NULL, VideoError
-from eval.protocols import manifest_sha256
+from data.video import VideoError
 from models.coordtok import CoordTokConfig
 from models.planes import Planes
 from training import distributed
+from training.clip_cache import files_sha256
 
 Encode = Callable[[dict], Planes]  # a loader's batch -> planes, channels last, float32
 
@@ -85,9 +84,7 @@ class WindowCache:
     def __init__(self, folder: Path, name: str, clips: ClipDataset, views: int, key: dict, row_size: int, dtype: str,
                  missing: float):
         self.clips, self.views, self.name, self.missing = clips, views, name, missing
-        root = os.path.commonpath([os.path.dirname(file.path) for file in clips.files])
-        files = manifest_sha256([f"{file.path} {file_size(file.path)}" for file in clips.files], root)
-        key = {**key, "views": views, "seed": clips.seed, "files": files}
+        key = {**key, "views": views, "seed": clips.seed, "files": files_sha256(clips.files)}
         self.rows = RowCache(folder, name, key, len(clips.files) * views, (row_size,), dtype)
 
     def fill(self, encode: Callable[[dict], Tensor], batch_size: int, num_workers: int) -> None:
@@ -129,11 +126,6 @@ class WindowCache:
         chosen = np.array([files[key.index] for key in keys])
         views = [np.random.default_rng((seed, key.position, 0, 4)).integers(self.views) for key in keys]
         return chosen * self.views + np.array(views), [self.clips.files[file] for file in chosen]
-
-
-def file_size(path: str) -> int:
-    """In bytes; 0 for a random clip, which has no file."""
-    return 0 if path.startswith(NULL) else os.path.getsize(path)
 
 
 class LatentCache(WindowCache):

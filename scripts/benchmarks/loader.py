@@ -7,6 +7,8 @@ Everything runs in this process on one thread, as in one loader worker, on XviD 
   plain    decord.get_batch to numpy; Pillow's resize and crop, ToTensor, [-1, 1] frame by frame; 1,024 slices stacked
   worker   ours, ClipDataset(resize="worker"): uint8 frames of 128x128 and patch indices
   device   ours, ClipDataset(resize="device"): native uint8 frames and patch indices
+  cache    ours, ClipDataset(cache=...), what --cache_clips trains from: ready frames of 128x128, under "decode" the
+           time to read them from memory maps, whose file the system keeps in memory here
 "Rest" is what follows the resize in the worker. What ours leaves to the device (scaling, for "device" the resize, and
 gathering the patches) is timed too, on this CPU, in the column "device".
 """
@@ -29,10 +31,12 @@ from skimage import data as photos
 from skimage.transform import AffineTransform, warp
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, ToTensor
 
-from data.clips import num_starts, window_frames
+from data.cache import ClipCache
+from data.clips import Quarantine, VideoFile, num_starts, window_frames
 from data.points import random_patches
 from data.video import read_chosen, resize_crop, to_video
 from models.planes import gather_patches
+from training.clip_cache import clip_cache
 
 FRAMES, SIZE, POINTS, PATCH = 128, 128, 1024, 8
 GRID = (FRAMES, SIZE // PATCH, SIZE // PATCH)
@@ -75,13 +79,17 @@ def plain(path: str, rng: np.random.Generator, clock: Clock) -> int:
     return 4 * (video.numel() + patches.numel()) + index.nbytes
 
 
-def ours(path: str, rng: np.random.Generator, clock: Clock, resize: str) -> int:
+def ours(path: str, rng: np.random.Generator, clock: Clock, resize: str, cache: ClipCache | None = None) -> int:
     """What ClipDataset does for a sample, then what `to_video` and `gather_patches` do on the device."""
 
     def choose(available: int) -> np.ndarray:
         return window_frames(available, int(rng.integers(num_starts(available, FRAMES, 1))), FRAMES, 1)
 
-    frames, _ = read_chosen(path, choose)
+    if cache:
+        video = int(Path(path).stem)
+        frames = torch.from_numpy(cache.read(video, choose(cache.length(video))))
+    else:
+        frames, _ = read_chosen(path, choose)
     clock("decode")
     if resize == "worker":
         frames = resize_crop(frames, SIZE, "coordtok")
@@ -103,11 +111,14 @@ def main() -> None:
     paths = {"plain": plain, "worker": functools.partial(ours, resize="worker"),
              "device": functools.partial(ours, resize="device")}
     images = [photos.astronaut(), photos.coffee(), photos.chelsea(), photos.rocket()]
-    samples, shipped = {name: [] for name in paths}, {}
+    samples, shipped = defaultdict(list), {}
     with tempfile.TemporaryDirectory() as folder:
         videos = [Path(folder) / f"{i}.avi" for i in range(args.num_videos)]
         for i, video in enumerate(videos):
             write_clip(video, images[i % len(images)])
+        files = [VideoFile(str(video)) for video in videos]
+        cache = clip_cache(Path(folder) / "cache", files, SIZE, "coordtok", Quarantine(), 1, 60)
+        paths["cache"] = functools.partial(ours, resize="none", cache=cache)
         for repeat in range(-1, args.repeats):  # the first round, a warm-up, is not counted
             for i, video in enumerate(videos):
                 for name, load in paths.items():
@@ -131,6 +142,8 @@ def report(samples: dict[str, list[dict[str, float]]], shipped: dict[str, int]) 
         row = (1000 / loading[name], *ms[name].values(), loading["plain"] / loading[name],
                undecoded["plain"] / undecoded[name], shipped[name] / 2**20)
         print(f"{name:8}" + "".join(f"{value:10.2f}" for value in row))
+    streaming = {name: loading[name] / loading["cache"] for name in ("worker", "device")}
+    print("from the cache: " + ", ".join(f"{ratio:.0f} times {name}" for name, ratio in streaming.items()))
 
 
 if __name__ == "__main__":
