@@ -1,24 +1,53 @@
 #!/usr/bin/env bash
-# The whole product at a small size on the demo data: CoordTok, SiT on its planes, a LARP tokenizer, its generators for
-# classes and for frame prediction, each trained and measured; then one page of results. A quarter of an hour on two CPU
-# cores after the install. Run again, it goes on where it stopped. STEPS=6 CLIPS=4 only looks whether everything runs.
+# The whole product at a small size on the demo data: CoordTok and SiT on its planes; beside them a LARP tokenizer and
+# its generators, for classes and for frame prediction; each trained and measured; then one page of results. A quarter
+# of an hour on two CPU cores after the install. Run again, it goes on where it stopped. STEPS=6 CLIPS=4 only looks
+# whether everything runs.
 source "$(dirname "$0")/setup.sh"
-# Threads that wait must sleep: spinning, they would take the cores from the loader's workers.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 OUT=${OUT:-results/quickstart}
 DEMO=data/cache/demo
 CLIPS=${CLIPS:-32}
+CONFIGS=scripts/configs
 TRAIN="--data_root $DEMO --video_name UCF-101_train --save_dir $OUT --resume auto ${STEPS:+--num_iters $STEPS}"
 TEST="--data_root $DEMO --video_name UCF-101_test --num_workers 1"
 SAMPLE="$TEST --num_samples $CLIPS --sample_batch_size 16"
-CONFIGS=scripts/configs
 
 say() { printf '\n== %s  [%dm%02ds]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
-say "1/9 Demo data: photographs moved by a camera, under UCF-101's names and split"
+coordtok_and_sit() {
+    say "2 CoordTok: pixels of random patches first, then whole frames and LPIPS"
+    COORDTOK="python train_coordtok.py --config $CONFIGS/coordtok_quickstart.yaml --lpips_weights $LPIPS $TRAIN"
+    $COORDTOK --lpips_loss_scale 0.0
+    $COORDTOK --is_second_step --first_step_ckpt $OUT/coordtok/checkpoints --num_iters "${STEPS:-20}" --lr 2e-4 \
+        --lpips_loss_scale 0.01 --num_val 0
+    say "3 CoordTok's reconstruction of test clips: rFVD, PSNR, SSIM, LPIPS"
+    python eval/eval_coordtok.py --tokenizer $OUT/coordtok_second/checkpoints --protocol larp_rfvd \
+        --num_clips "$CLIPS" --lpips_weights $LPIPS $TEST --output_dir $OUT/coordtok_evaluation
+    say "4 SiT on CoordTok's planes: clips of a class, and their FVD"
+    python train_sit.py --config $CONFIGS/sit_quickstart.yaml --first_model_ckpt $OUT/coordtok_second/checkpoints $TRAIN
+    python sample.py --sit_model $OUT/sit --first_model_ckpt $OUT/coordtok_second/checkpoints \
+        --num_sampling_steps 50 $SAMPLE --output_dir $OUT/sit_samples
+}
+
+larp() {
+    say "5 LARP tokenizer, with its prior and discriminator"
+    python train_larp_tokenizer.py --config $CONFIGS/larp_tokenizer_quickstart.yaml --lpips_weights $LPIPS $TRAIN
+    say "6 LARP's reconstruction of test clips: rFVD, PSNR, SSIM, LPIPS, use of the codes"
+    python eval/eval_larp_tokenizer.py --tokenizer $OUT/larp_tokenizer --det --num_clips "$CLIPS" \
+        --lpips_weights $LPIPS $TEST --output_dir $OUT/larp_evaluation
+    say "7 LARP generator: clips of a class, and their FVD"
+    python train_ar.py --config $CONFIGS/larp_ar_quickstart.yaml --tokenizer $OUT/larp_tokenizer $TRAIN
+    LARP="python sample.py --tokenizer $OUT/larp_tokenizer --version ema_0.99 --dtype float32
+        --tokenizer_dtype float32 $SAMPLE"
+    $LARP --ar_model $OUT/larp_ar --output_dir $OUT/larp_ar_samples
+    say "8 LARP generator: 16 frames from 5 given ones, and their FVD"
+    python train_ar.py --config $CONFIGS/larp_ar_fp_quickstart.yaml --tokenizer $OUT/larp_tokenizer $TRAIN
+    $LARP --ar_model $OUT/larp_ar_fp --fp --num_cond_frames 5 --det --output_dir $OUT/larp_ar_fp_samples
+}
+
+say "1 Demo data: photographs moved by a camera, under UCF-101's names and split"
 python data/demo.py --root $DEMO --size 96x72
 (cd data && python split_ucf.py --data_root cache/demo --data_name UCF-101 2>/dev/null)
-
 # LPIPS stands on torchvision's VGG16. Without network there is none, and a random backbone is taken, by name.
 LPIPS=auto
 if ! python -c "from models.losses import Perceptual; Perceptual()" 2>/dev/null; then
@@ -26,35 +55,23 @@ if ! python -c "from models.losses import Perceptual; Perceptual()" 2>/dev/null;
     echo "NOTE: torchvision's VGG16 cannot be downloaded here; LPIPS is computed on a RANDOM backbone. Its values mean nothing."
 fi
 
-say "2/9 CoordTok, step 1: pixels of random patches; step 2: whole frames and LPIPS"
-COORDTOK="python train_coordtok.py --config $CONFIGS/coordtok_quickstart.yaml --lpips_weights $LPIPS $TRAIN"
-$COORDTOK --lpips_loss_scale 0.0
-$COORDTOK --is_second_step --first_step_ckpt $OUT/coordtok/checkpoints --num_iters "${STEPS:-20}" --lr 2e-4 \
-    --lpips_loss_scale 0.01 --num_val 0
-say "3/9 CoordTok's reconstruction of test clips: rFVD, PSNR, SSIM, LPIPS"
-python eval/eval_coordtok.py --tokenizer $OUT/coordtok_second/checkpoints --protocol larp_rfvd --num_clips "$CLIPS" \
-    --lpips_weights $LPIPS $TEST --output_dir $OUT/coordtok_evaluation
+# Both halves at once, each on half of the cores: models this small gain little from more threads.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+mkdir -p $OUT
+echo "LARP's half (5 to 8) runs beside CoordTok's, and writes $OUT/larp.log"
+larp >$OUT/larp.log 2>&1 &
+LARP_HALF=$!
+trap 'pkill -P $LARP_HALF 2>/dev/null; kill $LARP_HALF 2>/dev/null || true' EXIT
+coordtok_and_sit
+say "Waiting for LARP's half"
+if ! wait $LARP_HALF; then
+    tail -n 3 $OUT/larp.log >&2
+    exit 1
+fi
+trap - EXIT
+grep -E "^== |psnr_clip|fvd  |nll|psnr_given" $OUT/larp.log
 
-say "4/9 SiT on CoordTok's planes, of a class; samples and their FVD"
-python train_sit.py --config $CONFIGS/sit_quickstart.yaml --first_model_ckpt $OUT/coordtok_second/checkpoints $TRAIN
-python sample.py --sit_model $OUT/sit --first_model_ckpt $OUT/coordtok_second/checkpoints --num_sampling_steps 50 \
-    $SAMPLE --output_dir $OUT/sit_samples
-
-say "5/9 LARP tokenizer, with its prior and discriminator"
-python train_larp_tokenizer.py --config $CONFIGS/larp_tokenizer_quickstart.yaml --lpips_weights $LPIPS $TRAIN
-say "6/9 LARP's reconstruction of test clips: rFVD, PSNR, SSIM, LPIPS, use of the codes"
-python eval/eval_larp_tokenizer.py --tokenizer $OUT/larp_tokenizer --det --num_clips "$CLIPS" --lpips_weights $LPIPS \
-    $TEST --output_dir $OUT/larp_evaluation
-
-say "7/9 LARP generator, of a class; samples and their FVD"
-python train_ar.py --config $CONFIGS/larp_ar_quickstart.yaml --tokenizer $OUT/larp_tokenizer $TRAIN
-LARP="python sample.py --tokenizer $OUT/larp_tokenizer --version ema_0.99 --dtype float32 --tokenizer_dtype float32 $SAMPLE"
-$LARP --ar_model $OUT/larp_ar --output_dir $OUT/larp_ar_samples
-say "8/9 LARP generator, frame prediction: 16 frames from 5; samples and their FVD"
-python train_ar.py --config $CONFIGS/larp_ar_fp_quickstart.yaml --tokenizer $OUT/larp_tokenizer $TRAIN
-$LARP --ar_model $OUT/larp_ar_fp --fp --num_cond_frames 5 --output_dir $OUT/larp_ar_fp_samples
-
-say "9/9 All of it on one page"
+say "9 All of it on one page"
 python scripts/report.py $OUT
 
 say "Done"
