@@ -5,7 +5,8 @@ Published:    torchrun --nproc_per_node=8 train_ar.py --config scripts/configs/l
 Continuing:   torchrun --nproc_per_node=8 train_ar.py --config scripts/configs/larp_ar_fp.yaml
 One GPU:      python train_ar.py --config scripts/configs/larp_ar.yaml --batch_size 4
 Your own:     ... --tokenizer CKPT --data_root DATA --video_name UCF-101_train
-Add --cache_codes 8 to encode eight windows of every video once and never touch video again.
+Add --cache_codes 8 to encode eight windows of every video once and never touch video again, and --fsdp to share weights
+and optimizer states out among the processes, for models too large for one GPU (--model llama-abs-XXXL).
 Runs are written to SAVE_DIR/EXP_NAME and go on with --resume auto.
 """
 import time
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from data.clips import ClipDataset, GlobalBatchSampler, Quarantine, class_names, list_csv, list_folder, make_loader
 from models.larp_ar import LARPGenerator, code_loss
-from training import checkpoint, distributed
+from training import checkpoint, distributed, sharding
 from training.arguments import Parser, add_data, add_larp_ar, add_run, larp_ar_config, one_line_errors
 from training.codes import (
     CodeCache,
@@ -66,6 +67,7 @@ def parse_args():
     train.add_argument("--clip_grad_max_norm", type=float, default=0.0, help="largest gradient norm; 0: no clipping")
     train.add_argument("--ema_decays", type=float, nargs="*", default=[],
                        help="moving averages of the weights to keep; samples are of the last")
+    train.add_argument("--fsdp", action="store_true", help="share weights and optimizer states out among processes")
     logs = parser.add_argument_group("logging")
     logs.add_argument("--log_every", type=int, default=50, help="steps between lines of metrics.jsonl")
     logs.add_argument("--eval_every", type=float, default=30.0, help="epochs between validations")
@@ -87,7 +89,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = distributed.setup(args.device)
+    device = distributed.setup(args.device, group=args.fsdp)
     rank, world_size = distributed.rank(), distributed.world_size()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
@@ -103,19 +105,32 @@ def main():
     if state and state["tokenizer"] != tokenizer_hash:
         raise ValueError(f"the run in {folder} was trained on another tokenizer than {args.tokenizer}: give "
                          f"{state['args']['tokenizer']}, which it names, or what became of it")
+    if state and ("shards" in state) != args.fsdp:
+        raise ValueError(f"the run in {folder} was saved {'without' if args.fsdp else 'with'} --fsdp: go on likewise")
     options, num_cond_frames = larp_ar_config(args, clip_config, state, f"the run in {folder}")
     if num_cond_frames and args.cfg_scale > 1:
         raise ValueError(f"--cfg_scale is {args.cfg_scale}, but frame prediction has no guidance: leave it out")
-    generator = LARPGenerator(**options).to(device).train()
+    generator = LARPGenerator(**options).train()
     generator.checkpointing = args.gradient_checkpointing
     config, class_cond = generator.config, not generator.config.frame_prediction
     emas = {str(decay): EMA(generator, decay) for decay in args.ema_decays}
-    optimizer = adamw(decay_groups(generator, args.weight_decay), args.lr, betas=tuple(args.betas))
     precision = Precision(args.precision, device)
+    place = partial(sharding.shard, precision=precision.name) if args.fsdp else LARPGenerator.to
+    for net in (generator, *(ema.model for ema in emas.values())):
+        place(net, device)
+    optimizer = adamw(decay_groups(generator, args.weight_decay), args.lr, betas=tuple(args.betas))
     torch.manual_seed(args.seed + rank)  # each process drops out units of its own; all other draws are per clip
     parts = {"model": generator, "optimizer": optimizer, "scaler": precision.scaler}
     start, best = 0, float("inf")
+
+    def trained() -> dict:
+        return {**{name: part.state_dict() for name, part in parts.items()},
+                "ema": {decay: ema.model.state_dict() for decay, ema in emas.items()}}
+
     if state:
+        if args.fsdp:  # each process reads its share, into tensors that must be there
+            sharding.allocate(optimizer)
+            sharding.fill(state, trained())
         for name, part in parts.items():
             part.load_state_dict(state[name])
         for decay, ema in emas.items():
@@ -125,8 +140,8 @@ def main():
         del state  # frees a copy of it all
 
     if args.compile:  # in place, so that names of weights stay as they are; samples take the layers one by one
-        generator.compile()
-        tokenizer.encoder.compile()
+        for module in [tokenizer.encoder, *(sharding.between_gathers(generator) if args.fsdp else [generator])]:
+            module.compile()
 
     # Data: clips encoded as they come, or once and for all.
     source = str(Path(args.data_root) / args.video_name) if args.video_name else args.csv_file
@@ -183,14 +198,13 @@ def main():
         if keys:
             check = SampleCheck(val_clips, keys, args.sample_batch_size, args.num_workers, device, not class_cond)
 
-    model = distributed.wrap(generator, device, broadcast_buffers=False)
+    model = generator if args.fsdp else distributed.wrap(generator, device, broadcast_buffers=False)
 
     def save(step: int, is_best: bool = False) -> None:
         guard.check()
         checkpoint.save(folder / "checkpoints", step, {
             "kind": "larp_ar", "config": asdict(config), "num_cond_frames": num_cond_frames, "classes": names,
-            "tokenizer": tokenizer_hash, **{name: part.state_dict() for name, part in parts.items()},
-            "ema": {decay: ema.model.state_dict() for decay, ema in emas.items()}, "best": best,
+            "tokenizer": tokenizer_hash, **trained(), "best": best,
             "data": {"position": step * args.batch_size, "files": len(numbered)}, "args": vars(args),
         }, keep=args.keep_checkpoints, best=is_best)
 
@@ -201,9 +215,9 @@ def main():
 
     averaged = list(emas.values())[-1].model if emas else generator
 
-    def generate(indices: list[int]) -> Tensor:
+    def generate(net: LARPGenerator, indices: list[int]) -> Tensor:
         cond = held_out.cond(indices)
-        codes = averaged.generate(
+        codes = net.generate(
             cond if class_cond else generator.frame_condition(cond), cfg_scale=args.cfg_scale,
             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seeds=[(args.seed, i) for i in indices],
         )
@@ -248,8 +262,9 @@ def main():
         if held_out and (step % eval_steps == 0 or step == num_iters):
             guard.check()
             for kind, net in {"val": generator, **{f"val_ema_{d}": ema.model for d, ema in emas.items()}}.items():
-                net.eval()
-                scores = held_out.score(partial(score, net), labelled=class_cond and config.class_dropout_prob > 0)
+                scores = held_out.score(
+                    partial(score, sharding.whole(net).eval()), labelled=class_cond and config.class_dropout_prob > 0
+                )
                 net.train(net is generator)
                 log.write(step, kind, **scores)
                 say(f"step {step}, {kind}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
@@ -257,7 +272,8 @@ def main():
                     is_best, best = scores["loss"] < best, min(scores["loss"], best)
         if check and (step % sample_steps == 0 or step == num_iters):
             guard.check()
-            scores = check.run(generate, captions, folder / "samples" / f"step_{step:07d}")
+            pictures = folder / "samples" / f"step_{step:07d}"
+            scores = check.run(partial(generate, sharding.whole(averaged)), captions, pictures)
             averaged.cache = None  # gives back the memory of its keys and values
             log.write(step, "samples", **scores)
             say(f"step {step}, samples in {folder / 'samples'}" + "".join(f", {k} {v:.4g}" for k, v in scores.items()))

@@ -1,4 +1,5 @@
-"""Checkpoints: dicts of plain values and tensors, written whole or not at all."""
+"""Checkpoints: dicts of plain values and tensors, written whole or not at all. One with sharded tensors is a folder:
+state.pt holds the dict without them, and each process writes its share of them to a file of its own."""
 import argparse
 import json
 import os
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training import distributed
+from training import distributed, sharding
 
 FORMAT = 1
 
@@ -34,49 +35,95 @@ def set_rng_state(states: list[dict]) -> None:
 
 
 def save(folder: Path, step: int, state: dict, keep: int = 3, best: bool = False) -> Path:
-    """Write `folder`/step_0001000.pt and drop all but the newest `keep`; every process must call it.
+    """Write `folder`/step_0001000.pt, a folder step_0001000 where the state has sharded tensors, and drop all but the
+    newest `keep`; every process must call it.
 
-    The file appears under its name only when complete. `best` also keeps it as best.pt.
+    It appears under its name only when complete. `best` also keeps it as best.pt, or best.
     """
-    path = folder / f"step_{step:07d}.pt"
     rng = distributed.gather(rng_state())
+    state, shards = sharding.split({"format": FORMAT, "step": step, "rng": rng, **state})
+    suffix = "" if shards else ".pt"
+    path = folder / f"step_{step:07d}{suffix}"
+    partial = path.with_suffix(".partial")
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            torch.save({"format": FORMAT, "step": step, "rng": rng, **state}, file)
+        for left in folder.glob("*.partial"):  # by a save that was killed
+            remove(left)
+    if shards:
+        distributed.barrier()
+        sharding.write(partial, shards)
+    if distributed.is_main():
+        with open(partial / "state.pt" if shards else partial, "wb") as file:
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        rename(partial, path)
         if best:
             link = folder / "best.partial"
-            link.unlink(missing_ok=True)
-            try:
-                os.link(path, link)  # no second write of a file of several GB
-            except OSError:
-                shutil.copyfile(path, link)
-            os.replace(link, folder / "best.pt")
-        for old in sorted(folder.glob("step_*.pt"))[:-keep]:
-            old.unlink()
+            if shards:
+                shutil.copytree(path, link, copy_function=link_file)
+            else:
+                link_file(path, link)
+            rename(link, folder / f"best{suffix}")
+        for old in written(folder)[:-keep]:
+            remove(old)
     distributed.barrier()
     return path
+
+
+def link_file(path: str | Path, link: str | Path) -> None:
+    """The same file under a second name, for no second write of many GB; where that cannot be, a copy."""
+    try:
+        os.link(path, link)
+    except OSError:
+        shutil.copyfile(path, link)
+
+
+def rename(partial: Path, path: Path) -> None:
+    """Give a complete checkpoint its name, which a file may have already."""
+    if partial.is_dir() and path.exists():
+        remove(path)
+    os.replace(partial, path)
+
+
+def remove(path: Path) -> None:
+    """A folder first loses its name, so that a kill leaves no half checkpoint under it."""
+    if path.is_dir():
+        unnamed = path.with_suffix(".old.partial")
+        os.replace(path, unnamed)
+        shutil.rmtree(unnamed)
+    else:
+        path.unlink()
+
+
+def written(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.suffix in ("", ".pt"))
+
+
+def is_sharded(path: Path) -> bool:
+    return (path / "state.pt").is_file()
 
 
 def load(path: str | Path, mmap: bool = False) -> dict:
     """A checkpoint of this project on the CPU; of a folder of them, the newest whole one.
 
+    A sharded one comes without its sharded tensors: "shards" is its folder, for `sharding.fill` and `select_weights`.
     mmap: leave tensors in the file until they are used. Raises FileNotFoundError, or ValueError where it is not ours.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         state = newest(path)
         if state is None:
             raise FileNotFoundError(f"no checkpoint step_*.pt in {path}")
         return state
-    if not path.is_file():
+    file = path / "state.pt" if path.is_dir() else path
+    if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        if path.is_dir():
+            sharding.check(path)
     except Exception as error:
         reason = (str(error) or "it is empty").splitlines()[0]
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
@@ -84,6 +131,8 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
+    if path.is_dir():
+        state["shards"] = path
     return state
 
 
@@ -98,10 +147,10 @@ def is_ours(path: str | Path) -> bool:
 
 def newest(folder: Path) -> dict | None:
     """The newest checkpoint in `folder` that can be read, or None."""
-    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+    for path in reversed(written(folder)):
         try:
             return load(path)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
     return None
 
@@ -112,10 +161,9 @@ def find(folder: Path, resume: str | None) -> dict | None:
         return newest(folder)
     if resume is not None:
         return load(resume)
-    written = sorted(folder.glob("step_*.pt"))
-    if written:
+    if there := written(folder):
         raise ValueError(
-            f"{folder} already holds {written[-1].name}: continue it with --resume auto, or choose another --exp_name"
+            f"{folder} already holds {there[-1].name}: continue it with --resume auto, or choose another --exp_name"
         )
     return None
 
@@ -130,7 +178,10 @@ def select_weights(state: dict, version: str = "sd") -> dict[str, Tensor]:
         found["ema"] = averages
     if version not in found:
         raise ValueError(f"no weights {version!r} in this checkpoint; it holds {', '.join(found)}: choose one of them")
-    return found[version]
+    if "shards" not in state:
+        return found[version]
+    path = "model" if version == "sd" else version.replace("_", "/", 1)  # ema_0.9 lies under ema/0.9
+    return found[version] | sharding.read_whole(state["shards"], f"{path}/")
 
 
 def export(state: dict, folder: Path, version: str = "sd") -> None:

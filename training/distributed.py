@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def setup(device: str = "auto", timeout_minutes: int = 30) -> torch.device:
+def setup(device: str = "auto", timeout_minutes: int = 30, group: bool = False) -> torch.device:
     """Join torchrun's process group where there is one, and return this process's device.
 
     device: auto (cuda where there is one), cpu or cuda. CPU tensors travel by gloo, CUDA tensors by NCCL.
+    group: without torchrun, have a process group of one.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,9 +28,11 @@ def setup(device: str = "auto", timeout_minutes: int = 30) -> torch.device:
         # The local rank chooses the device; the global rank does so on the first node only.
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
+    launched = "RANK" in os.environ
+    if (launched or group) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes), **alone)
     return torch.device(device)
 
 

@@ -57,8 +57,9 @@ def _load_larp(kind: str, source: str, version: str) -> tuple[LARPTokenizer | LA
         raise ValueError(f"--version is sd or ema_DECAY, got {version!r}")
     model_class = {"larp_tokenizer": LARPTokenizer, "larp_ar": LARPGenerator}[kind]
     path = Path(source)
-    path = path / "checkpoints" if any(path.glob("checkpoints/step_*.pt")) else path  # a run's folder
-    if not (path.is_file() or path.suffix in (".pt", ".pth") or any(path.glob("step_*.pt"))):
+    path = path / "checkpoints" if checkpoint.written(path / "checkpoints") else path  # a run's folder
+    ours = checkpoint.is_sharded(path) or checkpoint.written(path)
+    if not (ours or path.is_file() or path.suffix in (".pt", ".pth")):
         if version != "sd":
             raise ValueError(f"{source} holds one set of weights, not {version!r}: leave --version out")
         return model_class.from_pretrained(source), {}

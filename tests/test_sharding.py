@@ -1,0 +1,193 @@
+"""train_ar.py --fsdp in several processes, and sharded checkpoints, at a tiny size."""
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import logged, losses, run, tiny_larp
+
+import train_ar
+from models.larp_ar import LARPGenerator
+from training import checkpoint, distributed, sharding
+from training.arguments import one_line_errors
+from training.tokenizers import load_larp_ar
+
+STEPS, CODES, CODEBOOK = 4, 12, 64
+SIZES = {"dim": 32, "n_layer": 2, "n_head": 2, "multiple_of": 16}
+TINY = (
+    "--dim 32 --n_layer 2 --n_head 2 --multiple_of 16 --token_dropout_p 0 --resid_dropout_p 0 --ffn_dropout_p 0 "
+    f"--num_iters {STEPS} --warmup_epoch 0 --batch_size 4 --num_workers 0 --log_every 1 --precision fp32 --device cpu "
+    "--cache_codes 1 --ema_decays 0.9 --clip_grad_max_norm 0.05 --eval_every 2 --num_val 3 --val_batch_size 1 "
+    "--num_samples 2 --save_every 1 --keep_checkpoints 4 --exp_name run"
+).split()
+
+
+@pytest.fixture(scope="module")
+def arguments(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_larp(input_size=32, frame_num=8, bottleneck_token_num=CODES, codebook_size=CODEBOOK).save_pretrained(folder)
+
+    def make(save_dir, *flags):
+        return [*TINY, "--tokenizer", folder, "--data_root", data, "--video_name", "UCF-101_train",
+                "--cache_dir", folder / "cache", "--save_dir", save_dir, *flags]
+
+    return make
+
+
+def run_here(monkeypatch, flags) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_ar.py", *map(str, flags)])
+    try:
+        train_ar.main()
+    finally:
+        distributed.teardown()
+
+
+@pytest.fixture(scope="module")
+def plain(arguments, tmp_path_factory) -> Path:
+    """A run in one process, unsharded."""
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_here(monkeypatch, arguments(folder))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def sharded(arguments, plain, tmp_path_factory) -> Path:
+    """The same in four processes; `plain` has filled the cache."""
+    folder = tmp_path_factory.mktemp("sharded")
+    run("train_ar.py", *arguments(folder, "--fsdp"), processes=4)
+    return folder / "run"
+
+
+def check_losses(found: Path, expected: Path, steps: set[int]) -> None:
+    """Training and validation, of the average too."""
+    for kind in ("train", "val", "val_ema_0.9"):
+        wanted = {step: loss for step, loss in losses(expected, kind).items() if step in steps}
+        assert wanted and {step: losses(found, kind)[step] for step in wanted} == pytest.approx(wanted, abs=1e-5)
+
+
+def test_four_processes_train_as_one_unsharded(plain, sharded):
+    check_losses(sharded, plain, {1, 2, 3, 4})
+    assert losses(plain)[4] != pytest.approx(losses(plain)[1], abs=1e-3), "they have learned something"
+    assert {path.name for path in (sharded / "samples").iterdir()} >= {"step_0000004.png"}
+    files = {path.name for path in (sharded / "checkpoints" / "step_0000004").iterdir()}
+    assert files == {".metadata", "state.pt", *(f"__{rank}_0.distcp" for rank in range(4))}
+
+
+def test_two_processes_train_as_one_unsharded(arguments, plain, tmp_path):
+    """Gradients are added up over micro-batches, layers recomputed."""
+    run("train_ar.py", *arguments(tmp_path, "--fsdp", "--accum_iter", 2, "--gradient_checkpointing"), processes=2)
+    check_losses(tmp_path / "run", plain, {1, 2, 3, 4})
+
+
+@pytest.mark.parametrize("processes", [2, 1])
+def test_a_run_of_four_goes_on_in_fewer(arguments, sharded, monkeypatch, tmp_path, processes):
+    """From step 2, whose successors are gone or cut short; the losses are those of the run that went on."""
+    shutil.copytree(sharded, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(folder / "step_0000004")
+    share = folder / "step_0000003" / "__1_0.distcp"
+    share.write_bytes(share.read_bytes()[:-100])
+    flags = arguments(tmp_path, "--fsdp", "--resume")
+    if processes == 1:  # without torchrun
+        with pytest.warns(UserWarning, match="step_0000003 cannot be read as a checkpoint: __1_0.distcp is missing"):
+            run_here(monkeypatch, flags)
+    else:
+        run("train_ar.py", *flags, processes=processes)
+    assert logged(tmp_path / "run", "train").keys() == {1, 2, 3, 4}
+    check_losses(tmp_path / "run", sharded, {3, 4})
+    assert checkpoint.load(folder)["step"] == 4
+
+
+def test_a_sharded_run_is_read_and_exported_whole(plain, sharded, tmp_path):
+    for version in ("sd", "ema_0.9"):
+        ours, theirs = load_larp_ar(str(sharded), version), load_larp_ar(str(plain), version)
+        assert ours[1:] == theirs[1:]
+        weights = ours.model.state_dict()
+        torch.testing.assert_close(weights, theirs.model.state_dict(), rtol=0, atol=1e-4)
+        checkpoint.export(checkpoint.load(sharded / "checkpoints" / "step_0000004"), tmp_path / version, version)
+        exported = LARPGenerator.from_pretrained(tmp_path / version)
+        assert exported.config == theirs.model.config
+        assert all(torch.equal(value, weights[name]) for name, value in exported.state_dict().items())
+
+
+def mistake(monkeypatch, capsys, flags) -> str:
+    """The one line that it gets."""
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        run_here(monkeypatch, flags)
+    assert stopped.value.code == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_mistakes_get_one_line(arguments, plain, sharded, monkeypatch, capsys, tmp_path):
+    def error(*flags):
+        return mistake(monkeypatch, capsys, arguments(*flags))
+
+    assert "--precision fp16 needs its loss scaled" in error(tmp_path, "--fsdp", "--precision", "fp16")
+    assert "was saved with --fsdp: go on likewise" in error(sharded.parent, "--resume")
+    assert "was saved without --fsdp: go on likewise" in error(plain.parent, "--resume", "--fsdp")
+    assert "already holds step_0000004: continue it" in error(sharded.parent, "--fsdp")
+    lacking = error(sharded.parent, "--resume", "--fsdp", "--ema_decays", 0.5)
+    assert "step_0000004 has no ema/0.5/abs_pe, one of" in lacking
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    distributed.setup("cpu", group=True)
+    yield
+    distributed.teardown()
+
+
+def tiny_generator() -> LARPGenerator:
+    torch.manual_seed(0)
+    generator = LARPGenerator(**SIZES, vocab_size=CODEBOOK, max_seq_len=CODES, use_fixed_pe=True)
+    torch.nn.init.normal_(generator.output.weight)
+    return generator.eval()
+
+
+def test_whole_is_what_was_sharded(alone):
+    generator, original = tiny_generator(), tiny_generator()
+    sharding.shard(generator, torch.device("cpu"), "bf16")
+    whole = sharding.whole(generator)
+    assert sharding.whole(original) is original
+    assert type(whole) is LARPGenerator and not any(p.requires_grad for p in whole.parameters())
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in original.state_dict().items())
+    labels = torch.tensor([0, 1])
+    assert torch.equal(whole.generate(labels, seeds=[0, 1]), original.generate(labels, seeds=[0, 1]))
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(alone, monkeypatch, tmp_path):
+    generator, original = tiny_generator(), tiny_generator()
+    sharding.shard(generator, torch.device("cpu"), "fp32")
+    state = {"config": {}, "model": generator.state_dict()}
+    checkpoint.save(tmp_path, 1, state)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 2, state)
+    assert (tmp_path / "step_0000002.partial").exists()
+    found = checkpoint.find(tmp_path, "auto")
+    assert found["step"] == 1
+    weights = checkpoint.select_weights(found)
+    assert all(torch.equal(value, weights[name]) for name, value in original.state_dict().items())
+    for step in (3, 3, 4):  # the same one again, as after going on from an older one
+        checkpoint.save(tmp_path, step, state, keep=2, best=step == 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"best", "step_0000003", "step_0000004"}
+    assert checkpoint.load(tmp_path / "best")["step"] == 3
+
+
+def test_bf16_is_that_of_autocast(alone):
+    """Sharded, the same products round to bfloat16 and no others: only the norms' weights do in addition."""
+    codes, labels = torch.randint(CODEBOOK, (2, CODES)), torch.tensor([0, 1])
+    generator, original = tiny_generator(), tiny_generator()
+    sharding.shard(generator, torch.device("cpu"), "bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(generator(codes, labels), original(codes, labels))

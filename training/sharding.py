@@ -1,0 +1,128 @@
+"""LARP's generator sharded by PyTorch's FSDP2 (the third stage of ZeRO, arXiv 1910.02054): every process holds an equal
+share of each weight, with its gradient, moving average and optimizer states, and gathers a layer while it computes.
+
+A sharded tensor is a DTensor. All processes must call these functions, but for `check` and `read_whole`.
+"""
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from models.larp_ar import LARPGenerator
+from training import distributed
+from training.optim import DTYPES
+
+# --- models ---
+
+def shard(model: LARPGenerator, device: torch.device, precision: str) -> None:
+    """Shard a model in place, which must be equal on all processes. It moves to the device layer by layer, so that no
+    GPU holds it whole. The layers' weights travel in `precision` (fp32 or bf16), gradients in float32.
+
+    Autocast still decides what is computed in bf16, so that the stream of activations stays float32, as without
+    sharding; so do embeddings and the output, a small part of the weights.
+    """
+    if precision == "fp16":
+        raise ValueError("--precision fp16 needs its loss scaled, which --fsdp does not do: give bf16 or fp32")
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    policy = MixedPrecisionPolicy(DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
+
+
+def between_gathers(model: LARPGenerator) -> list[nn.Module]:
+    """The modules to compile: gathering weights, which the layers around them do, cannot be traced."""
+    return [module for layer in model.layers for module in (layer.attention, layer.feed_forward)]
+
+
+def whole(model: LARPGenerator) -> LARPGenerator:
+    """The model itself or, where it is sharded, a plain copy of it on each process: validation and sampling run as many
+    passes as a process has clips, and a gather would wait for processes that have fewer."""
+    if not isinstance(model, FSDPModule):
+        return model
+    weights = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+               for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        copy = LARPGenerator(**asdict(model.config))
+    copy.load_state_dict(weights, assign=True)
+    return copy.requires_grad_(False)
+
+
+def allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Make the states of an optimizer that has not stepped, for `fill` to read into."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # which every step of training sets anew
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+# --- checkpoints: plain values in one file, sharded tensors in a file of each process ---
+
+def split(state: dict, path: str = "") -> tuple[dict, dict[str, DTensor]]:
+    """A nested state without its sharded tensors, and these by their path: "model/layers.0.attention.wo.weight"."""
+    plain, shards = {}, {}
+    for key, value in state.items():
+        if isinstance(value, DTensor):
+            shards[f"{path}{key}"] = value
+            continue
+        plain[key], inner = split(value, f"{path}{key}/") if isinstance(value, dict) else (value, {})
+        shards |= inner
+    return (plain, shards) if shards else (state, {})
+
+
+def write(folder: Path, shards: dict[str, DTensor]) -> None:
+    """Each process's share, in files of its own, and an index of them. Processes on all nodes write to one folder."""
+    dcp.save(shards, checkpoint_id=folder)
+
+
+def check(folder: Path) -> None:
+    """Raises ValueError where a file of shards is missing or cut short, OSError where their index is."""
+    sizes = {}
+    for entry in dcp.FileSystemReader(folder).read_metadata().storage_data.values():
+        sizes[entry.relative_path] = max(sizes.get(entry.relative_path, 0), entry.offset + entry.length)
+    for name, size in sizes.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size < size:
+            raise ValueError(f"{name} is missing, or shorter than its {size:,} bytes")
+
+
+def fill(state: dict, like: dict) -> None:
+    """Read a state's sharded tensors, from `state["shards"]`, into those of `like`, and put these in place.
+
+    like: a nested state with every sharded tensor wanted, whose number of processes may be another than that which
+    wrote. Its plain values count for nothing.
+    """
+    folder, shards = state.pop("shards"), split(like)[1]
+    held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    if missing := [name for name in shards if name not in held]:
+        raise ValueError(f"{folder} has no {missing[0]}, one of {len(missing)} tensors that this run needs: give the "
+                         "flags that it was saved with")
+    dcp.load(shards, checkpoint_id=folder)
+    _place(state, like)
+
+
+def _place(state: dict, like: dict) -> None:
+    for key, value in like.items():
+        if isinstance(value, DTensor):
+            state[key] = value
+        elif isinstance(value, dict):
+            _place(state.setdefault(key, {}), value)
+
+
+def read_whole(folder: Path, path: str) -> dict[str, Tensor]:
+    """The tensors whose path starts with `path`, whole and on the CPU, by the rest of their name. Needs no process
+    group. The index that it reads is a pickle: open only what you trust."""
+    held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
+               for name, entry in held.items() if name.startswith(path)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return {name.removeprefix(path): tensor for name, tensor in tensors.items()}
