@@ -8,13 +8,14 @@ call, shared heads repeated, attention over the full length under a mask with th
 code. The bandwidth is that of what a step cannot but read, weights and filled cache; the limit is that of a plain sum.
 """
 import argparse
-import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.larp_ar import SIZES, LARPGenerator, sampling_probs
+from scripts.benchmarks.common import add_record, alternate, record
 
 
 @torch.no_grad()
@@ -53,18 +54,6 @@ def plain_generate(model: LARPGenerator, cond: torch.Tensor, cfg_scale: float) -
     return torch.cat(codes, dim=1)
 
 
-def seconds(function, device: torch.device, repeats: int) -> float:
-    """The least of `repeats` calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="llama-abs-S")
@@ -74,7 +63,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=1, help="the fastest counts")
+    parser.add_argument("--repeats", type=int, default=1, help="timed runs of each, in turn; the median counts")
+    add_record(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -83,7 +73,7 @@ def main():
     model = LARPGenerator(**SIZES[args.model], max_seq_len=args.codes).eval().to(device, dtype)
     block = torch.ones(64 << 20, device=device)
     block.sum()
-    limit = block.nbytes / seconds(block.sum, device, 10) / 1e9
+    limit = block.nbytes / alternate({"sum": block.sum}, 10, device)["sum"] / 1e9
     del block
     print(f"{args.model}, {args.codes} codes, {args.dtype}, {device}, {args.threads} threads; limit {limit:.0f} GB/s")
     weights = sum(parameter.nbytes for parameter in [*model.layers.parameters(), *model.output.parameters()])
@@ -91,9 +81,11 @@ def main():
         for cfg_scale in args.cfg_scale:
             cond = torch.arange(batch, device=device) % model.config.num_classes
             rows = batch * (1 + (cfg_scale > 1))
-            model.generate(cond, cfg_scale)  # allocates the cache, captures the graphs
-            ours = seconds(lambda: model.generate(cond, cfg_scale), device, args.repeats)  # noqa: B023
-            plain = seconds(lambda: plain_generate(model, cond, cfg_scale), device, args.repeats)  # noqa: B023
+            ways = {
+                "ours": partial(model.generate, cond, cfg_scale),
+                "plain": partial(plain_generate, model, cond, cfg_scale),
+            }
+            ours, plain = alternate(ways, args.repeats, device).values()  # the first round captures the graphs
             config = model.config
             kept = 2 * config.n_layer * config.kv_heads * config.head_dim * rows * dtype.itemsize  # of one position
             achieved = (weights + kept * config.num_positions / 2) * args.codes / ours / 1e9
@@ -104,6 +96,7 @@ def main():
                 f" ratio {plain / ours:.2f}",
                 flush=True,
             )
+            record(args.record, f"larp_ar sampling, batch {batch}", f"guidance {cfg_scale}", plain / ours)
 
 
 if __name__ == "__main__":

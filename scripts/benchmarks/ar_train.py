@@ -19,12 +19,9 @@ from data.clips import ClipDataset, GlobalBatchSampler, list_folder, make_loader
 from data.demo import DemoConfig, make_demo
 from models.larp_ar import SIZES, LARPGenerator, code_loss
 from models.larp_tokenizer import LARPTokenizer
-from scripts.benchmarks.larp_tokenizer import SMALL
-from scripts.benchmarks.sit import alternate, wait
+from scripts.benchmarks.common import SMALL_AR, SMALL_LARP, add_record, alternate, device_name, record, wait
 from training.codes import CodeBatch, CodeCache, batches_from_cache, batches_from_video, draw_drops, encode_video
 from training.optim import Precision, adamw, decay_groups, update
-
-QUICKSTART = {"n_layer": 4, "dim": 128, "n_head": 4}
 
 
 def train_step(
@@ -56,6 +53,7 @@ def main():
     parser.add_argument("--frame_prediction", action="store_true", help="5 frames given instead of a label")
     parser.add_argument("--batch", type=int, help="clips a step (default: 8 on a CPU, 16 on a GPU)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind, taken in turn")
+    add_record(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
@@ -63,15 +61,16 @@ def main():
     model = args.model or ("llama-abs-LP" if on_gpu else "quickstart")
     precision, workers = Precision("auto", device), 8 if on_gpu else 0
     torch.manual_seed(0)
-    tokenizer = LARPTokenizer(**({} if on_gpu or args.published else SMALL)).to(device).eval().requires_grad_(False)
+    size = {} if on_gpu or args.published else SMALL_LARP
+    tokenizer = LARPTokenizer(**size).to(device).eval().requires_grad_(False)
     config = tokenizer.config
     num_codes = config.bottleneck_token_num
     generator = LARPGenerator(
-        **{"quickstart": QUICKSTART, **SIZES}[model], max_seq_len=num_codes, frame_prediction=bool(given),
+        **{"quickstart": SMALL_AR, **SIZES}[model], max_seq_len=num_codes, frame_prediction=bool(given),
         cls_token_num=num_codes + 1 if given else 1, vocab_size=config.bottleneck.args.regularizer.args.codebook_size,
     ).to(device).train()
-    print(f"{torch.cuda.get_device_name() if on_gpu else f'CPU, {torch.get_num_threads()} threads'}; torch "
-          f"{torch.__version__}; {model}, {sum(p.numel() for p in generator.parameters()):,} parameters, {num_codes} "
+    print(f"{device_name(device)}; torch {torch.__version__}; {model}, "
+          f"{sum(p.numel() for p in generator.parameters()):,} parameters, {num_codes} "
           f"codes; batch {batch}, {precision.name}, {f'{given} frames given' if given else 'class-conditional'}")
 
     def encode(video: torch.Tensor) -> torch.Tensor:
@@ -102,6 +101,8 @@ def main():
         print(f"  from {name:<8}{batch / seconds[name]:>10.2f} samples/s{1000 * seconds[name]:>10.1f} ms a step, "
               f"{1000 * data:.1f} of them for the batch")
     print(f"  cache against video: {seconds['video'] / seconds['cache']:.1f}x")
+    kind = "larp_ar_fp training" if given else "larp_ar training"
+    record(args.record, kind, "cached codes", seconds["video"] / seconds["cache"])
 
 
 if __name__ == "__main__":

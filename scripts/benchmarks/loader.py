@@ -1,6 +1,6 @@
 """Time from a video file to a training sample of CoordTok: 128 frames of 128x128 and 1,024 patches.
 
-    python scripts/benchmarks/loader.py [--num_videos 4] [--repeats 5]
+    python -m scripts.benchmarks.loader [--num_videos 4] [--repeats 5]
 
 Everything runs in this process on one thread, as in one loader worker, on XviD files like those of UCF-101 (320x240,
 25 fps, 250 frames) made from moving photographs. The paths take turns clip by clip, so that they share the noise.
@@ -14,13 +14,10 @@ gathering the patches) is timed too, on this CPU, in the column "device".
 """
 import argparse
 import functools
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import decord
 import imageio.v2 as imageio
@@ -36,6 +33,7 @@ from data.clips import Quarantine, VideoFile, num_starts, window_frames
 from data.points import random_patches
 from data.video import read_chosen, resize_crop, to_video
 from models.planes import gather_patches
+from scripts.benchmarks.common import add_record, record
 from training.clip_cache import clip_cache
 
 FRAMES, SIZE, POINTS, PATCH = 128, 128, 1024, 8
@@ -106,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_videos", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    add_record(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     paths = {"plain": plain, "worker": functools.partial(ours, resize="worker"),
@@ -126,10 +125,10 @@ def main() -> None:
                     shipped[name] = load(str(video), np.random.default_rng((repeat + 1, i)), clock)
                     if repeat >= 0:
                         samples[name].append(clock.seconds)
-    report(samples, shipped)
+    report(samples, shipped, args.record)
 
 
-def report(samples: dict[str, list[dict[str, float]]], shipped: dict[str, int]) -> None:
+def report(samples: dict[str, list[dict[str, float]]], shipped: dict[str, int], path: str | None) -> None:
     """The median of each stage: other work on the machine only ever adds time."""
     stages = ("decode", "resize", "rest", "device")
     ms = {name: {stage: 1000 * float(np.median([sample.get(stage, 0.0) for sample in clips])) for stage in stages}
@@ -142,6 +141,7 @@ def report(samples: dict[str, list[dict[str, float]]], shipped: dict[str, int]) 
         row = (1000 / loading[name], *ms[name].values(), loading["plain"] / loading[name],
                undecoded["plain"] / undecoded[name], shipped[name] / 2**20)
         print(f"{name:8}" + "".join(f"{value:10.2f}" for value in row))
+        record(path, "loader", name, loading["plain"] / loading[name])
     streaming = {name: loading[name] / loading["cache"] for name in ("worker", "device")}
     print("from the cache: " + ", ".join(f"{ratio:.0f} times {name}" for name, ratio in streaming.items()))
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 
 from models.coordtok import CoordTok
+from scripts.benchmarks import flops
+from scripts.benchmarks.common import add_record, record
 
 SMALL = {
     "enc_embed_dim": 64,
@@ -37,17 +39,8 @@ def seconds(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def decoder_flops(tok: CoordTok, points: int, slices: int) -> float:
-    """Multiplications and additions of the decoder's matrix products for `points` patches in `slices` sequences."""
-    config = tok.config
-    dim, layers = config.dec_embed_dim, config.dec_num_layers
-    per_point = 12 * dim * dim + 2 * dim * points / slices  # qkv, proj and MLP; logits and weighted sums
-    ends = dim * (3 * config.latent_n_features + tok.decoder.projector.out_features)
-    return 2 * points * (layers * per_point + ends)
-
-
 @torch.inference_mode()
-def measure(name: str, device: str, slices: int, rounds: int) -> None:
+def measure(name: str, device: str, slices: int, rounds: int, path: str | None) -> None:
     torch.manual_seed(0)
     with torch.device(device):
         tok = CoordTok(**MODELS[device][name]).eval()
@@ -85,20 +78,24 @@ def measure(name: str, device: str, slices: int, rounds: int) -> None:
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     peak = 2 * size**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(5))
     medians = {way: statistics.median(values) for way, values in times.items()}
-    achieved = decoder_flops(tok, index.shape[1], slices) / medians["bare decoder"]
+    work = sum(flops.coordtok_decode(config, part.shape[1]) for part in index.chunk(slices, dim=1))
+    achieved = work / medians["bare decoder"]
     print(f"{name} on {device}, {dtype}, {index.shape[1]} patches in {slices} slices, median of {rounds} rounds")
     for way, value in medians.items():
         ratios = [mine / bare for mine, bare in zip(times[way], times["bare decoder"])]
         print(f"  {way:15} {value:9.4f} s  {statistics.median(ratios):6.3f} x the bare decoder")
     print(f"  decoder {achieved / 1e12:.3f} TFLOP/s, {achieved / peak:.0%} of a matrix product's {peak / 1e12:.3f}")
+    record(path, f"render {name}", "render", medians["patch by patch"] / medians["render"])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=MODELS, nargs="+", default=available)
+    add_record(parser)
     args = parser.parse_args()
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
+    for device in args.device:
         for name in MODELS[device]:
-            measure(name, device, args.slices, args.rounds)
+            measure(name, device, args.slices, args.rounds, args.record)

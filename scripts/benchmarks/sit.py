@@ -23,28 +23,10 @@ from models.coordtok import CoordTok
 from models.interpolant import Interpolant, draw_noise, noise_stream, sample_generators
 from models.planes import Planes
 from models.sit import SIT_SIZES, SiT
-from scripts.benchmarks.train_step import SMALL
+from scripts.benchmarks.common import SMALL_COORDTOK, add_record, alternate, device_name, record, wait
 from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure
 from training.optim import EMA, Precision, adamw, update
 from training.tokenizers import coordtok_clips
-
-
-def alternate(variants: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, run in turn after one round that does not count."""
-    seconds = {name: [] for name in variants}
-    for _ in range(rounds + 1):
-        for name, run in variants.items():
-            wait(device)
-            start = time.perf_counter()
-            run()
-            wait(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: sorted(times[1:])[rounds // 2] for name, times in seconds.items()}
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def train_step(sit: SiT, stats: LatentStats, batches, precision: Precision, seconds: dict[str, float]):
@@ -65,7 +47,8 @@ def train_step(sit: SiT, stats: LatentStats, batches, precision: Precision, seco
     return step
 
 
-def benchmark_training(tokenizer: CoordTok, sit: SiT, batch: int, rounds: int, device: torch.device, folder: Path):
+def benchmark_training(tokenizer: CoordTok, sit: SiT, batch: int, rounds: int, device: torch.device, folder: Path,
+                       path: str | None):
     config, precision = tokenizer.config, Precision("auto", device)
     length = max(config.video_shape[0], 186)  # UCF-101's mean: a window is decoded from its video's first frame on
     demo = DemoConfig(groups=(1, 8), clips=-(-batch // 16), min_frames=length, max_frames=length)
@@ -94,9 +77,10 @@ def benchmark_training(tokenizer: CoordTok, sit: SiT, batch: int, rounds: int, d
     for name in sources:
         print(f"  from {name:<8}{batch / seconds[name]:>10.1f} samples/s{1000 * seconds[name]:>10.1f} ms a step")
     print(f"  cache against video: {seconds['video'] / seconds['cache']:.1f}x")
+    record(path, "sit training", "cached latents", seconds["video"] / seconds["cache"])
 
 
-def benchmark_sampling(sit: SiT, batch: int, steps: int, rounds: int, device: torch.device):
+def benchmark_sampling(sit: SiT, batch: int, steps: int, rounds: int, device: torch.device, path: str | None):
     interpolant, precision = Interpolant(), Precision("auto", device)
 
     def twice(*args, **kwargs) -> Planes:
@@ -122,6 +106,8 @@ def benchmark_sampling(sit: SiT, batch: int, steps: int, rounds: int, device: to
         print(f"  {name:<12}{batch / time_taken:>10.3f} samples/s")
     print(f"  one call a step against two: {seconds['two calls'] / seconds['one call']:.2f}x")
     print(f"  batch against one by one: {seconds['one by one'] / seconds['one call']:.2f}x")
+    record(path, "sit sampling", "one call a step", seconds["two calls"] / seconds["one call"])
+    record(path, "sit sampling", "batched", seconds["one by one"] / seconds["one call"])
 
 
 def main():
@@ -130,21 +116,22 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each variant, taken in turn")
     parser.add_argument("--batch", type=int, help="clips a step, samples at once (default: 8 on a CPU, 32 on a GPU)")
     parser.add_argument("--steps", type=int, help="SDE time points (default: 10 on a CPU, 50 on a GPU)")
+    add_record(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    size = {} if on_gpu else SMALL
+    size = {} if on_gpu else SMALL_COORDTOK
     batch, steps = args.batch or (32 if on_gpu else 8), args.steps or (50 if on_gpu else 10)
     torch.manual_seed(0)
     with device:
         tokenizer = CoordTok(**size).eval().requires_grad_(False)
         sit = SiT(**SIT_SIZES["SiT-L/2" if on_gpu else "SiT-XS/4"], in_channels=tokenizer.config.latent_n_features,
                   input_size=(tokenizer.config.latent_resolution_t, tokenizer.config.latent_resolution_xy))
-    print(f"{torch.cuda.get_device_name() if on_gpu else f'CPU, {torch.get_num_threads()} threads'}; torch "
-          f"{torch.__version__}; SiT {sum(p.numel() for p in sit.parameters()):,} parameters")
+    print(f"{device_name(device)}; torch {torch.__version__}; "
+          f"SiT {sum(p.numel() for p in sit.parameters()):,} parameters")
     with tempfile.TemporaryDirectory() as folder:
-        benchmark_training(tokenizer, sit, batch, args.rounds, device, Path(folder))
-    benchmark_sampling(sit.eval().requires_grad_(False), batch, steps, args.rounds, device)
+        benchmark_training(tokenizer, sit, batch, args.rounds, device, Path(folder), args.record)
+    benchmark_sampling(sit.eval().requires_grad_(False), batch, steps, args.rounds, device, args.record)
 
 
 if __name__ == "__main__":

@@ -1,108 +1,288 @@
-"""One CoordTok training step (step 1: encode, decode 1,024 points, backward, AdamW): samples/s, memory, TFLOP/s.
+"""The five training steps: samples/s, TFLOP/s, its share of the GPU's peak (MFU) and memory, and what each device of
+speed brings alone.
 
-    python -m scripts.benchmarks.train_step [--batch 8] [--rounds 5]
+    python -m scripts.benchmarks.train_step [--steps coordtok_1 sit] [--variants bf16 all] [--size small|published]
 
-The small size on a CPU, the published size on a GPU. Variants alternate in the same run: fp32 and bf16, eager and
-compiled. FLOPs are those of one eager step, as torch counts them.
+A step is forward, losses, backward and the optimisers' update, on random clips, latents or codes that are ready; LPIPS
+has random weights. "plain" is float32, eager, attention by the maths kernel, optimisers as torch has them by default;
+each variant changes one thing, "all" is how the scripts train with --compile. Plain and one variant take turns, and no
+other is in memory. FLOPs are those of flops.py. Memory is the GPU's; on a CPU it is not known.
 """
 import argparse
-import copy
-import time
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data.points import random_frames, random_patches
 from models.coordtok import CoordTok
-from models.losses import patch_loss
+from models.discriminator import Discriminator
+from models.gan import discriminator_loss, frozen, generator_loss
+from models.interpolant import Interpolant, draw_noise, sample_generators
+from models.larp_ar import SIZES, LARPGenerator, code_loss
+from models.larp_tokenizer import LARPTokenizer
+from models.layers import set_checkpointing
+from models.losses import Perceptual, coordtok_loss
 from models.planes import gather_patches
-from training.log import memory_gib
-from training.optim import Precision, adamw
+from models.sit import SIT_SIZES, SiT
+from scripts.benchmarks import flops
+from scripts.benchmarks.common import (
+    SMALL_AR,
+    SMALL_COORDTOK,
+    SMALL_DISC,
+    SMALL_LARP,
+    add_record,
+    alternate,
+    device_name,
+    record,
+    wait,
+)
+from training.optim import EMA, Precision, adam, adamw, decay_groups, update
 
-SMALL = {
-    "video_shape": (16, 64, 64),
-    "enc_embed_dim": 256,
-    "enc_num_layers": 2,
-    "enc_num_heads": 4,
-    "enc_patch_size_xy": 8,
-    "enc_patch_size_t": 4,
-    "enc_patch_num_layers": 2,
-    "latent_resolution_t": 16,
-    "latent_patch_size_xy": 4,
-    "latent_patch_size_t": 4,
-    "dec_embed_dim": 256,
-    "dec_num_layers": 2,
-    "dec_num_heads": 4,
+
+@dataclass(frozen=True)
+class Variant:
+    precision: str = "fp32"
+    tf32: bool = False
+    fused_attention: bool = False
+    fused_optimizer: bool = False
+    compiled: bool = False
+    checkpointing: bool = False
+
+
+VARIANTS = {
+    "plain": Variant(),
+    "tf32": Variant(tf32=True),
+    "bf16": Variant(precision="bf16"),
+    "fused attention": Variant(fused_attention=True),
+    "fused optimiser": Variant(fused_optimizer=True),
+    "compile": Variant(compiled=True),
+    "checkpointing": Variant(checkpointing=True),
+    "all": Variant("bf16", fused_attention=True, fused_optimizer=True, compiled=True),
 }
 
 
-def make_step(model: CoordTok, precision: Precision, compiled: bool, batch: int, points: int, device: torch.device):
-    config = model.config
+class Setting(NamedTuple):
+    """What a training step is built for."""
+
+    small: bool
+    batch: int
+    device: torch.device
+    variant: Variant
+
+
+class Step(NamedTuple):
+    run: Callable[[], None]
+    flops: int  # of one sample
+    models: list[nn.Module]  # that are trained
+    compiled: list[nn.Module]  # what the training script compiles of them
+    optimizers: list[torch.optim.Optimizer]
+
+
+def coordtok(setting: Setting, points: int, second: bool) -> Step:
+    """train_coordtok.py: step 1 decodes random patches, the second whole frames, which LPIPS judges."""
+    _, batch, device, variant = setting
+    with device:
+        tokenizer = CoordTok(**(SMALL_COORDTOK if setting.small else {}))
+    config, patch_t, patch = tokenizer.config, tokenizer.config.dec_patch_size_t, tokenizer.config.dec_patch_size_xy
+    perceptual = Perceptual(weights="random").to(device) if second else None
+    draw, rng = random_frames if second else random_patches, np.random.default_rng(0)
+    chosen = [draw(rng, points, config.grid, config.video_shape[0], patch_t) for _ in range(batch)]
+    index = torch.from_numpy(np.stack(chosen)).to(device)
     video = torch.rand(batch, 3, *config.video_shape, device=device)
-    index = torch.stack([torch.randint(n, (batch, points), device=device) for n in config.grid], dim=-1)
-    target = gather_patches(video, index, config.dec_patch_size_t, config.dec_patch_size_xy) * 2 - 1
-    optimizer = adamw(model.parameters(), lr=1e-4, weight_decay=1e-3)
-    forward = torch.compile(model) if compiled else model
+    target = gather_patches(video, index, patch_t, patch) * 2 - 1
+    optimizer = adamw(tokenizer.parameters(), lr=1e-4, weight_decay=1e-3)
+    precision = Precision(variant.precision, device)
 
     def step() -> None:
         with precision.autocast():
-            patches = forward(video, index)
-        patch_loss(patches, target).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            patches = tokenizer(video, index)
+            losses, _ = coordtok_loss(patches, target, index, config, perceptual, 1.0)
+        losses.sum().backward()
+        update(optimizer, precision.scaler)
 
-    return step
+    return Step(step, flops.coordtok_training(config, points, second), [tokenizer], [tokenizer], [optimizer])
+
+
+def coordtok_1(setting: Setting) -> Step:
+    return coordtok(setting, points=256 if setting.small else 1024, second=False)
+
+
+def coordtok_2(setting: Setting) -> Step:
+    return coordtok(setting, points=256 if setting.small else 4096, second=True)  # 4 frames, 16 frames
+
+
+def sit(setting: Setting) -> Step:
+    """train_sit.py from cached latents."""
+    _, batch, device, variant = setting
+    size = {"input_size": (16, 16), **SIT_SIZES["SiT-XS/2"]} if setting.small else SIT_SIZES["SiT-L/2"]
+    with device:
+        model = SiT(**size)
+    latents = draw_noise(sample_generators(0, range(batch), device), model.plane_shapes)
+    y = torch.zeros(batch, dtype=torch.long, device=device)
+    interpolant, ema = Interpolant(), EMA(model, 0.9999)
+    optimizer, precision = adamw(model.parameters(), lr=1e-4), Precision(variant.precision, device)
+
+    def step() -> None:
+        with precision.autocast():
+            losses, _ = interpolant.loss(model, latents, y=y)
+        losses.mean().backward()
+        update(optimizer, precision.scaler)
+        ema.update(model)
+
+    return Step(step, flops.sit_training(model.config), [model], [model], [optimizer])
+
+
+def larp_tokenizer(setting: Setting) -> Step:
+    """train_larp_tokenizer.py with all its losses. The discriminator takes a step in five; here a fifth of the batch
+    goes through it at every step, so that all steps are alike (the batch is a multiple of five)."""
+    small, batch, device, variant = setting
+    short = {"frame_num": 4, "input_size": 32}  # LPIPS would be most of a small step
+    tokenizer = LARPTokenizer(**({**SMALL_LARP, **short} if small else {})).to(device)
+    discriminator = Discriminator(**({**SMALL_DISC, **short} if small else {})).to(device)
+    perceptual = Perceptual(weights="random").to(device)
+    config = tokenizer.config
+    video = torch.rand(batch, 3, config.frame_num, config.input_size, config.input_size, device=device)
+    if batch % 5:
+        raise ValueError(f"larp_tokenizer takes a multiple of 5 clips a step, got {batch}: change --batch")
+    few = batch // 5
+    optimizer = adam(tokenizer.parameters(), 1e-4, betas=(0.5, 0.9))
+    disc_optimizer = adam(discriminator.parameters(), 3e-5, betas=(0.5, 0.9))
+    precision = Precision(variant.precision, device)
+
+    def step() -> None:
+        with precision.autocast():
+            output = tokenizer(video, 0.25)
+            fake = output.video.float()
+            real_logits, fake_logits = discriminator(torch.cat([video[:few], fake[:few].detach()])).chunk(2)
+        discriminator_loss(real_logits, fake_logits, "ns_smooth")[0].backward()
+        update(disc_optimizer, precision.scaler)
+        with frozen(discriminator):
+            with precision.autocast():
+                loss = generator_loss(discriminator(fake), "ns_smooth")
+                loss = (fake - video).abs().mean() + perceptual(fake, video).mean() + 0.3 * loss
+                loss = loss + 0.1 * output.loss_q + 0.06 * output.loss_prior
+            loss.backward()
+        update(optimizer, precision.scaler)
+
+    work = flops.larp_tokenizer_training(config, discriminator.config, d_update_freq=5)
+    compiled = [tokenizer.encoder, tokenizer.decoder, tokenizer.prior_model, discriminator]
+    return Step(step, work, [tokenizer, discriminator], compiled, [optimizer, disc_optimizer])
+
+
+def larp_ar(setting: Setting) -> Step:
+    """train_ar.py from cached codes."""
+    small, batch, device, variant = setting
+    size = {**SMALL_AR, "max_seq_len": 128, "vocab_size": 1024} if small else SIZES["llama-abs-LP"]
+    model = LARPGenerator(**size).to(device).train()
+    config = model.config
+    codes = torch.randint(config.vocab_size, (batch, config.max_seq_len), device=device)
+    cond = torch.zeros(batch, dtype=torch.long, device=device)
+    drop = torch.zeros(batch, dtype=torch.bool, device=device)
+    optimizer = adamw(decay_groups(model, 0.05), 6e-4, betas=(0.9, 0.95))
+    precision = Precision(variant.precision, device)
+
+    def step() -> None:
+        with precision.autocast():
+            loss, _ = code_loss(model(codes, cond, drop), codes)
+        loss.backward()
+        update(optimizer, precision.scaler)
+
+    return Step(step, flops.larp_ar_training(config), [model], [model], [optimizer])
+
+
+STEPS = {  # with the clips a step: on a CPU at the small size, on a GPU at the published one
+    "coordtok_1": (coordtok_1, 4, 16),
+    "coordtok_2": (coordtok_2, 1, 4),
+    "sit": (sit, 4, 32),
+    "larp_tokenizer": (larp_tokenizer, 5, 10),
+    "larp_ar": (larp_ar, 4, 8),
+}
+
+
+def build(make: Callable[[Setting], Step], setting: Setting) -> Step:
+    """The training step with what its variant asks for; `run` is ready to be timed."""
+    torch.manual_seed(0)
+    step, variant = make(setting), setting.variant
+    for optimizer in step.optimizers if not variant.fused_optimizer else []:
+        for group in optimizer.param_groups:
+            group["fused"] = None  # torch's default: several tensors a kernel on a GPU, one after the other on a CPU
+    for model in step.models if variant.checkpointing else []:
+        set_checkpointing(model, True)
+        if isinstance(model, LARPGenerator):
+            model.checkpointing = True
+    for module in step.compiled if variant.compiled else []:
+        module.compile()
+
+    def run() -> None:
+        torch.set_float32_matmul_precision("high" if variant.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = variant.tf32
+        with contextlib.nullcontext() if variant.fused_attention else sdpa_kernel(SDPBackend.MATH):
+            step.run()
+
+    return step._replace(run=run)
+
+
+def peak_gib(step: Callable[[], None], held: int, device: torch.device) -> float | None:
+    """Of two calls, less what the GPU held before the step was built."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):  # compilation and warm-up
+        step()
+    wait(device)
+    return (torch.cuda.max_memory_allocated() - held) / 2**30 if device.type == "cuda" else None
+
+
+def held_by(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def benchmark(name: str, variants: list[str], small: bool, batch: int, device: torch.device, rounds: int, path: str):
+    make = STEPS[name][0]
+    plain = build(make, Setting(small, batch, device, VARIANTS["plain"]))
+    plain_memory = peak_gib(plain.run, 0, device)
+    parameters = sum(p.numel() for model in plain.models for p in model.parameters())
+    print(f"{name}: {parameters:,} parameters, batch {batch}, {plain.flops / 1e9:.1f} GFLOP a sample", flush=True)
+    print(f"  {'variant':<16}{'samples/s':>10}{'x plain':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}")
+    for label in variants:
+        variant, step, memory, held = VARIANTS[label], plain, plain_memory, held_by(device)
+        if label != "plain":
+            step = build(make, Setting(small, batch, device, variant))
+            memory = peak_gib(step.run, held, device)
+        seconds = alternate({"plain": plain.run, label: step.run}, rounds, device)
+        ratio, work = seconds["plain"] / seconds[label], batch * step.flops
+        dtype = "tf32" if variant.tf32 else variant.precision
+        mfu = flops.mfu(work, seconds[label], device_name(device), dtype)
+        print(f"  {label:<16}{batch / seconds[label]:>10.2f}{ratio:>9.2f}{work / seconds[label] / 1e12:>9.3f}"
+              f"{'-' if mfu is None else f'{mfu:.1%}':>7}{'-' if memory is None else f'{memory:.2f}':>7}", flush=True)
+        record(path, f"train_step {name}", label, ratio, mfu, memory)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=["small", "published"], help="default: published on a GPU, small on a CPU")
-    parser.add_argument("--batch", type=int, help="videos a step (default: 16 on a GPU, 8 on a CPU)")
-    parser.add_argument("--eager", action="store_true", help="no compiled variants: compiling takes minutes on a CPU")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each variant, taken in turn")
+    parser.add_argument("--steps", choices=STEPS, nargs="+", default=list(STEPS))
+    parser.add_argument("--variants", choices=VARIANTS, nargs="+",
+                        help="default: all of them; on a CPU without tf32 and compiling, which takes minutes there")
+    parser.add_argument("--batch", type=int, help="samples a step (default: by the step and size)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each variant, in turn with plain")
+    add_record(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    config = {} if (args.size or ("published" if on_gpu else "small")) == "published" else SMALL
-    batch, points = args.batch or (16 if on_gpu else 8), 1024
-    torch.manual_seed(0)
-    with device:
-        model = CoordTok(**config)
-    print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU, ' + str(torch.get_num_threads()) + ' threads'}; torch "
-          f"{torch.__version__}; CoordTok {sum(p.numel() for p in model.parameters()):,} parameters, batch {batch}, "
-          f"{points} points")
-
-    def wait() -> None:
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    variants, flops = {}, 0
-    for name in ("fp32", "bf16"):
-        for compiled in (False,) if args.eager else (False, True):
-            step = make_step(copy.deepcopy(model), Precision(name, device), compiled, batch, points, device)
-            if not flops:
-                with FlopCounterMode(display=False) as counter:
-                    step()
-                flops = counter.get_total_flops()
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-            for _ in range(3):  # compilation and warm-up
-                step()
-            wait()
-            variants[f"{name}{' compiled' * compiled}"] = (step, memory_gib(device), [])
-    for _ in range(args.rounds):
-        for step, _, seconds in variants.values():
-            wait()
-            start = time.perf_counter()
-            step()
-            wait()
-            seconds.append(time.perf_counter() - start)
-    plain = sorted(variants["fp32"][2])[args.rounds // 2]
-    print(f"{flops / batch / 1e9:.1f} GFLOP a sample; peak GiB (on a CPU: of the process so far)")
-    print(f"{'variant':<16}{'samples/s':>10}{'x fp32':>8}{'TFLOP/s':>9}{'GiB':>7}")
-    for name, (_, memory, seconds) in variants.items():
-        median = sorted(seconds)[args.rounds // 2]
-        print(f"{name:<16}{batch / median:>10.2f}{plain / median:>8.2f}{flops / median / 1e12:>9.3f}{memory:>7.2f}")
+    small = (args.size or ("published" if on_gpu else "small")) == "small"
+    on_cpu = [name for name, variant in VARIANTS.items() if not variant.tf32 and not variant.compiled]
+    print(f"{device_name(device)}; torch {torch.__version__}; {'small' if small else 'published'} sizes")
+    for name in args.steps:
+        batch = args.batch or STEPS[name][1 if small else 2]
+        benchmark(name, args.variants or (list(VARIANTS) if on_gpu else on_cpu), small, batch, device, args.rounds,
+                  args.record)
 
 
 if __name__ == "__main__":

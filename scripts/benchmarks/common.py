@@ -1,0 +1,76 @@
+"""What the benchmarks share: the small sizes for CPUs, timing by turns, and records for run_all.py."""
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import torch
+
+SMALL_COORDTOK = {
+    "video_shape": (16, 64, 64),
+    "enc_embed_dim": 256,
+    "enc_num_layers": 2,
+    "enc_num_heads": 4,
+    "enc_patch_size_xy": 8,
+    "enc_patch_size_t": 4,
+    "enc_patch_num_layers": 2,
+    "latent_resolution_t": 16,
+    "latent_patch_size_xy": 4,
+    "latent_patch_size_t": 4,
+    "dec_embed_dim": 256,
+    "dec_num_layers": 2,
+    "dec_num_heads": 4,
+}
+SMALL_LARP = {
+    "bottleneck": {"args": {"regularizer": {"args": {"codebook_size": 1024}}}},
+    "prior_model": {"name": "gptc-tiny"},
+    "bottleneck_token_num": 128,
+    "input_size": 64,
+    "encoder_hidden_size": 256,
+    "decoder_hidden_size": 256,
+    "encoder_num_heads": 4,
+    "decoder_num_heads": 4,
+    "encoder_depth": 4,
+    "decoder_depth": 4,
+}
+SMALL_DISC = {"hidden_size": 256, "n_heads": 4, "n_layers": 4, "input_size": 64}
+SMALL_AR = {"n_layer": 4, "dim": 128, "n_head": 4}  # the quickstart's
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def alternate(variants: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each, run in turn after one round that does not count."""
+    seconds = {name: [] for name in variants}
+    for _ in range(rounds + 1):
+        for name, run in variants.items():
+            wait(device)
+            start = time.perf_counter()
+            run()
+            wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: sorted(times[1:])[rounds // 2] for name, times in seconds.items()}
+
+
+def add_record(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--record", metavar="FILE", help="append the ratios to this file, one JSON object a line")
+
+
+def record(
+    path: str | None, benchmark: str, variant: str, ratio: float, mfu: float | None = None, memory: float | None = None
+) -> None:
+    """ratio: to the plain way of the same run, higher is better. mfu: the share of the device's peak. memory: the peak,
+    in GiB. None: not known on this device."""
+    if path:
+        row = {"benchmark": benchmark, "variant": variant, "ratio": round(ratio, 3), "mfu": mfu, "memory_gib": memory}
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,138 @@
+"""All benchmarks within a time budget. Every run adds dated rows to history.csv and draws ratio.png, mfu.png and
+memory.png of the newest ones, so that a regression shows.
+
+    python -m scripts.benchmarks.run_all [--device cpu|cuda] [--budget 480] [--folder scripts/benchmarks]
+
+Small sizes on a CPU, mostly the published ones on a GPU. What does not end within the budget is stopped and named; the
+rows that it had by then count. Prints the rows as a Markdown table.
+"""
+import argparse
+import csv
+import datetime
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from scripts.benchmarks.common import device_name
+
+RUNS = {
+    "cpu": [
+        "train_step --device cpu --rounds 3 --steps coordtok_1 sit larp_ar",
+        "train_step --device cpu --rounds 1 --steps coordtok_2 larp_tokenizer",
+        "larp_tokenizer --device cpu --batch 2 --rounds 3",
+        "loader --num_videos 2 --repeats 3",
+        "sit --device cpu --rounds 2 --steps 5",
+        "ar_train --device cpu --rounds 2",
+        "ar_generate --device cpu --model llama-abs-S --codes 64 --batch 8",
+        "render --device cpu --slices 32 --rounds 1",
+        "i3d --device cpu --num_clips 4 --batch_size 4 --repeats 1",
+    ],
+    "cuda": [
+        "train_step --device cuda --rounds 5",
+        "larp_tokenizer --device cuda --compile",
+        "ar_generate --device cuda --model llama-abs-LP --batch 64 --cfg_scale 1.25 --dtype bfloat16",
+        "sit --device cuda --rounds 3",
+        "ar_train --device cuda --rounds 3",
+        "render --device cuda",
+        "i3d --device cuda",
+        "loader --num_videos 2 --repeats 3",
+    ],
+}
+FIELDS = ("date", "device", "benchmark", "variant", "ratio", "mfu", "memory_gib")
+
+
+def run(command: str, seconds: float) -> list[dict]:
+    """The records of one benchmark, which has so long."""
+    print(f"== {command}", flush=True)
+    name, *flags = command.split()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "record"
+        try:
+            subprocess.run(
+                [sys.executable, "-m", f"scripts.benchmarks.{name}", *flags, "--record", str(path)], check=True,
+                timeout=max(seconds, 0.1), cwd=Path(__file__).parents[2],
+            )
+        except subprocess.TimeoutExpired:
+            print(f"stopped: the budget is spent ({command})", flush=True)
+        except subprocess.CalledProcessError as error:
+            print(f"failed with status {error.returncode} ({command})", flush=True)
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def newest(path: Path) -> list[dict]:
+    """The last row of each variant on each device."""
+    with open(path, newline="") as file:
+        return list({(row["device"], row["benchmark"], row["variant"]): row for row in csv.DictReader(file)}.values())
+
+
+def bars(path: Path, title: str, values: dict[str, float], baseline: float | None = None) -> None:
+    """A horizontal bar a label, with its value. With a baseline, bars start there, on a logarithmic axis."""
+    row, left, width, font = 22, 440, 460, ImageFont.load_default(13)
+    image = Image.new("RGB", (left + width + 80, row * (len(values) + 2)), "white")
+    draw, numbers = ImageDraw.Draw(image), [*values.values()]
+    low, high = min(*numbers, baseline or 1), max(*numbers, 2 * (baseline or 0), 1e-9)
+
+    def place(value: float) -> float:
+        return left + width * (math.log(value / low) / math.log(high / low) if baseline else value / high)
+
+    draw.text((8, 4), title, "black", font)
+    for i, (label, value) in enumerate(values.items()):
+        top, start, end = row * (i + 1.5), place(baseline or 0), place(value)
+        draw.text((left - 8, top), label, "black", font, anchor="ra")
+        draw.rectangle((min(start, end), top, max(start, end), top + row - 6), "#4878a8" if end >= start else "#c08040")
+        draw.text((max(start, end) + 6, top), f"{value:.3g}", "black", font)
+    image.quantize(16).save(path, optimize=True)
+
+
+def plot(history: Path) -> None:
+    for field, title, baseline in [
+        ("ratio", "times as fast as plain in the same run (logarithmic, from 1)", 1.0),
+        ("mfu", "share of the GPU's peak", None),
+        ("memory_gib", "peak GPU memory, GiB", None),
+    ]:
+        values = {f"{row['benchmark']}: {row['variant']} ({row['device'][:16]})": float(row[field])
+                  for row in newest(history) if row[field] and row["variant"] not in ("plain", "fp32")}
+        if values:
+            bars(history.with_name(field.split("_")[0] + ".png"), title, values, baseline)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=RUNS, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=float, default=480, help="seconds for all of it")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks (train_step, loader, ...)")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="of history.csv and the pictures")
+    args = parser.parse_args()
+    end = time.monotonic() + args.budget
+    facts = {"date": datetime.date.today().isoformat(), "device": device_name(torch.device(args.device))}
+    rows = []
+    for command in RUNS[args.device]:
+        if args.only and command.split()[0] not in args.only:
+            continue
+        rows += [{**facts, **row} for row in run(command, end - time.monotonic())]
+    append(args.folder / "history.csv", rows)
+    plot(args.folder / "history.csv")
+    print("\n| benchmark | variant | x plain | MFU | GiB |\n|---|---|---|---|---|")
+    for row in rows:
+        mfu, memory = ("-" if row[key] is None else f"{row[key]:.3g}" for key in ("mfu", "memory_gib"))
+        print(f"| {row['benchmark']} | {row['variant']} | {row['ratio']:.2f} | {mfu} | {memory} |")
+
+
+if __name__ == "__main__":
+    main()
