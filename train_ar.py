@@ -17,7 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.clips import ClipDataset, GlobalBatchSampler, Quarantine, class_names, list_csv, list_folder, make_loader
+from data.clips import (
+    ClipDataset,
+    GlobalBatchSampler,
+    Quarantine,
+    check_shares,
+    class_names,
+    list_csv,
+    list_folder,
+    make_loader,
+)
 from models.larp_ar import LARPGenerator, code_loss
 from training import checkpoint, distributed, sharding
 from training.arguments import Parser, add_data, add_larp_ar, add_run, larp_ar_config, one_line_errors
@@ -160,6 +169,7 @@ def main():
         with precision.autocast():
             return encode_video(tokenizer, video, num_cond_frames)
 
+    check_shares(args.batch_size, world_size, args.accum_iter)  # before the cache is filled, which may take hours
     numbered, cache = list(range(len(files))), None
     if args.cache_codes:
         cache = CodeCache(Path(args.cache_dir), make_clips(files, damaged="skip"), clip_config, args.cache_codes,

@@ -12,7 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.clips import ClipDataset, ClipKey, GlobalBatchSampler, Quarantine, class_names, list_folder, make_loader
+from data.clips import (
+    ClipDataset,
+    ClipKey,
+    GlobalBatchSampler,
+    Quarantine,
+    check_shares,
+    class_names,
+    list_folder,
+    make_loader,
+)
 from models.interpolant import LOSS_WEIGHTS, PATHS, PREDICTIONS, Interpolant
 from models.layers import set_checkpointing
 from models.planes import Planes
@@ -121,6 +130,7 @@ def main():
             planes = tokenizer.encode(*coordtok_clips(batch, config, device))
         return planes.map(torch.Tensor.float)
 
+    check_shares(args.global_batch_size, world_size, args.accum_iter)  # before the cache is filled
     numbered, cache = list(range(len(files))), None
     if args.cache_latents:
         key = {"tokenizer": tokenizer_hash, "precision": precision.name}

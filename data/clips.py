@@ -3,11 +3,13 @@
 Everything random is a pure function of (seed, position), position being the number of the sample in the run. So a clip
 does not depend on the number of workers, processes, or accumulation steps, and a resumed run sees what it would have.
 """
+import atexit
 import contextlib
 import csv
 import fcntl
 import itertools
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -303,6 +305,13 @@ def collate(samples: list[dict]) -> dict:
 
 # --- order ---
 
+def check_shares(global_batch: int, world_size: int, accum: int) -> None:
+    """ValueError where a batch cannot be shared equally."""
+    if global_batch < 1 or global_batch % (world_size * accum):
+        raise ValueError(f"a global batch of {global_batch} cannot be shared by {world_size} processes x {accum} "
+                         f"accumulation steps: give a multiple of {world_size * accum}")
+
+
 class GlobalBatchSampler(Sampler):
     """The keys of one process's micro-batches, step after step; the global batch does not depend on the process count.
 
@@ -313,9 +322,7 @@ class GlobalBatchSampler(Sampler):
 
     def __init__(self, num_files: int, global_batch: int, num_steps: int, rank: int = 0, world_size: int = 1,
                  accum: int = 1, seed: int = 0, start_step: int = 0, order: str = "replacement"):
-        if global_batch % (world_size * accum):
-            raise ValueError(f"a global batch of {global_batch} cannot be shared by {world_size} processes x {accum} "
-                             f"accumulation steps: give a multiple of {world_size * accum}")
+        check_shares(global_batch, world_size, accum)
         if order not in ("replacement", "epoch"):
             raise ValueError(f"order={order!r} is neither 'replacement' nor 'epoch'")
         if order == "epoch" and num_files < global_batch:
@@ -362,3 +369,12 @@ def init_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # Schedulers send SIGTERM to all processes of a job: the training process saves and then ends its workers.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """End the workers that an error has left. multiprocessing, whose turn at exit comes after this, would send them
+    SIGTERM, which they ignore, and wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:  # as loader workers are
+            process.kill()

@@ -6,10 +6,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 
 from models.larp_tokenizer import LARPTokenizer
+from training import distributed
+from training.arguments import one_line_errors
 
 ROOT = Path(__file__).parents[1]
 TINY_COORDTOK = (
@@ -84,6 +88,25 @@ def error_line(done: subprocess.CompletedProcess) -> str:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert "Traceback" not in done.stderr
+    return errors[0]
+
+
+def run_here(monkeypatch, script: ModuleType, *flags) -> None:
+    """Run an imported script's main in this process, without loader workers."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags), "--num_workers", "0"])
+    try:
+        script.main()
+    finally:
+        distributed.teardown()
+
+
+def mistake(monkeypatch, capsys, script: ModuleType, *flags) -> str:
+    """The one line that a user's mistake gets, as `run_here` runs the script."""
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        run_here(monkeypatch, script, *flags)
+    assert stopped.value.code == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ")
     return errors[0]
 
 

@@ -1,16 +1,14 @@
 """train_ar.py --fsdp in several processes, and sharded checkpoints, at a tiny size."""
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import logged, losses, run, tiny_larp
+from helpers import logged, losses, mistake, run, run_here, tiny_larp
 
 import train_ar
 from models.larp_ar import LARPGenerator
 from training import checkpoint, distributed, sharding
-from training.arguments import one_line_errors
 from training.tokenizers import load_larp_ar
 
 STEPS, CODES, CODEBOOK = 4, 12, 64
@@ -35,20 +33,12 @@ def arguments(data, tmp_path_factory):
     return make
 
 
-def run_here(monkeypatch, flags) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_ar.py", *map(str, flags)])
-    try:
-        train_ar.main()
-    finally:
-        distributed.teardown()
-
-
 @pytest.fixture(scope="module")
 def plain(arguments, tmp_path_factory) -> Path:
     """A run in one process, unsharded."""
     folder = tmp_path_factory.mktemp("plain")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        run_here(monkeypatch, arguments(folder))
+        run_here(monkeypatch, train_ar, *arguments(folder))
     return folder / "run"
 
 
@@ -92,7 +82,7 @@ def test_a_run_of_four_goes_on_in_fewer(arguments, sharded, monkeypatch, tmp_pat
     flags = arguments(tmp_path, "--fsdp", "--resume")
     if processes == 1:  # without torchrun
         with pytest.warns(UserWarning, match="step_0000003 cannot be read as a checkpoint: __1_0.distcp is missing"):
-            run_here(monkeypatch, flags)
+            run_here(monkeypatch, train_ar, *flags)
     else:
         run("train_ar.py", *flags, processes=processes)
     assert logged(tmp_path / "run", "train").keys() == {1, 2, 3, 4}
@@ -112,19 +102,9 @@ def test_a_sharded_run_is_read_and_exported_whole(plain, sharded, tmp_path):
         assert all(torch.equal(value, weights[name]) for name, value in exported.state_dict().items())
 
 
-def mistake(monkeypatch, capsys, flags) -> str:
-    """The one line that it gets."""
-    with pytest.raises(SystemExit) as stopped, one_line_errors():
-        run_here(monkeypatch, flags)
-    assert stopped.value.code == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    return errors[0]
-
-
 def test_mistakes_get_one_line(arguments, plain, sharded, monkeypatch, capsys, tmp_path):
     def error(*flags):
-        return mistake(monkeypatch, capsys, arguments(*flags))
+        return mistake(monkeypatch, capsys, train_ar, *arguments(*flags))
 
     assert "--precision fp16 needs its loss scaled" in error(tmp_path, "--fsdp", "--precision", "fp16")
     assert "was saved with --fsdp: go on likewise" in error(sharded.parent, "--resume")

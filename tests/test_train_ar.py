@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, logged, losses, num_lines, run, run_bash, start, tiny_larp, wait
+from helpers import ROOT, logged, losses, mistake, num_lines, run, run_bash, run_here, start, tiny_larp, wait
 from PIL import Image
 
 import train_ar
 from eval.pictures import MARGIN, SMALLEST, TEXT
 from models.larp_ar import LARPGenerator
 from training import checkpoint
-from training.arguments import Parser, add_larp_ar, larp_ar_config, one_line_errors
+from training.arguments import Parser, add_larp_ar, larp_ar_config
 from training.tokenizers import weights_sha256
 
 STEPS = 6
@@ -50,12 +50,6 @@ def arguments(data, tokenizer):
                 "--save_dir", folder, "--num_iters", STEPS, *flags]
 
     return make
-
-
-def run_here(monkeypatch, flags) -> None:
-    """Without loader workers, which would outlive a failure as long as pytest keeps its traceback."""
-    monkeypatch.setattr(sys, "argv", ["train_ar.py", *map(str, flags), "--num_workers", "0"])
-    train_ar.main()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +102,7 @@ def test_two_processes_by_the_script_train_as_one(arguments, monkeypatch, tmp_pa
     """Flags appended to the bash script alone make it small. Labels are dropped, clips mirrored, gradients added up."""
     flags = [*NO_DROPOUT, "--class_dropout_prob", 0.5, "--flip", "--precision", "fp32", "--warmup_epoch", 0]
     run_bash("scripts/train_larp_ar.sh", *arguments(tmp_path / "two", *flags, "--accum_iter", 2), gpus=2)
-    run_here(monkeypatch, arguments(tmp_path / "one", *flags))
+    run_here(monkeypatch, train_ar, *arguments(tmp_path / "one", *flags))
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
     for kind in ("train", "val"):
         assert losses(two, kind) == pytest.approx(losses(one, kind), abs=1e-5)
@@ -127,7 +121,7 @@ def test_a_cache_is_gone_on_with_and_serves_any_number_of_processes(arguments, m
     run("train_ar.py", *arguments(tmp_path / "two", *flags), processes=2)
     shards = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/*/shard_*.npy")}
     assert len(shards) == 2 and shards.items() >= kept.items()
-    run_here(monkeypatch, arguments(tmp_path / "one", *flags))
+    run_here(monkeypatch, train_ar, *arguments(tmp_path / "one", *flags))
     one, two = losses(tmp_path / "one" / "run"), losses(tmp_path / "two" / "run")
     assert two == pytest.approx(one, abs=1e-5)
     state = checkpoint.load(tmp_path / "one" / "run" / "checkpoints")
@@ -141,7 +135,7 @@ def test_it_learns_six_videos(arguments, monkeypatch, tmp_path, mode):
     """From the cache, with bfloat16 and recomputed layers."""
     flags = [*mode, *NO_DROPOUT, "--cache_codes", 1, "--cache_dir", tmp_path / "cache", "--num_iters", 40, "--lr", 0.02,
              "--warmup_epoch", 2, "--num_val", 0, "--precision", "bf16", "--gradient_checkpointing"]
-    run_here(monkeypatch, arguments(tmp_path, *flags))
+    run_here(monkeypatch, train_ar, *arguments(tmp_path, *flags))
     course = losses(tmp_path / "run")
     assert course[40] < 0.5 * course[1]
 
@@ -237,19 +231,10 @@ def test_every_choice_of_the_architecture_has_a_flag():
     assert (config["frame_prediction"], config["cls_token_num"], frames) == (True, 7, 3)
 
 
-def mistake(monkeypatch, capsys, flags) -> str:
-    """The one line that it gets."""
-    with pytest.raises(SystemExit) as stopped, one_line_errors():
-        run_here(monkeypatch, flags)
-    assert stopped.value.code == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    return errors[0]
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--cache_codes", 1, "--batch_size", 3, "--accum_iter", 4], "a global batch of 3 cannot be shared"),
         (["--num_classes", 1], "--num_classes is 1, but"),
         (["--val_name", "UCF-101_test/PanLeft"], "have different classes: ZoomIn is in one alone"),
         (["--video_name", "nowhere"], "no videos under"),
@@ -265,7 +250,7 @@ def mistake(monkeypatch, capsys, flags) -> str:
     ],
 )
 def test_mistakes_get_one_line(arguments, monkeypatch, capsys, tmp_path, flags, message):
-    assert message in mistake(monkeypatch, capsys, arguments(tmp_path, *flags))
+    assert message in mistake(monkeypatch, capsys, train_ar, *arguments(tmp_path, *flags))
 
 
 @pytest.mark.parametrize(
@@ -287,5 +272,5 @@ def test_a_run_refuses_what_it_was_not(arguments, trained, monkeypatch, capsys, 
     if "KIND" in flags:
         kind = checkpoint.save(tmp_path, 1, {"kind": "larp_tokenizer"})
     flags = [{"OTHER": tmp_path / "other", "KIND": kind if "KIND" in flags else None}.get(flag, flag) for flag in flags]
-    error = mistake(monkeypatch, capsys, arguments(trained.parent, *flags, architecture=[]))
+    error = mistake(monkeypatch, capsys, train_ar, *arguments(trained.parent, *flags, architecture=[]))
     assert re.search(message, error), error

@@ -119,6 +119,16 @@ def test_damaged_files_are_listed_once_and_training_goes_on(data, coordtok, tmp_
     assert len(losses(tmp_path / "run")) == 12
 
 
+def test_a_folder_of_damaged_files_ends_the_run_and_its_workers(tmp_path):
+    folder = tmp_path / "data" / "UCF-101_train" / "Bad"
+    folder.mkdir(parents=True)
+    (folder / "text.avi").write_text("not a video")
+    running = start("train_coordtok.py", *arguments(tmp_path / "data", tmp_path, "--num_iters", 2, *PIXELS))
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 1
+    assert f"error: no readable video left of 1 under {folder}" in output.decode()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

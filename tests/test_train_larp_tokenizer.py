@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import mistake
 
 import train_larp_tokenizer
 from eval import eval_larp_tokenizer
 from training import checkpoint
-from training.arguments import Parser, add_larp_tokenizer, larp_config, one_line_errors
+from training.arguments import Parser, add_larp_tokenizer, larp_config
 from training.tokenizers import load_larp_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -196,17 +197,6 @@ def test_evaluation_does_not_depend_on_batches_or_processes(data, trained, tmp_p
     assert one["record"]["model"].split()[1] == "ema_0.9"
 
 
-def in_process(module, monkeypatch, capsys, *flags) -> str:
-    """The one line that a mistake gets."""
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
-    with pytest.raises(SystemExit) as stopped, one_line_errors():
-        module.main()
-    assert stopped.value.code == 1
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and errors[0].startswith("error: ")
-    return errors[0]
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -222,14 +212,14 @@ def in_process(module, monkeypatch, capsys, *flags) -> str:
 )
 def test_mistakes_get_one_line(monkeypatch, capsys, tmp_path, flags, message):
     flags = [*TINY, *NULL, "--perceptual_weight", 0, "--save_dir", tmp_path, *flags]
-    assert message in in_process(train_larp_tokenizer, monkeypatch, capsys, *flags)
+    assert message in mistake(monkeypatch, capsys, train_larp_tokenizer, *flags)
 
 
 def test_a_run_refuses_another_architecture(monkeypatch, capsys, trained):
     flags = [*TINY, "--save_dir", trained.parent, "--resume", "auto", "--perceptual_weight", 0]
-    error = in_process(train_larp_tokenizer, monkeypatch, capsys, *flags, "--codebook_size", 32)
+    error = mistake(monkeypatch, capsys, train_larp_tokenizer, *flags, "--codebook_size", 32)
     assert "--codebook_size 32 was given, but the run in" in error and "has 64" in error
-    error = in_process(train_larp_tokenizer, monkeypatch, capsys, *flags, "--disc_n_layers", 2)
+    error = mistake(monkeypatch, capsys, train_larp_tokenizer, *flags, "--disc_n_layers", 2)
     assert "--disc_n_layers 2 was given, but" in error
 
 
@@ -241,7 +231,7 @@ def test_evaluation_of_what_is_not_there(monkeypatch, capsys, tmp_path):
         (tmp_path / "nothing.pt", "no checkpoint at"),
         (tmp_path, "no config.json and no model.safetensors in it"),
     ):
-        error = in_process(eval_larp_tokenizer, monkeypatch, capsys, "--tokenizer", tokenizer, *flags)
+        error = mistake(monkeypatch, capsys, eval_larp_tokenizer, "--tokenizer", tokenizer, *flags)
         assert message in error
 
 
