@@ -146,7 +146,8 @@ class Window(NamedTuple):
 
     position: Tensor  # (T,) long, of the tokens of this pass
     length: int  # attention reads the cache up to here
-    mask: Tensor | None  # (length,) bool, True where filled; None where all of it is
+    mask: Tensor | None  # (1, length) bool, True where filled; None where all of it is
+    rows: Tensor | None  # (B * n_head, length) int, on a CPU: where the values of each head of queries lie
 
 
 class Attention(nn.Module):
@@ -171,8 +172,8 @@ class Attention(nn.Module):
             if x.shape[1] == 1:
                 k, v = cache.narrow(3, 0, window.length)
                 mask = window.mask
-        if cache is not None and x.shape[1] == 1 and x.device.type == "cpu":
-            y = _attend_one(q, k, v, mask)
+        if window is not None and window.rows is not None:
+            y = _attend_one(q, k, cache[1], window.rows)
         else:
             y = F.scaled_dot_product_attention(
                 q,
@@ -186,18 +187,18 @@ class Attention(nn.Module):
         return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2)))  # (B, T, dim)
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query a head on a CPU. q: (B, H, 1, d); k, v: (B, H_kv, L, d); mask: (L,). Returns (B, H, 1, d).
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
+    """Attention of one query a head on a CPU. q: (B, H, 1, d); k: (B, H_kv, L, d); v: (B, H_kv, positions, d); rows:
+    (B * H, L) int, those of v, flattened, that a query reads. Returns (B, H, 1, d).
 
     PyTorch's fused kernel would split the keys of a query over threads that the batch leaves idle, so that the order of
-    its sums depends on the batch. These products' does not; they are as fast, and copy no shared head of keys.
+    its sums depends on the batch. These sums' does not. They copy no shared head of keys, and read memory faster: an
+    embedding bag, which is a weighted sum of rows, prefetches.
     """
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5  # (B, H_kv, H / H_kv, d)
-    scores = grouped @ k.mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+    scores = (k @ grouped.mT).mT.reshape(rows.shape)
     weight = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    return (weight @ v).view(q.shape)
+    return F.embedding_bag(rows, v.flatten(0, 2), mode="sum", per_sample_weights=weight).view(q.shape)
 
 
 class FeedForward(nn.Module):
@@ -471,12 +472,22 @@ def _decoding(model: LARPGenerator) -> Iterator[None]:
 
 def _logits(model: LARPGenerator, cache: KVCache, x: Tensor, position: Tensor, length: int) -> Tensor:
     """x: (B, T, dim) embedded tokens at `position` (T,). Returns logits (B, vocab_size) float32 after the last."""
-    mask = cache.positions[:length] <= position[-1:] if cache.stride > 1 else None
-    window = Window(position, length, mask)
+    mask = rows = None
+    if cache.stride > 1:
+        mask = cache.positions[None, :length] <= position[-1:]
+    elif x.shape[1] == 1:
+        rows = value_rows(model.config, len(x), length)
+    window = Window(position, length, mask, rows)
     x = x + model.abs_pe[:, position]
     for layer, keys_values in zip(model.layers, cache.buffer[:, :, : len(x)]):
         x = layer(x, keys_values, window)
     return model.output(model.norm(x[:, -1])).float()
+
+
+def value_rows(config: LARPGeneratorConfig, num_sequences: int, length: int) -> Tensor:
+    """`Window.rows` of sequences filled to `length`."""
+    head = torch.arange(num_sequences * config.n_head) // (config.n_head // config.kv_heads)  # of keys and values
+    return (head[:, None] * config.num_positions + torch.arange(length)).int()
 
 
 def prefill(model: LARPGenerator, cache: KVCache, cond: Tensor) -> Tensor:
