@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.larp_ar import LARPGeneratorConfig, Layer
 from models.layers import vit_block
 from models.sit import SiTBlock
-from scripts.benchmarks import cost, run_all, train_step
+from scripts.benchmarks import cost, precision, run_all, train_step
 
 
 @pytest.mark.parametrize("name", ["coordtok_1", "larp_ar"])
@@ -51,6 +51,27 @@ def test_history_keeps_all_rows_and_draws_the_newest(tmp_path):
     run_all.plot(history)
     for name in ("ratio", "mfu", "memory"):
         assert len(Image.open(tmp_path / f"{name}.png").convert("L").getcolors()) > 2
+
+
+def test_tables_replace_those_before(tmp_path):
+    page = tmp_path / "RESULTS.md"
+    page.write_text(f"before\n{run_all.START}\nold\n{run_all.END}\nafter\n")
+    row = {"date": "2026-01-01", "device": "H200", "benchmark": "b", "variant": "v", "ratio": "2.0", "mfu": "0.456",
+           "memory_gib": "", "deviation": ""}
+    for _ in range(2):
+        run_all.write_tables(page, [row, {**row, "device": "CPU", "ratio": "", "mfu": "", "deviation": "0.005"}])
+    text = page.read_text()
+    assert text.startswith(f"before\n{run_all.START}\n**H200**") and text.endswith(f"{run_all.END}\nafter\n")
+    assert "| b | v | 2 | 0.456 |  |  | 2026-01-01 |" in text and "| b | v |  |  |  | 0.005 | 2026-01-01 |" in text
+    run_all.write_tables(tmp_path / "new.md", [row])
+    assert (tmp_path / "new.md").read_text().endswith(f"{run_all.END}\n")
+
+
+@pytest.mark.parametrize("name", precision.MODELS)
+def test_bfloat16_deviates_as_bfloat16_does(name):
+    for variant, found in precision.deviations(name, True, torch.device("cpu")).items():
+        for deviation in found:
+            assert 2**-11 < deviation < 0.03, variant
 
 
 def test_a_spent_budget_is_no_error(capfd):

@@ -66,11 +66,14 @@ def add_record(parser: argparse.ArgumentParser) -> None:
 
 
 def record(
-    path: str | None, benchmark: str, variant: str, ratio: float, mfu: float | None = None, memory: float | None = None
+    path: str | None, benchmark: str, variant: str, ratio: float | None = None, mfu: float | None = None,
+    memory: float | None = None, deviation: float | None = None,
 ) -> None:
     """ratio: to the plain way of the same run, higher is better. mfu: the share of the device's peak. memory: the peak,
-    in GiB. None: not known on this device."""
+    in GiB. deviation: from float32, relative. None: not known, or not of this benchmark."""
     if path:
-        row = {"benchmark": benchmark, "variant": variant, "ratio": round(ratio, 3), "mfu": mfu, "memory_gib": memory}
+        row = {"benchmark": benchmark, "variant": variant, "ratio": ratio, "mfu": mfu, "memory_gib": memory,
+               "deviation": deviation}
+        row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
         with open(path, "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,10 +1,10 @@
-"""All benchmarks within a time budget. Every run adds dated rows to history.csv and draws ratio.png, mfu.png and
-memory.png of the newest ones, so that a regression shows.
+"""All benchmarks within a time budget. Every run adds dated rows to history.csv, so that a regression shows, and makes
+of the newest ones the tables of RESULTS.md, ratio.png, mfu.png and memory.png.
 
     python -m scripts.benchmarks.run_all [--device cpu|cuda] [--budget 480] [--folder scripts/benchmarks]
 
 Small sizes on a CPU, mostly the published ones on a GPU. What does not end within the budget is stopped and named; the
-rows that it had by then count. Prints the rows as a Markdown table.
+rows that it had by then count. The tables replace what RESULTS.md has between two comments.
 """
 import argparse
 import csv
@@ -26,6 +26,7 @@ RUNS = {
     "cpu": [
         "train_step --device cpu --rounds 3 --steps coordtok_1 sit larp_ar",
         "train_step --device cpu --rounds 1 --steps coordtok_2 larp_tokenizer",
+        "precision --device cpu",
         "larp_tokenizer --device cpu --batch 2 --rounds 3",
         "loader --num_videos 2 --repeats 3",
         "sit --device cpu --rounds 2 --steps 5",
@@ -36,6 +37,7 @@ RUNS = {
     ],
     "cuda": [
         "train_step --device cuda --rounds 5",
+        "precision --device cuda",
         "larp_tokenizer --device cuda --compile",
         "ar_generate --device cuda --model llama-abs-LP --batch 64 --cfg_scale 1.25 --dtype bfloat16",
         "sit --device cuda --rounds 3",
@@ -45,7 +47,8 @@ RUNS = {
         "loader --num_videos 2 --repeats 3",
     ],
 }
-FIELDS = ("date", "device", "benchmark", "variant", "ratio", "mfu", "memory_gib")
+FIELDS = ("date", "device", "benchmark", "variant", "ratio", "mfu", "memory_gib", "deviation")
+START, END = "<!-- by run_all -->", "<!-- end -->"
 
 
 def run(command: str, seconds: float) -> list[dict]:
@@ -112,12 +115,33 @@ def plot(history: Path) -> None:
             bars(history.with_name(field.split("_")[0] + ".png"), title, values, baseline)
 
 
+def tables(rows: list[dict]) -> str:
+    """In Markdown, one for each device."""
+    lines = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        lines += [f"**{device}**", "", "| benchmark | variant | x plain | MFU | GiB | deviation | date |",
+                  "|---|---|---|---|---|---|---|"]
+        for row in rows:
+            if row["device"] == device:
+                values = [f"{float(row[field]):.3g}" if row[field] else "" for field in FIELDS[4:]]
+                lines.append(f"| {' | '.join([row['benchmark'], row['variant'], *values, row['date']])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_tables(path: Path, rows: list[dict]) -> None:
+    """Into the Markdown file at `path`, between START and END; at its end where it has no such place."""
+    text = path.read_text() if path.exists() else ""
+    before, _, rest = text.partition(START)
+    path.write_text(f"{before}{START}\n{tables(rows)}{END}{rest.partition(END)[2] or chr(10)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=RUNS, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=480, help="seconds for all of it")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks (train_step, loader, ...)")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="of history.csv and the pictures")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="of what it writes")
     args = parser.parse_args()
     end = time.monotonic() + args.budget
     facts = {"date": datetime.date.today().isoformat(), "device": device_name(torch.device(args.device))}
@@ -128,10 +152,8 @@ def main():
         rows += [{**facts, **row} for row in run(command, end - time.monotonic())]
     append(args.folder / "history.csv", rows)
     plot(args.folder / "history.csv")
-    print("\n| benchmark | variant | x plain | MFU | GiB |\n|---|---|---|---|---|")
-    for row in rows:
-        mfu, memory = ("-" if row[key] is None else f"{row[key]:.3g}" for key in ("mfu", "memory_gib"))
-        print(f"| {row['benchmark']} | {row['variant']} | {row['ratio']:.2f} | {mfu} | {memory} |")
+    write_tables(args.folder / "RESULTS.md", newest(args.folder / "history.csv"))
+    print(f"{len(rows)} rows; tables and pictures: {args.folder}")
 
 
 if __name__ == "__main__":
