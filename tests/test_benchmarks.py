@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.larp_ar import LARPGeneratorConfig, Layer
 from models.layers import vit_block
 from models.sit import SiTBlock
-from scripts.benchmarks import cost, precision, run_all, train_step
+from scripts.benchmarks import cost, loader, precision, run_all, train_step
 
 
 @pytest.mark.parametrize("name", ["coordtok_1", "larp_ar"])
@@ -38,7 +38,53 @@ def test_a_benchmark_records_its_rows(tmp_path):
     assert [row["benchmark"] for row in rows] == ["train_step sit"] * 2
     assert [row["variant"] for row in rows] == ["plain", "bf16"]
     assert rows[0]["ratio"] == 1 and rows[1]["ratio"] > 0
-    assert rows[0]["mfu"] is rows[0]["memory_gib"] is None  # on a CPU
+    assert 0 < rows[0]["mfu"] < 2 and rows[0]["memory_gib"] is None  # on a CPU
+
+
+@pytest.fixture
+def loader_paths(monkeypatch, tmp_path):
+    """The loader's benchmark, tiny."""
+    tiny = {"FRAMES": 8, "SIZE": 16, "POINTS": 4, "GRID": (8, 2, 2), "CLIPS": 4, "BATCH": 2}
+    for name, value in tiny.items():
+        monkeypatch.setattr(loader, name, value)
+    loader.write_clips(tmp_path, 2, num_frames=12, height=48, width=64)
+    return loader.make_paths(tmp_path)
+
+
+def test_all_ways_to_load_read_the_same_windows(loader_paths):
+    for position in range(6):
+        samples = [clips[(position, None, None)] for clips in loader_paths.values()]
+        assert len({(sample["path"], sample["start"]) for sample in samples}) == 1
+        assert len({tuple(sample["index"].flatten().tolist()) for sample in samples if "index" in sample}) == 1
+
+
+def test_the_loader_reports_what_its_workers_did(loader_paths, tmp_path, capsys):
+    results = loader.measure(loader_paths, num_workers=1, repeats=1)
+    for name, frames in {"worker": 8 * 16 * 16 * 3, "cache": 8 * 16 * 16 * 3, "device": 8 * 48 * 64 * 3}.items():
+        seconds, shipped, (opened, decoded, resized, copied, total) = results[name]
+        assert shipped == frames + 4 * 3 * 8 + 3 * 8  # points; length, label and position
+        assert seconds > 0 and decoded > 0 and copied > 0 and total >= opened + decoded + resized + copied
+        assert (opened > 0, resized > 0) == (name != "cache", name == "worker")
+    loader.report(results, 2, str(tmp_path / "record"))
+    rows = [json.loads(line) for line in (tmp_path / "record").read_text().splitlines()]
+    assert [row["variant"] for row in rows] == ["decode", "plain", "worker", "device", "cache"]
+    assert {row["benchmark"] for row in rows} == {"loader, 2 workers"} and rows[1]["ratio"] == 1
+    assert "from the cache" in capsys.readouterr().out
+
+
+def test_soak_reports_growth(monkeypatch, capfd):
+    sizes = iter(range(100, 200))  # a MiB more at each look
+    monkeypatch.setattr(loader, "anonymous_mib", lambda process: next(sizes))
+    assert loader.soak(40, 1) == {"worker": 9, "device": 9, "cache": 9}
+    assert "device: +9.00 MiB since the first tenth, +256.00 KiB a clip" in capfd.readouterr().out
+
+
+def test_memory_of_a_process():
+    before = loader.anonymous_mib(os.getpid())
+    mine = torch.ones(20 * 2**20, dtype=torch.uint8)
+    shared = torch.ones(20 * 2**20, dtype=torch.uint8).share_memory_()
+    assert loader.anonymous_mib(os.getpid()) - before == pytest.approx(20, abs=5)
+    assert len(mine) == len(shared)
 
 
 def test_history_keeps_all_rows_and_draws_the_newest(tmp_path):
@@ -147,6 +193,19 @@ def test_steps_do_the_work_they_are_said_to_do(name):
     with FlopCounterMode(display=False) as counter:
         step.run()
     assert counter.get_total_flops() == pytest.approx(batch * step.flops, rel=1e-6)  # a fifth is rounded
+
+
+@pytest.mark.parametrize("name", train_step.STEPS)
+def test_compiled_parts_are_whole_graphs(name):
+    """torch.compile may not fall back to Python anywhere in them; the backend that runs them does not matter here."""
+    setting = train_step.Setting(True, 5, torch.device("cpu"), train_step.VARIANTS["bf16"])
+    step = train_step.build(train_step.STEPS[name][0], setting)
+    for module in step.compiled:
+        module.compile(backend="eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    step.run()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(step.compiled)
+    torch._dynamo.reset()
 
 
 def test_readme_has_the_table_of_costs():

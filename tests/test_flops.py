@@ -123,7 +123,7 @@ def test_larp_generator_is_six_operations_a_weight():
     assert math.isclose(flops.larp_ar_training(config), expected, rel_tol=1e-3)
 
 
-def test_mfu():
-    assert flops.mfu(989e12, 2, "NVIDIA H100 80GB HBM3", "bf16") == 0.5
-    assert flops.mfu(378e12, 1, "NVIDIA H100 PCIe", "tf32") == 1
-    assert flops.mfu(1e12, 1, "CPU, 2 threads", "fp32") is None
+def test_peaks():
+    assert flops.peak("NVIDIA H100 80GB HBM3", "bf16") == flops.peak("NVIDIA H200", "fp16") == 989e12
+    assert flops.peak("NVIDIA H100 PCIe", "tf32") == 378e12
+    assert flops.peak("CPU, 2 threads", "fp32") is None

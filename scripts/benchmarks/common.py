@@ -1,10 +1,14 @@
 """What the benchmarks share: the small sizes for CPUs, timing by turns, and records for run_all.py."""
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
 
 import torch
+
+from scripts.benchmarks import flops
+from training.optim import DTYPES
 
 SMALL_COORDTOK = {
     "video_shape": (16, 64, 64),
@@ -61,6 +65,20 @@ def alternate(variants: dict[str, Callable[[], None]], rounds: int, device: torc
     return {name: sorted(times[1:])[rounds // 2] for name, times in seconds.items()}
 
 
+@functools.cache
+def product_rate(device: torch.device, dtype: str) -> float:
+    """FLOP/s of a product of matrices of 2048x2048, at best."""
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+    a = torch.rand(2048, 2048, device=device).to(DTYPES.get(dtype, torch.float32))
+    return 2 * 2048**3 / min(alternate({"": lambda: a @ a}, 1, device)[""] for _ in range(5))
+
+
+def mfu(work: float, seconds: float, device: torch.device, dtype: str) -> float:
+    """The share of the device's peak that `work` FLOPs in `seconds` are. dtype: bf16, fp16, tf32 or fp32. Where the peak
+    is not known, as that of CPUs, the rate of a large product in this run stands for it."""
+    return work / seconds / (flops.peak(device_name(device), dtype) or product_rate(device, dtype))
+
+
 def add_record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", metavar="FILE", help="append the ratios to this file, one JSON object a line")
 
@@ -69,8 +87,8 @@ def record(
     path: str | None, benchmark: str, variant: str, ratio: float | None = None, mfu: float | None = None,
     memory: float | None = None, deviation: float | None = None,
 ) -> None:
-    """ratio: to the plain way of the same run, higher is better. mfu: the share of the device's peak. memory: the peak,
-    in GiB. deviation: from float32, relative. None: not known, or not of this benchmark."""
+    """ratio: to the plain way of the same run, higher is better. mfu: as by `mfu`. memory: the peak, in GiB. deviation:
+    from float32, relative. None: not known, or not of this benchmark."""
     if path:
         row = {"benchmark": benchmark, "variant": variant, "ratio": ratio, "mfu": mfu, "memory_gib": memory,
                "deviation": deviation}

@@ -255,8 +255,8 @@ PEAKS = {
 }
 
 
-def mfu(flops: float, seconds: float, device: str, dtype: str) -> float | None:
-    """The share of the device's peak that `flops` in `seconds` are. device: its name. dtype: bf16, fp16 (as fast), tf32
-    or fp32. None where the peak is not in the table, as of every CPU, whose peak hangs on its clock."""
+def peak(device: str, dtype: str) -> float | None:
+    """FLOP/s. device: its name. dtype: bf16, fp16 (as fast), tf32 or fp32. None where it is not in the table, as that
+    of every CPU, which hangs on its clock."""
     peaks = next((peaks for name, peaks in PEAKS.items() if name in device), None)
-    return peaks and flops / seconds / (1e12 * peaks["bf16" if dtype == "fp16" else dtype])
+    return peaks and 1e12 * peaks["bf16" if dtype == "fp16" else dtype]

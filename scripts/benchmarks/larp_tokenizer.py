@@ -10,7 +10,7 @@ import torch
 
 from models.larp_tokenizer import LARPTokenizer
 from scripts.benchmarks import flops
-from scripts.benchmarks.common import SMALL_LARP, add_record, alternate, device_name, record
+from scripts.benchmarks.common import SMALL_LARP, add_record, alternate, device_name, mfu, record
 from training.optim import Precision
 
 
@@ -64,10 +64,10 @@ def main():
     print(f"{'':<8}{'variant':<16}{'clips/s':>10}{'x fp32':>8}{'TFLOP/s':>9}{'MFU':>7}")
     for (call, name), time_taken in seconds.items():
         ratio, total = seconds[call, "fp32"] / time_taken, batch * work[call]
-        mfu = flops.mfu(total, time_taken, device_name(device), name.split()[0])
+        share = mfu(total, time_taken, device, name.split()[0])
         print(f"{call:<8}{name:<16}{batch / time_taken:>10.2f}{ratio:>8.2f}{total / time_taken / 1e12:>9.3f}"
-              f"{'-' if mfu is None else f'{mfu:.1%}':>7}")
-        record(args.record, f"larp_tokenizer {call}", name, ratio, mfu)
+              f"{share:>7.1%}")
+        record(args.record, f"larp_tokenizer {call}", name, ratio, share)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def bars(path: Path, title: str, values: dict[str, float], baseline: float | Non
 def plot(history: Path) -> None:
     for field, title, baseline in [
         ("ratio", "times as fast as plain in the same run (logarithmic, from 1)", 1.0),
-        ("mfu", "share of the GPU's peak", None),
+        ("mfu", "share of the device's peak (of a large product's rate on a CPU)", None),
         ("memory_gib", "peak GPU memory, GiB", None),
     ]:
         values = {f"{row['benchmark']}: {row['variant']} ({row['device'][:16]})": float(row[field])

@@ -1,4 +1,4 @@
-"""The five training steps: samples/s, TFLOP/s, its share of the GPU's peak (MFU) and memory, and what each device of
+"""The five training steps: samples/s, TFLOP/s, its share of the peak (MFU) and memory, and what each device of
 speed brings alone.
 
     python -m scripts.benchmarks.train_step [--steps coordtok_1 sit] [--variants bf16 all] [--size small|published]
@@ -6,7 +6,7 @@ speed brings alone.
 A step is forward, losses, backward and the optimisers' update, on random clips, latents or codes that are ready; LPIPS
 has random weights. "plain" is float32, eager, attention by the maths kernel, optimisers as torch has them by default;
 each variant changes one thing, "all" is how the scripts train with --compile. Plain and one variant take turns, and no
-other is in memory. FLOPs are those of flops.py. Memory is the GPU's; on a CPU it is not known.
+other is in memory. FLOPs are those of flops.py; on a CPU a large product's rate stands for the peak. Memory is a GPU's.
 """
 import argparse
 import contextlib
@@ -39,6 +39,7 @@ from scripts.benchmarks.common import (
     add_record,
     alternate,
     device_name,
+    mfu,
     record,
     wait,
 )
@@ -257,10 +258,10 @@ def benchmark(name: str, variants: list[str], small: bool, batch: int, device: t
         seconds = alternate({"plain": plain.run, label: step.run}, rounds, device)
         ratio, work = seconds["plain"] / seconds[label], batch * step.flops
         dtype = "tf32" if variant.tf32 else variant.precision
-        mfu = flops.mfu(work, seconds[label], device_name(device), dtype)
+        share = mfu(work, seconds[label], device, dtype)
         print(f"  {label:<16}{batch / seconds[label]:>10.2f}{ratio:>9.2f}{work / seconds[label] / 1e12:>9.3f}"
-              f"{'-' if mfu is None else f'{mfu:.1%}':>7}{'-' if memory is None else f'{memory:.2f}':>7}", flush=True)
-        record(path, f"train_step {name}", label, ratio, mfu, memory)
+              f"{share:>7.1%}{'-' if memory is None else f'{memory:.2f}':>7}", flush=True)
+        record(path, f"train_step {name}", label, ratio, share, memory)
 
 
 def main():
