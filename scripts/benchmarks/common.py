@@ -74,8 +74,8 @@ def product_rate(device: torch.device, dtype: str) -> float:
 
 
 def mfu(work: float, seconds: float, device: torch.device, dtype: str) -> float:
-    """The share of the device's peak that `work` FLOPs in `seconds` are. dtype: bf16, fp16, tf32 or fp32. Where the peak
-    is not known, as that of CPUs, the rate of a large product in this run stands for it."""
+    """The share of the device's peak that `work` FLOPs in `seconds` are. dtype: bf16, fp16, tf32 or fp32. Where its
+    peak is not known, as that of CPUs, the rate of a large product in this run stands for it."""
     return work / seconds / (flops.peak(device_name(device), dtype) or product_rate(device, dtype))
 
 
