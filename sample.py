@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.clips import ClipDataset, Quarantine, VideoFile, class_names, list_csv, list_folder
+from data.video import to_bytes
 from eval import fvd
 from eval.i3d import I3D
 from eval.pictures import contact_sheet
@@ -37,8 +38,8 @@ from training.generators import (
     larp_generator,
     sit_generator,
 )
-from training.log import say
-from training.samples import SampleStore, drawn_clips, real_batches, segments
+from training.log import StageClock, say
+from training.samples import Behind, SampleStore, drawn_clips, real_batches, segments
 
 
 def parse_args():
@@ -144,7 +145,7 @@ def main():
     batches = batches[distributed.rank() :: distributed.world_size()]
     say(f"samples {indices[0]} to {indices[-1]} of {total} in {store.folder}: {len(missing)} to be made")
 
-    keys, num_distinct, reals = [], 0, itertools.repeat(([], None))
+    keys, num_distinct, reals, clock = [], 0, itertools.repeat(([], None)), StageClock(device)
     if clips and missing:
         if distributed.is_main():
             split_seed = args.dataset_split_seed
@@ -156,6 +157,7 @@ def main():
         if generator.needs_real and len(keys) < total:
             raise ValueError(f"samples 0 to {total - 1} need a real clip each, and there are {len(keys)}: lower "
                              "--num_samples")
+        clock.mark("finding real clips")
         if i3d or generator.needs_real:
             reals = real_batches(clips, keys, batches, args.num_workers, device)
 
@@ -166,23 +168,33 @@ def main():
             videos = rearrange(frames, "(b t) c h w -> b c t h w", b=len(videos))
         return i3d(videos, resize=protocol.i3d_resize)
 
-    for batch, (places, real) in zip(tqdm(batches, "batches", disable=not distributed.is_main()), reals):
-        # A model that continues real clips has nothing to start from where one is damaged.
-        made = [batch[place] for place in places] if generator.needs_real else batch
-        videos, values = torch.empty(0), {}
-        with torch.no_grad():
+    # While one batch is written, the next is made.
+    with Behind(device) as behind, torch.no_grad():
+        for batch, (places, real) in zip(tqdm(batches, "batches", disable=not distributed.is_main()), reals):
+            clock.mark("waiting for real clips")
+            # A model that continues real clips has nothing to start from where one is damaged.
+            made = [batch[place] for place in places] if generator.needs_real else batch
+            given, videos, values = real if generator.needs_real else None, torch.empty(0), {}
             if made:
                 labels = [files[keys[i].index].label if i < len(keys) else -1 for i in made]
-                videos, values = generator.generate(made, labels, real if generator.needs_real else None)
+                videos, values = generator.generate(made, labels, given)
                 videos = videos.float().clamp(0, 1)
+            clock.mark("sampling")
             if made and i3d:
                 values["fake"] = features(videos)
                 values["real"] = torch.full_like(values["fake"], math.nan)  # where there is no real clip
                 rows = [made.index(batch[place]) for place in places if batch[place] < num_distinct]
                 if rows:
                     values["real"][rows] = features(real[: len(rows)])
-        store.add(made, videos, [] if args.stats_only else args.save, real if generator.needs_real else None,
-                  [i for i in batch if i not in made], **values)
+                clock.mark("I3D")
+            behind.run(
+                store.add, made, to_bytes(videos), [] if args.stats_only else args.save,
+                given if given is None else to_bytes(given), [i for i in batch if i not in made], **values,
+            )
+            clock.mark("waiting for writing")
+    clock.mark("waiting for writing")
+    if batches:
+        say(f"time: {clock} (writing itself {behind.seconds:.1f} s, behind)")
 
     def make_report(rows: dict) -> tuple[dict, dict, dict | None]:
         """The record and the results of all samples, and their row of the table."""

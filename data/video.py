@@ -5,6 +5,7 @@ by Pillow, damaged frames are errors, and a decoder that hangs is abandoned afte
 """
 import os
 import re
+import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout  # the built-in one from Python 3.11 on
@@ -13,7 +14,7 @@ from threading import Thread
 from typing import NamedTuple
 
 import decord
-import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -231,12 +232,30 @@ def to_video(frames: Tensor | list[Tensor], size: int, rule: str, device: torch.
     return video.float().div_(255) if video.dtype == torch.uint8 else video
 
 
+def to_bytes(video: Tensor) -> Tensor:
+    """Float, clamped to [0, 1], to uint8, rounded."""
+    return video.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
 def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
-    """Write an mp4 (H.264), whole or not at all. video: (3, T, H, W) float, clamped to [0, 1], rounded to 8 bits."""
+    """Write an mp4 (H.264), whole or not at all. video: (3, T, H, W) float in [0, 1] (see `to_bytes`), or uint8.
+
+    Raises OSError. ffmpeg is called here and not by imageio, which forks the whole process for it, 20 to 90 ms with the
+    interpreter lock held, and takes what ffmpeg could not end for a video. Ctrl-C does not reach another session.
+    """
     path = Path(path)
-    frames = rearrange(video.detach().clamp(0, 1).mul(255).round().to(torch.uint8), "c t h w -> t h w c").cpu().numpy()
-    halved = all(side % 2 == 0 for side in frames.shape[1:3])  # yuv420p halves the colour planes
+    video = video if video.dtype == torch.uint8 else to_bytes(video.detach())
+    frames = rearrange(video, "c t h w -> t h w c").cpu().numpy()
+    height, width = frames.shape[1:3]
+    pixels = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"  # yuv420p halves the colour planes
     part = path.with_name(f".{path.stem}.part{path.suffix}")
-    pixels = "yuv420p" if halved else "yuv444p"
-    imageio.mimwrite(part, frames, fps=fps, quality=9, macro_block_size=1, pixelformat=pixels)
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error",
+        "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
+        "-vcodec", "libx264", "-crf", "5", "-pix_fmt", pixels, part,
+    ]
+    done = subprocess.run(command, input=frames.tobytes(), capture_output=True, start_new_session=True)
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().split("\n")[0]
+        raise OSError(f"{path} cannot be written: {reason or f'ffmpeg ended with status {done.returncode}'}")
     os.replace(part, path)

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from training.log import NonFiniteGuard, RunLog
+from training.log import NonFiniteGuard, RunLog, StageClock
 
 CPU = torch.device("cpu")
 
@@ -35,3 +35,13 @@ def test_guard_names_the_first_bad_step_and_its_files():
     guard.watch(3, torch.tensor(float("inf")), ["d.avi"])
     with pytest.raises(FloatingPointError, match="not finite at step 2 on rank 0; its batch: b.avi, c.avi;"):
         guard.check()
+
+
+def test_stages_share_the_time(monkeypatch):
+    times = iter([10.0, 11.0, 14.0, 14.5, 15.5, 18.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    clock = StageClock(CPU)
+    for stage in ("loading", "computing", "loading", "computing", "writing"):
+        clock.mark(stage)
+    assert clock.seconds() == {"loading": 1.5, "computing": 4, "writing": 2.5}
+    assert str(clock) == "8.0 s: loading 19 %, computing 50 %, writing 31 %"

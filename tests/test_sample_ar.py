@@ -1,6 +1,7 @@
 """sample.py with a LARP generator, by class and by given frames: shards, processes, kills, the report, mistakes."""
 import csv
 import json
+import re
 import shutil
 import signal
 import sys
@@ -15,12 +16,13 @@ from PIL import Image
 import data.clips
 import sample
 from data.clips import ClipDataset, list_csv
-from data.video import FrameError, read_frames
+from data.video import FrameError, read_frames, to_bytes
 from eval.protocols import PROTOCOLS
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
 from training import checkpoint
-from training.samples import real_batches, segments, to_bytes
+from training.arguments import one_line_errors
+from training.samples import chunk_indices, real_batches, segments
 from training.tokenizers import load_larp_ar, weights_sha256
 
 FRAMES, SIZE, CODES, BOOK = 12, 32, 12, 32
@@ -148,6 +150,25 @@ def test_samples_do_not_depend_on_processes_or_kills(published, sampled, tmp_pat
     assert_same_samples(one, tmp_path / "killed", 8)
 
 
+def test_what_cannot_be_written_stops_the_run(sampled, capsys, tmp_path):
+    """With one line, and with the batch before it whole."""
+    (tmp_path / "out" / "sampled_videos" / "000003" / "000.png").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        sampled("out", "fp", "--num_samples", 8, "--sample_batch_size", 2)
+    assert stopped.value.code == 1
+    assert re.search(r"^error: .*Is a directory.*000003/000\.png.*$", capsys.readouterr().err, re.M)
+    (chunk,) = tmp_path.glob("out/chunks/*.npz")
+    assert chunk_indices(chunk) == [0, 1]
+
+
+def test_the_stages_share_the_time(sampled, capsys):
+    sampled("out", "fp", "--sample_batch_size", 2, fvd=True)
+    (line,) = re.findall(r"^time: [\d.]+ s: (.*) \(writing itself [\d.]+ s, behind\)$", capsys.readouterr().out, re.M)
+    stages = dict(stage.rsplit(" ", 1) for stage in line.replace(" %", "").split(", "))
+    assert [*stages] == ["finding real clips", "waiting for real clips", "sampling", "I3D", "waiting for writing"]
+    assert sum(map(int, stages.values())) == pytest.approx(100, abs=3)
+
+
 @pytest.mark.parametrize("kind", ["class", "fp"])
 def test_three_shards_out_of_order_report_as_one_run(sampled, tmp_path, kind, capsys):
     one = sampled("one", kind, "--num_samples", 8, fvd=True)
@@ -197,7 +218,7 @@ def test_class_conditional_protocol(sampled, models, lists, tmp_path):
     with torch.no_grad():
         video = to_bytes(torch.cat([tokenizer.decode(clip[None]) for clip in codes]).float())
     for i in range(4):
-        assert np.array_equal(pixels(folder, i), video[i].transpose(1, 2, 3, 0))
+        assert np.array_equal(pixels(folder, i), video[i].permute(1, 2, 3, 0))
 
 
 def test_frame_prediction_protocol(sampled, models, lists, tmp_path, monkeypatch):
@@ -225,8 +246,8 @@ def test_frame_prediction_protocol(sampled, models, lists, tmp_path, monkeypatch
     with torch.no_grad():
         video = torch.cat([tokenizer.decode(clip[None]) for clip in codes]).clamp(0, 1)
     for i in range(3):
-        assert np.array_equal(pixels(folder, i), to_bytes(video)[i].transpose(1, 2, 3, 0))
-        assert np.array_equal(pixels(folder, i, "gt"), to_bytes(real)[i].transpose(1, 2, 3, 0))
+        assert np.array_equal(pixels(folder, i), to_bytes(video)[i].permute(1, 2, 3, 0))
+        assert np.array_equal(pixels(folder, i, "gt"), to_bytes(real)[i].permute(1, 2, 3, 0))
         assert read_frames(str(folder / "gt" / f"{i:06d}.mp4"), range(FRAMES)).shape == (FRAMES, SIZE, SIZE, 3)
     mse = (video - real)[:, :, :5].square().mean((1, 3, 4))  # of each frame
     assert report["results"]["psnr_given"] == pytest.approx(-10 * mse.log10().mean().item(), rel=1e-4)

@@ -15,7 +15,7 @@ from PIL import Image
 
 import sample
 from data.clips import ClipDataset, list_folder
-from data.video import probe
+from data.video import probe, to_bytes
 from eval.i3d import I3D
 from models.coordtok import CoordTok
 from models.interpolant import Interpolant
@@ -24,7 +24,7 @@ from models.released import WeightsError
 from models.sit import SIT_SIZES, SiT
 from training import checkpoint
 from training.latents import LatentStats
-from training.samples import drawn_clips, real_batches, to_bytes
+from training.samples import chunk_indices, drawn_clips, real_batches
 from training.tokenizers import weights_sha256
 
 TOKENIZER = {
@@ -101,9 +101,11 @@ def test_samples_do_not_depend_on_batches_processes_shards_or_kills(base, sample
     line = [*base, "--no_fvd", "--output_dir", tmp_path / "killed", "--sample_batch_size", 2]
     running = start("sample.py", *line)
     wait(running, lambda: any(tmp_path.glob("killed/chunks/*.npz")))
-    running.send_signal(signal.SIGKILL)
+    running.send_signal(signal.SIGINT)
     running.communicate()
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/chunks/*.npz")}
+    for path in kept:
+        assert all((tmp_path / "killed/sampled_videos" / f"{i:06d}/009.png").exists() for i in chunk_indices(path))
     sampled("killed", "--sample_batch_size", 3)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what is there is not made again"
     assert_same_samples(one, tmp_path / "killed")
@@ -185,7 +187,7 @@ def test_reverse_takes_real_clips_there_and_back(sampled, data, models, tmp_path
     [(places, real)] = real_batches(clips, drawn_clips(clips, 2), [[0, 1]], 0, torch.device("cpu"))
     assert places == [0, 1]
     with torch.no_grad():
-        expected = to_bytes(tokenizer.render(tokenizer.encode(real))).transpose(0, 2, 3, 4, 1).astype(int)
+        expected = to_bytes(tokenizer.render(tokenizer.encode(real))).permute(0, 2, 3, 4, 1).int().numpy()
     for index in range(2):
         assert abs(pixels(folder, index) - expected[index]).max() <= 3
 

@@ -1,17 +1,18 @@
 import csv
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from data.clips import ClipDataset, ClipKey, VideoFile
-from training.samples import SampleStore, append_report, drawn_clips, ranges, real_batches, segments
+from training.samples import Behind, SampleStore, append_report, drawn_clips, ranges, real_batches, segments
 
 
 def fill(store, indices):
-    videos = torch.rand(len(indices), 3, 4, 8, 8)
+    videos = torch.randint(256, (len(indices), 3, 4, 8, 8), dtype=torch.uint8)
     store.add(indices, videos, [], value=torch.tensor(indices) * 2.0)
 
 
@@ -127,8 +128,7 @@ def test_samples_that_cannot_be_made_are_left_out(tmp_path):
     store = SampleStore(tmp_path, {}, 5)
     fill(store, [0])
     store.add([], torch.empty(0), ["mp4"], left_out=[1, 2])
-    videos, value = torch.rand(1, 3, 4, 8, 8), torch.tensor([8.0])
-    store.add([4], videos, [], left_out=[3], value=value)
+    store.add([4], torch.zeros(1, 3, 4, 8, 8, dtype=torch.uint8), [], left_out=[3], value=torch.tensor([8.0]))
     assert store.open(range(5), False) == [], "nor are they tried again"
     assert store.collect()["index"].tolist() == [0, 4]
     assert list(store.previews()) == [0, 4]
@@ -140,7 +140,8 @@ def test_samples_that_cannot_be_made_are_left_out(tmp_path):
 
 def test_real_clips_are_kept_beside_the_samples(tmp_path):
     store = SampleStore(tmp_path, {}, 2)
-    real, videos = torch.zeros(2, 3, 4, 8, 8), torch.ones(2, 3, 4, 8, 8)
+    real = torch.zeros(2, 3, 4, 8, 8, dtype=torch.uint8)
+    videos = real + 255
     store.add([0, 1], videos, ["mp4"], real)
     for folder in ("gt", "sampled_videos"):
         assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["000000.mp4", "000001.mp4"]
@@ -181,6 +182,53 @@ def test_segments(tmp_path, monkeypatch):
     clips = ClipDataset([VideoFile("long")], 10, 16, "larp", damaged="skip")
     drawn = [key.start // 10 for key in segments(clips, 5, 42, tmp_path)]
     assert drawn == [163, 28, 6, 189, 70]  # random.Random(42).sample(range(200), 5)
+
+
+def test_what_is_behind_ends_in_order_and_one_at_a_time():
+    done, free, cpu = [], threading.Event(), torch.device("cpu")
+
+    def job(number, wait=False):
+        if wait:
+            free.wait()
+        done.append(number)
+
+    with Behind(cpu) as behind:
+        behind.run(job, 0, wait=True)
+        assert done == [], "the caller goes on meanwhile"
+        threading.Timer(0.1, free.set).start()
+        behind.run(job, 1)  # waits for the one before
+        assert done[0] == 0
+        behind.run(time.sleep, 0.05)
+        behind.run(job, 2)
+    assert done == [0, 1, 2]
+    assert behind.seconds >= 0.05
+
+
+def test_errors_behind_are_raised_and_errors_before_lose_nothing():
+    done, cpu = [], torch.device("cpu")
+
+    def full(disk):
+        raise OSError(f"{disk} is full")
+
+    with pytest.raises(OSError, match="a is full"), Behind(cpu) as behind:
+        behind.run(full, "a")
+        behind.run(done.append, "not begun")
+    with pytest.raises(OSError, match="b is full"), Behind(cpu) as behind:
+        behind.run(full, "b")
+    assert done == []
+    with pytest.raises(KeyboardInterrupt), Behind(cpu) as behind:
+        behind.run(time.sleep, 0.1)
+        behind.run(done.append, "whole")
+        raise KeyboardInterrupt
+    assert done == ["whole"]
+
+
+def test_a_batch_is_kept_only_with_all_its_videos(tmp_path):
+    store = SampleStore(tmp_path, {}, 9)
+    (store.videos / "000005.mp4").mkdir()  # where a file should go
+    with pytest.raises(IsADirectoryError):
+        store.add(list(range(9)), torch.zeros(9, 3, 4, 16, 16, dtype=torch.uint8), ["mp4"])
+    assert store.done() == {}
 
 
 def test_ranges():

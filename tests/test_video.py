@@ -1,5 +1,6 @@
 import gc
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -13,7 +14,17 @@ import pytest
 import torch
 
 import data.video
-from data.video import FrameError, VideoError, VideoInfo, probe, read_frames, resize_crop, to_video, write_video
+from data.video import (
+    FrameError,
+    VideoError,
+    VideoInfo,
+    probe,
+    read_frames,
+    resize_crop,
+    to_bytes,
+    to_video,
+    write_video,
+)
 
 
 def moving_frames(num: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -167,15 +178,26 @@ def test_written_video_is_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["even.mp4", "odd.mp4"]
 
 
-def test_written_video_is_rounded(tmp_path, monkeypatch):
-    def write(path, frames, **options):
-        path.touch()
-        written.append(frames)
+def test_written_video_is_rounded(tmp_path):
+    assert to_bytes(torch.tensor([-0.5, 127.6 / 255, 1.5])).tolist() == [0, 128, 255]
+    video = torch.rand(3, 4, 16, 16)
+    write_video(tmp_path / "float.mp4", video)
+    write_video(tmp_path / "bytes.mp4", to_bytes(video))
+    assert (tmp_path / "float.mp4").read_bytes() == (tmp_path / "bytes.mp4").read_bytes()
 
-    written = []
-    monkeypatch.setattr(data.video.imageio, "mimwrite", write)
-    write_video(tmp_path / "a.mp4", torch.tensor([-0.5, 127.6 / 255, 1.5]).expand(1, 1, 3).repeat(3, 1, 1, 1))
-    assert written[0][0, 0, :, 0].tolist() == [0, 128, 255]
+
+def test_a_video_that_cannot_be_written_whole_is_an_error(tmp_path):
+    """Where the disk is full, say: here a file may have 16 KiB."""
+    with pytest.raises(OSError, match="nowhere/a.mp4 cannot be written: .*No such file"):
+        write_video(tmp_path / "nowhere" / "a.mp4", torch.rand(3, 4, 16, 16))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, before[1]))
+    try:
+        with pytest.raises(OSError, match="a.mp4 cannot be written"):
+            write_video(tmp_path / "a.mp4", torch.rand(3, 16, 64, 64))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "a.mp4").exists()
 
 
 def test_an_error_leaves_no_decoder_behind(tmp_path):

@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -83,7 +85,8 @@ def real_batches(
     keys: of real clip 0, 1, ..., no position twice; samples beyond them have none.
     """
     chosen = [[keys[i] for i in batch if i < len(keys)] for batch in batches]
-    for part, batch in zip(chosen, make_loader(clips, chosen, min(num_workers, len(chosen)))):
+    loader = make_loader(clips, chosen, min(num_workers, len(chosen)), pin_memory=device.type == "cuda")
+    for part, batch in zip(chosen, loader):
         positions = [key.position for key in part]
         places = [positions.index(position) for position in batch["position"].tolist()]
         yield places, to_video(batch["frames"], clips.size, clips.rule, device) if places else None
@@ -92,6 +95,7 @@ def real_batches(
 # --- the samples' folder ---
 
 NUM_PREVIEWS = 16  # samples on the contact sheet
+NUM_WRITERS = 4  # videos of a batch that are encoded at once
 
 
 class SampleStore:
@@ -147,25 +151,28 @@ class SampleStore:
 
     def add(self, index: list[int], videos: Tensor, formats: Sequence[str], given: Tensor | None = None,
             left_out: Sequence[int] = (), **values: Tensor) -> None:
-        """Keep one batch. videos: (B, 3, T, H, W) in [0, 1]. formats: of "mp4" and "png" (a folder of frames, without
-        loss). given: real clips to keep beside them, as `videos`. values: (B, ...) each."""
+        """Keep one batch, of tensors on the CPU. videos: (B, 3, T, H, W) uint8. formats: of "mp4" and "png" (a folder
+        of frames, without loss). given: real clips to keep beside them, as `videos`. values: (B, ...) each."""
         shown = {self.videos: videos} if given is None else {self.given: given, self.videos: videos}
-        shown = {folder: clips.float().cpu() for folder, clips in shown.items()}
-        for folder, clips in shown.items():
-            folder.mkdir(exist_ok=True)
-            for i, video in zip(index, clips):
-                if "mp4" in formats:
-                    write_video(folder / f"{i:06d}.mp4", video)
-                if "png" in formats:
-                    write_frames(folder / f"{i:06d}", video)
+
+        def write(folder: Path, i: int, video: Tensor) -> None:
+            if "mp4" in formats:
+                write_video(folder / f"{i:06d}.mp4", video)
+            if "png" in formats:
+                write_frames(folder / f"{i:06d}", video)
+
+        with ThreadPoolExecutor(NUM_WRITERS) as pool:  # a video's encoder is a process of its own
+            for folder, clips in shown.items():
+                folder.mkdir(exist_ok=True)
+                list(pool.map(partial(write, folder), index, clips))  # a list: errors are raised
         for i, *clips in zip(index, *shown.values()):
             if i < NUM_PREVIEWS:
                 frames = torch.linspace(0, clips[0].shape[1] - 1, min(8, clips[0].shape[1])).round().long()
-                np.save(self.chunks / f"preview_{i:02d}.npy", to_bytes(torch.stack(clips)[:, :, frames]))
+                np.save(self.chunks / f"preview_{i:02d}.npy", torch.stack(clips)[:, :, frames].numpy())
         first, last = min([*index, *left_out]), max([*index, *left_out])
         path = self.chunks / f"{first:07d}-{last:07d}.{self.run}.npz"
         partial_path = path.with_suffix(f".{os.getpid()}")
-        values = {name: value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy()
+        values = {name: (value.float() if value.is_floating_point() else value).numpy()
                   for name, value in values.items()}
         with open(partial_path, "wb") as file:
             np.savez(file, index=np.array(index, int), left_out=np.array(left_out, int), **values)
@@ -218,16 +225,50 @@ def chunk_indices(path: Path) -> list[int]:
         return [*chunk["index"].tolist(), *chunk["left_out"].tolist()]
 
 
-def to_bytes(video: Tensor) -> np.ndarray:
-    """Float in [0, 1] to uint8, rounded."""
-    return video.clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy()
-
-
 def write_frames(folder: Path, video: Tensor) -> None:
-    """folder/000.png, ... of a video (3, T, H, W)."""
+    """folder/000.png, ... of a video (3, T, H, W) uint8."""
     folder.mkdir(exist_ok=True)
-    for i, frame in enumerate(to_bytes(video).transpose(1, 2, 3, 0)):
+    for i, frame in enumerate(video.permute(1, 2, 3, 0).numpy()):
         Image.fromarray(frame).save(folder / f"{i:03d}.png")
+
+
+class Behind:
+    """Runs one function at a time in a thread, behind the caller, who meanwhile prepares the next.
+
+    The next `run` waits for it, as does the end of the `with` block, also where an error ends that; what it raised is
+    raised there. seconds: spent in all of them.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.pool, self.last, self.seconds = device, ThreadPoolExecutor(1), None, 0.0
+
+    def __enter__(self) -> "Behind":
+        return self
+
+    def run(self, function: Callable, *args, **kwargs) -> None:
+        """function(*args, **kwargs), with tensors as copies on the host: the thread waits for them, not the caller."""
+
+        def to_host(value):
+            return value.to("cpu", non_blocking=True) if isinstance(value, Tensor) else value  # into pinned memory
+
+        args, kwargs = [to_host(value) for value in args], {name: to_host(value) for name, value in kwargs.items()}
+        copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+
+        def work() -> None:
+            if copied:
+                copied.synchronize()
+            start = time.perf_counter()
+            function(*args, **kwargs)
+            self.seconds += time.perf_counter() - start
+
+        if self.last:
+            self.last.result()
+        self.last = self.pool.submit(work)
+
+    def __exit__(self, kind, *_) -> None:
+        self.pool.shutdown()
+        if self.last and kind is None:
+            self.last.result()
 
 
 # The columns of LARP's own fvd_report.csv, then ours; others come after them.
