@@ -208,7 +208,7 @@ def main():
         if keys:
             check = SampleCheck(val_clips, keys, args.sample_batch_size, args.num_workers, device, not class_cond)
 
-    model = generator if args.fsdp else distributed.wrap(generator, device, broadcast_buffers=False)
+    model = generator if args.fsdp else distributed.wrap(generator, device, args.accum_iter == 1)
 
     def save(step: int, is_best: bool = False) -> None:
         guard.check()

@@ -118,7 +118,7 @@ def main():
         checkpoint.set_rng_state(state["rng"])
         best = state["best"]
         state = None  # frees a copy of the model
-    model = distributed.wrap(torch.compile(tokenizer) if args.compile else tokenizer, device)
+    model = distributed.wrap(torch.compile(tokenizer) if args.compile else tokenizer, device, args.accum_iter == 1)
 
     def save(step: int, is_best: bool = False):
         guard.check()

@@ -191,7 +191,7 @@ def main():
     if args.compile:  # in place, so that guidance goes through it too
         sit.compile()
         ema.model.compile()
-    model = distributed.wrap(sit, device)
+    model = distributed.wrap(sit, device, args.accum_iter == 1)
     say(f"{args.model}, {sum(p.numel() for p in sit.parameters()):,} parameters, {precision.name}; {len(numbered):,} "
         f"videos in {root}{f', {cache.views} cached windows each' if cache else ''}; {world_size} processes x "
         f"{args.global_batch_size // world_size} clips; step {start} of {num_iters}")

@@ -95,12 +95,18 @@ def broadcast(value):
     return box[0]
 
 
-def wrap(model: nn.Module, device: torch.device, **options) -> nn.Module:
-    """`model` in DDP where there is more than one process."""
+def wrap(model: nn.Module, device: torch.device, static_graph: bool) -> nn.Module:
+    """`model` in DDP where there is more than one process. Gradients travel in buckets while others are computed, and
+    are views of them, not copies; buffers do not travel, as none is trained.
+
+    static_graph: whether the same parameters get gradients in every backward pass, and each is followed by an exchange:
+    DDP does not combine it with `sync_gradients`.
+    """
     if world_size() == 1:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **options)
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False,
+                                   static_graph=static_graph)
 
 
 def sync_gradients(model: nn.Module, sync: bool):
