@@ -32,6 +32,7 @@ from training.arguments import (
     one_line_errors,
 )
 from training.clip_cache import clip_cache
+from training.codes import flip_half
 from training.log import NonFiniteGuard, RunLog, StopSignal, say
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.validation import CodeStats, Validation, validation_folder
@@ -45,6 +46,7 @@ def parse_args():
     data.add_argument("--csv_file", default="k600_train.csv+ucf101_train.csv",
                       help="lists to train on; null128.csv: random clips. --video_name names a folder instead")
     data.add_argument("--val_csv", help="lists to validate on (default: CSV_FILE with _val for _train)")
+    data.add_argument("--flip", action="store_true", help="mirror half of the clips (the published models do not)")
     add_larp_tokenizer(parser)
     train = parser.add_argument_group("training")
     train.add_argument("-b", "--batch_size", type=int, default=128, help="clips a step, over all processes")
@@ -168,8 +170,8 @@ def main():
         for part in filter(None, (tokenizer.encoder, tokenizer.decoder, tokenizer.prior_model, discriminator)):
             part.compile()
     # Frozen tables are equal everywhere, and need not be sent again. Nothing is unused, so nothing is searched for.
-    model = distributed.wrap(tokenizer, device, broadcast_buffers=False)
-    disc_model = distributed.wrap(discriminator, device, broadcast_buffers=False)
+    model = distributed.wrap(tokenizer, device, static_graph=True)
+    disc_model = distributed.wrap(discriminator, device, static_graph=False)  # it is frozen in between
 
     def save(step: int, is_best: bool = False) -> None:
         guard.check()
@@ -217,9 +219,10 @@ def main():
         waiting = time.perf_counter()
         batch = next(batches)
         log.waited(time.perf_counter() - waiting)
-        video = to_video(batch["frames"], config.input_size, "larp", device)
+        video, positions = to_video(batch["frames"], config.input_size, "larp", device), batch["position"].tolist()
         # What is drawn for a clip depends on its position in the run alone, and not on how clips are shared.
-        generators = sample_generators(args.seed, batch["position"].tolist(), device)
+        video = flip_half(video, args.seed, positions) if args.flip else video
+        generators = sample_generators(args.seed, positions, device)
         with precision.autocast():
             ratio = config.prior_model.sampling_ratio(done, num_iters)
             output = model(video, ratio, temperature=temperature, generator=generators)
@@ -232,16 +235,16 @@ def main():
                 real_logits, fake_logits = disc_model(torch.cat([video, fake.detach()])).chunk(2)
             disc_loss, disc_logs = discriminator_loss(real_logits, fake_logits, args.disc_loss, noise)
             means = distributed.all_mean(torch.stack([real_logits.float().mean(), fake_logits.float().mean()]))
-            regularisers = {"lecam": lecam(*means)}
-            disc_loss = disc_loss + args.lecam_weight * regularisers["lecam"]
+            disc_logs["lecam"] = lecam(*means)
+            disc_loss = disc_loss + args.lecam_weight * disc_logs["lecam"]
             if args.r1_weight > 0:
-                regularisers["r1"] = r1_penalty(discriminator, video)
-                disc_loss = disc_loss + args.r1_weight * regularisers["r1"]
+                disc_logs["r1"] = r1_penalty(discriminator, video)
+                disc_loss = disc_loss + args.r1_weight * disc_logs["r1"]
             disc_scaler.scale(disc_loss).backward()
             lecam.update(*means)
             update(disc_optimizer, disc_scaler, args.clip_grad_max_norm)
             guard.watch(step, disc_loss, batch["path"])
-            logs |= {"disc": disc_loss.detach(), **disc_logs, **{k: v.detach() for k, v in regularisers.items()}}
+            logs |= {"disc": disc_loss.detach(), **{name: value.detach() for name, value in disc_logs.items()}}
 
         # Each term with its weight. Gradients pass through the bare discriminator and leave none on it.
         with frozen(discriminator):

@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.cache import ClipCache
 from data.points import random_frames, random_patches
+from data.shipping import ship
 from data.video import NULL, TIMEOUT, FrameError, VideoError, read_chosen, resize_crop, resize_crop_8bit
 
 REPOSITORY = Path(__file__).parents[1]
@@ -295,12 +296,13 @@ def collate(samples: list[dict]) -> dict:
     batch = {name: torch.tensor([sample[name] for sample in good], dtype=torch.long)
              for name in ("n_frames", "label", "position")}
     batch |= {name: [sample[name] for sample in good] for name in ("path", "start")}
-    # default_collate stacks into memory that the parent process shares: one copy less.
-    batch["frames"] = default_collate(frames) if len({clip.shape for clip in frames}) == 1 else frames
     if good and "index" in good[0]:
         batch["index"] = torch.stack([sample["index"] for sample in good])
     batch["skipped"] = [(sample["path"], sample["error"]) for sample in samples if "error" in sample]
-    return batch
+    alike = len({clip.shape for clip in frames}) == 1
+    if get_worker_info() and hasattr(os, "memfd_create"):  # Linux has it
+        return ship(batch, frames, alike)
+    return {**batch, "frames": torch.stack(frames) if alike else frames}
 
 
 # --- order ---

@@ -305,12 +305,17 @@ def test_batches_that_cannot_be_shared_are_errors():
         GlobalBatchSampler(3, 8, 10, order="epoch")
 
 
-def test_workers_change_nothing_and_leave_the_global_generator_alone(damaged, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"rule": "larp"}, {"resize": "device"}])
+def test_workers_change_nothing_and_leave_the_global_generator_alone(damaged, tmp_path, options):
+    """However many of their batches are kept."""
     def batches(workers: int) -> list[dict]:
-        data = dataset(damaged, points=("patches", 6, (8, 2, 2), 1), quarantine=Quarantine(tmp_path / f"{workers}.txt"))
-        return list(make_loader(data, GlobalBatchSampler(5, 4, 3), workers))
+        quarantine = Quarantine(tmp_path / f"{workers}.txt")
+        data = dataset(damaged, points=("patches", 6, (8, 2, 2), 1), quarantine=quarantine, **options)
+        return list(make_loader(data, GlobalBatchSampler(5, 4, 8), workers))
 
     state = torch.get_rng_state()
     for one, two in zip(batches(0), batches(2), strict=True):
-        assert equal(one, two)
+        assert type(one["frames"]) is type(two["frames"])
+        frames = [list(batch.pop("frames")) for batch in (one, two)]
+        assert all(map(torch.equal, *frames)) and equal(one, two)
     assert torch.equal(torch.get_rng_state(), state)

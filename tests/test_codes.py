@@ -20,6 +20,7 @@ from training.codes import (
     draw_drops,
     draw_flips,
     encode_video,
+    flip_half,
     held_out_keys,
     hold_last,
 )
@@ -195,6 +196,15 @@ def test_lots_are_functions_of_seed_and_position():
     assert (flips & drops).float().mean() == pytest.approx(0.05, abs=0.012), "lots of their own"
     assert not draw_drops(3, range(100), 0.0).any()
     assert not torch.equal(draw_drops(4, range(4000), 0.1), drops)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_clips_are_mirrored_by_their_positions(size):
+    video, positions = torch.rand(8, 3, 2, 4, 4), list(range(20, 28))
+    parts = [flip_half(video[i : i + size], 3, positions[i : i + size]) for i in range(0, 8, size)]
+    flips = draw_flips(3, positions)
+    assert 0 < flips.sum() < 8
+    assert torch.equal(torch.cat(parts), torch.stack([v.flip(-1) if f else v for v, f in zip(video, flips)]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])

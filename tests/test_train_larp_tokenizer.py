@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import mistake
+from helpers import mistake, run_here
 
 import train_larp_tokenizer
 from eval import eval_larp_tokenizer
+from models.larp_tokenizer import LARPTokenizer
 from training import checkpoint
 from training.arguments import Parser, add_larp_tokenizer, larp_config
+from training.codes import draw_flips
 from training.tokenizers import load_larp_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -76,9 +78,9 @@ def trained(data, tmp_path_factory):
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="the scripts would set up .venv")
 def test_two_processes_by_the_script_train_as_one(tmp_path):
-    """Flags appended to the bash script alone make it small. With R1, LeCam at a weight that shows, and the noise of
-    targets."""
-    flags = [*TINY, *NULL, "--save_dir", tmp_path, "--num_iters", 7, "--r1_weight", 0.1, "--lecam_weight", 1]
+    """Flags appended to the bash script alone make it small. With R1, LeCam at a weight that shows, the noise of
+    targets, and mirrored clips."""
+    flags = [*TINY, *NULL, "--save_dir", tmp_path, "--num_iters", 7, "--r1_weight", 0.1, "--lecam_weight", 1, "--flip"]
     config = ["--config", "scripts/configs/larp_tokenizer.yaml"]
     run("bash", "scripts/train_larp_tokenizer.sh", *flags, "--exp_name", "two", GPUS="2")
     run(sys.executable, "train_larp_tokenizer.py", *config, *flags, "--exp_name", "one")
@@ -144,6 +146,28 @@ def test_the_generators_loss_leaves_the_discriminator_alone(monkeypatch, tmp_pat
         weights.append(checkpoint.load(tmp_path / disc_weight / "checkpoints")["discriminator"])
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name])
+
+
+@pytest.mark.parametrize("source", [[], ["--cache_clips"]])
+def test_flip_mirrors_clips_by_their_positions_and_no_validation(monkeypatch, data, tmp_path, source):
+    seen, forward = [], LARPTokenizer.forward
+
+    def watch(self, video, *args, **options):
+        seen.append((self.training, video.clone()))
+        return forward(self, video, *args, **options)
+
+    monkeypatch.setattr(LARPTokenizer, "forward", watch)
+    flags = [*TINY, "--data_root", data, "--video_name", "UCF-101_train", "--perceptual_weight", 0, "--disc_weight", 0,
+             "--num_iters", 3, "--num_val", 2, "--cache_dir", tmp_path, "--save_dir", tmp_path, *source]
+    for flip in ([], ["--flip"]):
+        run_here(monkeypatch, train_larp_tokenizer, *flags, "--exp_name", len(flip), *flip)
+    plain, flipped = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    for training in (True, False):
+        before, after = (torch.cat([clip for kind, clip in run if kind == training]) for run in (plain, flipped))
+        mirrored = draw_flips(66667, range(12)) if training else torch.zeros(2, dtype=torch.bool)
+        assert len(before) == len(mirrored) and mirrored.any() == training and not mirrored.all()
+        for clip, other, mirror in zip(before, after, mirrored):
+            assert torch.equal(other, clip.flip(-1) if mirror else clip)
 
 
 def test_validation_counts_each_held_out_clip_once(trained):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cv2
 import decord
-import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -35,7 +35,14 @@ def moving_frames(num: int, height: int = 48, width: int = 64) -> np.ndarray:
 
 
 def encode(path: Path, frames: np.ndarray, codec: str, *options: str) -> Path:
-    imageio.mimwrite(path, frames, fps=25, codec=codec, quality=None, macro_block_size=1, output_params=list(options))
+    writer = imageio_ffmpeg.write_frames(
+        str(path), frames.shape[2:0:-1], fps=25, codec=codec, quality=None, macro_block_size=1,
+        output_params=list(options),
+    )
+    writer.send(None)
+    for frame in frames:
+        writer.send(frame)
+    writer.close()
     return path
 
 

@@ -52,6 +52,12 @@ def draw_flips(seed: int, positions: Sequence[int]) -> Tensor:
     return lots(seed, positions, 6) < 0.5
 
 
+def flip_half(video: Tensor, seed: int, positions: Sequence[int]) -> Tensor:
+    """The clips (B, 3, T, H, W) at these positions of the run, half of them mirrored."""
+    flips = draw_flips(seed, positions).to(video.device, non_blocking=True)
+    return torch.where(flips[:, None, None, None, None], video.flip(-1), video)
+
+
 def draw_drops(seed: int, positions: Sequence[int], probability: float) -> Tensor:
     """(B,) bool: which labels are hidden."""
     return lots(seed, positions, 7) < probability
@@ -110,8 +116,7 @@ def batches_from_video(loader: DataLoader, encode: Encode, flip: bool, device: t
         video = to_video(batch["frames"], clips.size, clips.rule, device)
         positions = batch["position"].tolist()
         if flip:
-            flips = draw_flips(clips.seed, positions).to(device, non_blocking=True)
-            video = torch.where(flips[:, None, None, None, None], video.flip(-1), video)
+            video = flip_half(video, clips.seed, positions)
         yield make_batch(encode(video), batch["label"].to(device, non_blocking=True), positions, batch["path"])
 
 
