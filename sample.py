@@ -110,7 +110,7 @@ def main():
     indices = range(args.starting_index, min(args.starting_index + count, total))
 
     protocol = PROTOCOLS[args.protocol or generator.protocols[0]]
-    settings, i3d = dict(generator.settings), None
+    settings, i3d = {**generator.settings, "device": device.type, "allow_tf32": args.allow_tf32}, None
     if protocol.name not in generator.protocols:
         raise ValueError(f"--protocol {protocol.name} is not for this model: choose {' or '.join(generator.protocols)}")
     if not args.no_fvd:

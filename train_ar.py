@@ -46,7 +46,7 @@ from training.generation import SampleCheck
 from training.log import NonFiniteGuard, RunLog, StopSignal, say
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
 from training.tokenizers import load_larp_tokenizer, weights_sha256
-from training.validation import validation_folder
+from training.validation import validation_source
 
 
 def parse_args():
@@ -191,10 +191,7 @@ def main():
     # Validation scores the codes of held-out clips; samples are of the classes of the first of them, or continue them.
     held_out = check = None
     if args.num_val != 0:
-        if args.video_name:
-            val_source = str(validation_folder(args.data_root, args.video_name, args.val_name))
-        else:
-            val_source = args.val_csv or args.csv_file.replace("_train", "_val")
+        val_source = validation_source(args)
         val_files = list_folder(val_source) if args.video_name else list_csv(val_source)
         if class_cond:
             check_labels(val_files, config.num_classes, val_source)

@@ -22,7 +22,7 @@ from training.clip_cache import clip_cache
 from training.log import NonFiniteGuard, RunLog, StopSignal, say
 from training.optim import Precision, adamw, update
 from training.tokenizers import coordtok_clips, load_coordtok
-from training.validation import Validation, validation_folder
+from training.validation import Validation, validation_source
 
 
 def parse_args():
@@ -102,10 +102,9 @@ def main():
     batches = iter(make_loader(clips, sampler, args.num_workers, args.prefetch_factor, pin_memory=on_gpu))
     validation = None
     if args.num_val:
-        held_out = validation_folder(args.data_root, args.video_name, args.val_name)
         validation = Validation(
-            list_folder(held_out), args.num_val, config.video_shape[0], size, "coordtok", device, args.val_batch_size,
-            args.num_workers, quarantine, args.lpips_weights,
+            list_folder(validation_source(args)), args.num_val, config.video_shape[0], size, "coordtok", device,
+            args.val_batch_size, args.num_workers, quarantine, args.lpips_weights,
         )
 
     # Optimiser: weight decay on everything, as published.

@@ -35,7 +35,7 @@ from training.clip_cache import clip_cache
 from training.codes import flip_half
 from training.log import NonFiniteGuard, RunLog, StopSignal, say
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
-from training.validation import CodeStats, Validation, validation_folder
+from training.validation import CodeStats, Validation, validation_source
 
 
 def parse_args():
@@ -157,10 +157,8 @@ def main():
     batches = iter(make_loader(clips, sampler, args.num_workers, args.prefetch_factor, pin_memory=on_gpu))
     validation = None
     if args.num_val != 0:
-        if args.video_name:
-            held_out = list_folder(validation_folder(args.data_root, args.video_name, args.val_name))
-        else:
-            held_out = list_csv(args.val_csv or args.csv_file.replace("_train", "_val"))
+        held_out = validation_source(args)
+        held_out = list_folder(held_out) if args.video_name else list_csv(held_out)
         validation = Validation(
             held_out, args.num_val, config.frame_num, config.input_size, "larp", device, args.val_batch_size,
             args.num_workers, quarantine, args.lpips_weights,

@@ -1,7 +1,12 @@
-"""Rows computed once and read many times (latents, codes, clips): a few large files, read through memory maps."""
+"""Rows computed once and read many times (latents, codes, clips): a few large files, read through memory maps.
+
+    python -m data.cache data/cache/clips-0123456789ab     compare a cache with its checksums
+"""
 import hashlib
 import json
 import os
+import sys
+import uuid
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -30,7 +35,8 @@ class ShardCache:
         text = json.dumps({"key": key, **shape}, indent=1, sort_keys=True)
         self.folder = Path(folder) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write(self.folder / "key.json", lambda file: file.write(text.encode()))
+        if not (self.folder / "key.json").exists():
+            self._write(self.folder / "key.json", lambda file: file.write(text.encode()))
 
     @property
     def num_shards(self) -> int:
@@ -52,8 +58,7 @@ class ShardCache:
     def verify(self) -> None:
         """Compare every shard with the checksum in its name; ValueError naming the first that differs."""
         for path in self._files().values():
-            if f"{zlib.crc32(np.load(path)):08x}" != path.name.split(".")[1]:
-                raise ValueError(f"{path} is damaged: delete it, and it will be made again")
+            check(path)
 
     def _save(self, shard: int, content: np.ndarray) -> None:
         content = np.ascontiguousarray(content)
@@ -65,16 +70,29 @@ class ShardCache:
 
     @staticmethod
     def _write(path: Path, write) -> None:
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # processes of many nodes may meet here
         with open(partial, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
+
+
+def check(shard: Path) -> None:
+    """ValueError where a shard's content is not what its name says."""
+    if f"{zlib.crc32(np.load(shard)):08x}" != shard.name.split(".")[1]:
+        raise ValueError(f"{shard} is damaged: delete it, and it will be made again")
+
+
+MAX_MAPS = 256  # of a RowCache: each holds a file open, of which a process may have about a thousand
 
 
 class RowCache(ShardCache):
     """Rows of one shape and type."""
 
-    _maps = None
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._maps: dict[int, np.ndarray] = {}
 
     def write(self, shard: int, rows: np.ndarray) -> None:
         """rows: (len(rows_of(shard)), *row_shape) of the cache's dtype."""
@@ -83,22 +101,26 @@ class RowCache(ShardCache):
             raise ValueError(f"shard {shard} is {expected} {self.dtype}, got {rows.shape} {rows.dtype}")
         self._save(shard, rows)
 
-    @property
-    def maps(self) -> list[np.ndarray]:
-        """The shards' rows as read-only memory maps, in order. ValueError while one is missing."""
-        if self._maps is None:
-            self._maps = [np.load(path, mmap_mode="r") for path in self.paths()]
-        return self._maps
+    @cached_property
+    def _paths(self) -> list[Path]:
+        return self.paths()
+
+    def _map(self, shard: int) -> np.ndarray:
+        if shard not in self._maps:
+            if len(self._maps) == MAX_MAPS:
+                del self._maps[next(iter(self._maps))]
+            self._maps[shard] = np.load(self._paths[shard], mmap_mode="r")
+        return self._maps[shard]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """The rows at the indices given, copied: (len(rows), *row_shape)."""
+        """The rows at the indices given, copied: (len(rows), *row_shape). ValueError while a shard is missing."""
         out = np.empty((len(rows), *self.row_shape), self.dtype)
         for place, row in enumerate(rows):
-            out[place] = self.maps[row // self.shard_rows][row % self.shard_rows]
+            out[place] = self._map(row // self.shard_rows)[row % self.shard_rows]
         return out
 
     def __getstate__(self):
-        return {**self.__dict__, "_maps": None}  # loader workers open maps of their own
+        return {**self.__dict__, "_maps": {}}  # loader workers open maps of their own
 
 
 class ClipCache(ShardCache):
@@ -145,3 +167,13 @@ class ClipCache(ShardCache):
         first, last = starts[video] + frames[0], starts[video] + frames[-1]
         step = frames[1] - frames[0] if len(frames) > 1 else 1
         return content.reshape(-1, *self.row_shape)[first : last + 1 : step]
+
+
+if __name__ == "__main__":
+    try:
+        shards = [shard for folder in sys.argv[1:] for shard in sorted(Path(folder).glob("shard_*.npy"))]
+        for shard in shards:
+            check(shard)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{len(shards)} shards are what they were when they were written")

@@ -382,6 +382,9 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         guide = cfg_scale > 1
         if guide and self.config.frame_prediction:
             raise ValueError(f"cfg_scale is {cfg_scale}, but frame prediction has no unconditional row; leave it at 1")
+        if guide and self.config.class_dropout_prob == 0:
+            raise ValueError(f"cfg_scale {cfg_scale} needs a model trained with --class_dropout_prob above 0, this one "
+                             "has 0: leave it at 1")
         num_samples, num_codes, device = len(cond), self.config.max_seq_len, cond.device
         num_guided = 0 if not guide else num_codes if cfg_interval < 0 else cfg_interval + 2
         uniform = _uniform(seeds, num_samples, num_codes).to(device, non_blocking=True)
@@ -414,6 +417,8 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         if self.cache is None or not self.cache.fits(rows, dtype, device):
             self.cache = None  # before the new one is allocated
             self.cache = KVCache(self.config, rows, dtype, device)
+        if self.cache.stride > 1:
+            self.cache.buffer.zero_()  # a NaN, of an earlier call or of nobody, would spread though masked
         addresses = [tensor.data_ptr() for tensor in self.state_dict().values()]
         if self.cache.addresses != addresses:  # a captured step reads the weights where they were
             self.cache.addresses, self.cache.graphs = addresses, {}
@@ -440,7 +445,8 @@ class KVCache:
 
     def __init__(self, config: LARPGeneratorConfig, rows: int, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layer, 2, rows, config.kv_heads, config.num_positions, config.head_dim)
-        self.buffer = torch.zeros(shape, dtype=dtype, device=device)  # not empty: a masked NaN would still spread
+        with torch.inference_mode(False):  # else calls outside of it could not write to it
+            self.buffer = torch.empty(shape, dtype=dtype, device=device)
         self.positions = torch.arange(config.num_positions, device=device)
         self.stride = 256 if device.type == "cuda" else 1
         self.graphs: dict[tuple[int, int], tuple] = {}
@@ -513,7 +519,7 @@ def replay_one(model: LARPGenerator, cache: KVCache, code: Tensor, position: Ten
             decode_one(model, cache, code, position, length)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others pin memory meanwhile
             logits = decode_one(model, cache, code, position, length)
         cache.graphs[key] = graph, code, position, logits
     graph, graph_code, graph_position, logits = cache.graphs[key]

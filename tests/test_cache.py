@@ -1,8 +1,13 @@
 import pickle
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
+import data.cache
 from data.cache import ClipCache, RowCache
 
 
@@ -26,6 +31,15 @@ def test_reads_back_what_was_written(tmp_path):
     whole.verify()
 
 
+def test_few_files_are_kept_open(tmp_path, monkeypatch):
+    """A process may have about a thousand; a large cache has more shards."""
+    monkeypatch.setattr(data.cache, "MAX_MAPS", 2)
+    whole, rows = filled(tmp_path)
+    order = np.array([0, 4, 9, 1, 5, 8, 2])
+    assert np.array_equal(whole.read(order), rows[order])
+    assert len(whole._maps) == 2
+
+
 def test_goes_on_where_it_was_left(tmp_path):
     cache(tmp_path).write(1, np.zeros((4, 2, 3), "float32"))
     again = cache(tmp_path)
@@ -47,6 +61,8 @@ def test_damage_is_named(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="shard_000001.* is damaged"):
         whole.verify()
+    done = subprocess.run([sys.executable, "-m", "data.cache", whole.folder], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch("error: .*shard_000001.* is damaged: .*\n", done.stderr)
 
 
 def test_wrong_rows_are_refused(tmp_path):

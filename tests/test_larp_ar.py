@@ -115,6 +115,18 @@ def test_cached_decoding_equals_forward(config, stride):
     assert greedy.equal(generator(greedy, cond).argmax(-1))
 
 
+def test_what_an_earlier_call_left_does_no_harm():
+    generator = random_generator()
+    cond = random_condition(generator)
+    with torch.inference_mode():
+        expected = generator.generate(cond, seeds=range(8))
+    assert generator.generate(cond, seeds=range(8)).equal(expected), "the cache was made in inference mode"
+    generator.cache.stride = 8  # masked lengths, as on a GPU
+    expected = generator.generate(cond, temperature=0)
+    generator.cache.buffer.fill_(torch.nan)
+    assert generator.generate(cond, temperature=0).equal(expected)
+
+
 @pytest.mark.parametrize("config", [{"n_kv_head": 2}, FP])
 def test_decoded_logits_equal_forward(config, monkeypatch):
     generator, seen = random_generator(**config), []
@@ -372,6 +384,8 @@ def test_errors():
         with pytest.raises(ValueError, match=match):
             LARPGenerator(**TINY | config)
     generator = LARPGenerator(**FP)
+    with pytest.raises(ValueError, match="cfg_scale 2.0 needs a model trained with --class_dropout_prob above 0"):
+        random_generator(class_dropout_prob=0.0).generate(LABELS[:2], cfg_scale=2.0)
     with pytest.raises(ValueError, match="cfg_scale is 2.0, but frame prediction"):
         generator.generate(random_condition(generator), 2.0)
     with pytest.raises(ValueError, match=r"cond is \(8,\); expected codes and a separator, \(8, 25\)"):

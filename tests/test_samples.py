@@ -71,6 +71,15 @@ def test_replace_makes_a_shards_own_samples_anew(tmp_path):
     assert other.done() == {}, "samples of other settings are dropped"
 
 
+@pytest.mark.parametrize("name", ["nll", "fake"])
+def test_samples_of_no_finite_value_are_an_error(tmp_path, name):
+    store = SampleStore(tmp_path, {}, 4)
+    values = torch.tensor([1.0, torch.nan, torch.inf])
+    with pytest.raises(FloatingPointError, match=rf"samples 2 to 3 are not finite \({name}\)"):
+        store.add([1, 2, 3], torch.zeros(3, 3, 2, 8, 8, dtype=torch.uint8), [], **{name: values})
+    assert store.done() == {}
+
+
 def test_whoever_finishes_last_reports_once(tmp_path):
     """Eight shards end at the same time."""
     SampleStore(tmp_path / "out", {}, 16).open(range(16), False)

@@ -17,6 +17,9 @@ from models.larp_ar import SIZES, LARPGeneratorConfig
 from models.larp_tokenizer import LARPTokenizerConfig
 from training import distributed
 
+FROM_ONE = ("accum_iter", "batch_size", "global_batch_size", "num_views", "sample_batch_size", "val_batch_size",
+            "slices", "log_every", "steps_til_save", "steps_til_summary", "ckpt_every", "prefetch_factor")
+
 
 class Parser(configargparse.ArgumentParser):
     """Dashes and underscores alike in flag names; no abbreviations; unknown keys of a file are errors."""
@@ -34,7 +37,11 @@ class Parser(configargparse.ArgumentParser):
     def parse_known_args(self, args=None, *rest, **options):
         args = sys.argv[1:] if args is None else args
         args = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
-        return super().parse_known_args(args, *rest, **options)
+        parsed, unknown = super().parse_known_args(args, *rest, **options)
+        for name in FROM_ONE:
+            if (value := getattr(parsed, name, None)) is not None and value < 1:
+                raise ValueError(f"--{name} is {value}, expected 1 or more")
+        return parsed, unknown
 
 
 def word_or_none(word: str) -> str | None:
@@ -255,7 +262,7 @@ def one_line_errors():
         line = re.sub(r"^[\w.]*(Error|Exception): ", "", line)
         where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
         print(f"error{where}: {line}", file=sys.stderr, flush=True)
-        # os._exit would lose what other threads hold; a plain exit lets loaders and the process group close.
+        # os._exit would lose what other threads hold; a plain exit lets loaders close.
         sys.exit(1)
-    finally:
-        distributed.teardown()
+    else:
+        distributed.teardown()  # not after an error: by NCCL it would wait for processes that wait for this one

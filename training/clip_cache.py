@@ -67,7 +67,7 @@ def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
                 frames.append(next(decoded).numpy().copy())
                 bar.update()
             cache.write(shard, frames)
-    distributed.barrier()
+    distributed.wait_until(lambda: not cache.missing())
 
 
 def files_sha256(files: Sequence[VideoFile]) -> str:

@@ -2,6 +2,8 @@
 import contextlib
 import datetime
 import os
+import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -51,6 +53,13 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    """Look again until `done`. Processes that work for hours on unequal shares outlast the process group's timeout, and
+    what one has written to a network's disk others see later."""
+    while not done():
+        time.sleep(1)
 
 
 def barrier() -> None:

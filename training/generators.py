@@ -218,6 +218,8 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
     }
     if not fp:
         del settings["condition_codes"]
+    if device.type == "cuda":  # products round by the size of the batch
+        settings["sample_batch_size"] = args.sample_batch_size
     return Generator(
         generate, num_labels=0 if fp or args.class_label is not None else config.num_classes, needs_real=fp,
         num_frames=num_frames, size=tokenizer.config.input_size,

@@ -92,7 +92,8 @@ class WindowCache:
 
         encode: a loader's batch -> (B, row_size).
         """
-        shards = distributed.broadcast(self.rows.missing())[distributed.rank() :: distributed.world_size()]
+        missing = distributed.broadcast(self.rows.missing())
+        shards = missing[distributed.rank() :: distributed.world_size()]
         spans = [self.rows.rows_of(shard) for shard in shards]
         parts = [(shard, span[i : i + batch_size]) for shard, span in zip(shards, spans)
                  for i in range(0, len(span), batch_size)]  # of one shard each
@@ -107,11 +108,13 @@ class WindowCache:
                 filled[batch["position"].numpy() - span.start] = encode(batch).cpu().numpy()
             if part.stop == span.stop:
                 self.rows.write(shard, filled)
-        distributed.barrier()
+        distributed.wait_until(lambda: not self.rows.missing())
+        if distributed.is_main() and not missing:
+            self.rows.verify()
 
     def good_files(self) -> list[int]:
         """Indices of the videos of which every window could be decoded. VideoError where there is none."""
-        first = np.concatenate([rows[:, 0] for rows in self.rows.maps])
+        first = np.concatenate([np.array(np.load(path, mmap_mode="r")[:, 0]) for path in self.rows.paths()])
         bad = np.isnan(first) if np.isnan(self.missing) else first == self.missing
         good = np.flatnonzero(~bad.reshape(-1, self.views).any(1)).tolist()
         if not good:

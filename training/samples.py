@@ -169,6 +169,11 @@ class SampleStore:
             if i < NUM_PREVIEWS:
                 frames = torch.linspace(0, clips[0].shape[1] - 1, min(8, clips[0].shape[1])).round().long()
                 np.save(self.chunks / f"preview_{i:02d}.npy", torch.stack(clips)[:, :, frames].numpy())
+        for name in {"nll", "fake"} & values.keys():
+            bad = [i for i, row in zip(index, values[name]) if not row.isfinite().all()]
+            if bad:
+                raise FloatingPointError(f"samples {ranges(bad)} are not finite ({name}): the weights are damaged, or "
+                                         "too large for --dtype; try float32")
         first, last = min([*index, *left_out]), max([*index, *left_out])
         path = self.chunks / f"{first:07d}-{last:07d}.{self.run}.npz"
         partial_path = path.with_suffix(f".{os.getpid()}")
@@ -290,7 +295,7 @@ def append_report(path: Path, row: dict) -> None:
         names = [*(name for name in COLUMNS if name in names), *(name for name in names if name not in COLUMNS)]
         rows = [{name: each.get(name, "") for name in names} for each in (*rows, row)]
         rows = [each for i, each in enumerate(rows) if each not in rows[:i]]
-        rows.sort(key=lambda each: (-int(each["num_samples"]), float(each["fvd"])))
+        rows.sort(key=lambda each: (-int(each["num_samples"] or 0), float(each["fvd"] or "inf")))
         partial_path = path.with_name(f".{path.name}.{os.getpid()}")
         with open(partial_path, "w", newline="") as file:
             writer = csv.DictWriter(file, names)

@@ -1,4 +1,5 @@
 """Validation during training: a tokenizer on a fixed set of clips, split over the processes."""
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,12 +16,20 @@ from training import distributed
 from training.log import say
 
 
-def validation_folder(data_root: str, video_name: str, val_name: str | None) -> Path:
-    """The folder named, else VIDEO_NAME's sibling with _test for _train, else the training folder itself."""
-    if val_name is not None:
-        return Path(data_root) / val_name
-    sibling = Path(data_root) / video_name.replace("_train", "_test")
-    return sibling if sibling.is_dir() else Path(data_root) / video_name
+def validation_source(args: Namespace) -> str:
+    """The folder or lists to validate on: those named (val_name, val_csv); else the folder beside the one trained on
+    with _test for _train in its name, or the lists with _val for _train; else, which is said, what is trained on."""
+    if args.video_name:
+        trained, named = args.video_name, args.val_name
+        sibling = args.video_name.replace("_train", "_test")
+        source = named or (sibling if (Path(args.data_root) / sibling).is_dir() else trained)
+    else:
+        trained, named = args.csv_file, args.val_csv
+        source = named or trained.replace("_train", "_val")
+    if source == trained and not named:
+        flag = "--val_name" if args.video_name else "--val_csv"
+        say(f"validation is on {trained}, what is trained on: give {flag} for other videos")
+    return str(Path(args.data_root) / source) if args.video_name else source
 
 
 def spread(files: int, clips: int | None) -> list[int]:

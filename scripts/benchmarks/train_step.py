@@ -251,7 +251,8 @@ def benchmark(name: str, variants: list[str], small: bool, batch: int, device: t
     print(f"{name}: {parameters:,} parameters, batch {batch}, {plain.flops / 1e9:.1f} GFLOP a sample", flush=True)
     print(f"  {'variant':<16}{'samples/s':>10}{'x plain':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}")
     for label in variants:
-        variant, step, memory, held = VARIANTS[label], plain, plain_memory, held_by(device)
+        variant, step, memory = VARIANTS[label], plain, plain_memory  # the last variant's step is gone
+        held = held_by(device)
         if label != "plain":
             step = build(make, Setting(small, batch, device, variant))
             memory = peak_gib(step.run, held, device)
