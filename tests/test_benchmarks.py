@@ -93,7 +93,7 @@ def test_history_keeps_all_rows_and_draws_the_newest(tmp_path):
     run_all.append(history, [{**row, "memory_gib": None}, {**row, "variant": "w", "memory_gib": 3.0}])
     run_all.append(history, [{**row, "date": "2026-01-02", "ratio": 4.0, "memory_gib": None}])
     assert history.read_text().count("\n") == 4
-    assert [(r["variant"], r["ratio"]) for r in run_all.newest(history)] == [("v", "4.0"), ("w", "2.0")]
+    assert [(r["variant"], r["ratio"]) for r in run_all.newest(history)] == [("w", "2.0"), ("v", "4.0")]
     run_all.plot(history)
     for name in ("ratio", "mfu", "memory"):
         assert len(Image.open(tmp_path / f"{name}.png").convert("L").getcolors()) > 2

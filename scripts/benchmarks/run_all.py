@@ -83,7 +83,12 @@ def append(path: Path, rows: list[dict]) -> None:
 def newest(path: Path) -> list[dict]:
     """The last row of each variant on each device."""
     with open(path, newline="") as file:
-        return list({(row["device"], row["benchmark"], row["variant"]): row for row in csv.DictReader(file)}.values())
+        rows = {}
+        for row in csv.DictReader(file):
+            key = row["device"], row["benchmark"], row["variant"]
+            rows.pop(key, None)  # so that it comes last
+            rows[key] = row
+    return list(rows.values())
 
 
 def bars(path: Path, title: str, values: dict[str, float], baseline: float | None = None) -> None:
