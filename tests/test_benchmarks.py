@@ -152,7 +152,8 @@ def test_train_sbatch_on_two_nodes(data, coordtok, tmp_path):
         (tmp_path / name).chmod(0o755)
     slurm = {
         "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "both", "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_ID": str(os.getpid()), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_ID": str(os.getpid()),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }
     flags = ["--data_root", data, "--save_dir", tmp_path, "--exp_name", "four", "--num_iters", 2, "--point_per_vid", 16]
     command = ["bash", "scripts/slurm/train.sbatch", "train_coordtok.py", *map(str, flags), *TINY_COORDTOK]
