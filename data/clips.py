@@ -377,6 +377,7 @@ def init_worker(worker: int) -> None:
 def end_workers() -> None:
     """End the workers that an error has left. multiprocessing, whose turn at exit comes after this, would send them
     SIGTERM, which they ignore, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch would report their end as an error
     for process in multiprocessing.active_children():
         if process.daemon:  # as loader workers are
             process.kill()

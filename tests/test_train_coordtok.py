@@ -127,6 +127,7 @@ def test_a_folder_of_damaged_files_ends_the_run_and_its_workers(tmp_path):
     output, _ = running.communicate(timeout=120)
     assert running.returncode == 1
     assert f"error: no readable video left of 1 under {folder}" in output.decode()
+    assert "Traceback" not in output.decode()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import contextlib
 import datetime
 import os
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -114,8 +115,10 @@ def wrap(model: nn.Module, device: torch.device, static_graph: bool) -> nn.Modul
     if world_size() == 1:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False,
-                                   static_graph=static_graph)
+    with warnings.catch_warnings():  # the newest torch names broadcast_buffers differently, and the oldest must do
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True,
+                                       broadcast_buffers=False, static_graph=static_graph)
 
 
 def sync_gradients(model: nn.Module, sync: bool):
