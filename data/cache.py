@@ -80,7 +80,11 @@ class ShardCache:
 
 def check(shard: Path) -> None:
     """ValueError where a shard's content is not what its name says."""
-    if f"{zlib.crc32(np.load(shard)):08x}" != shard.name.split(".")[1]:
+    try:
+        found = f"{zlib.crc32(np.load(shard)):08x}"
+    except (ValueError, EOFError):  # cut short
+        found = None
+    if found != shard.name.split(".")[1]:
         raise ValueError(f"{shard} is damaged: delete it, and it will be made again")
 
 
@@ -172,6 +176,9 @@ class ClipCache(ShardCache):
 if __name__ == "__main__":
     try:
         shards = [shard for folder in sys.argv[1:] for shard in sorted(Path(folder).glob("shard_*.npy"))]
+        if not shards:
+            raise ValueError(f"no shards in {', '.join(sys.argv[1:]) or 'no folder'}: give folders of caches, such as "
+                             "data/cache/clips-0123456789ab")
         for shard in shards:
             check(shard)
     except (OSError, ValueError) as error:

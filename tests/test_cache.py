@@ -63,6 +63,15 @@ def test_damage_is_named(tmp_path):
         whole.verify()
     done = subprocess.run([sys.executable, "-m", "data.cache", whole.folder], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and re.fullmatch("error: .*shard_000001.* is damaged: .*\n", done.stderr)
+    for length in (0, 10, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="shard_000001.* is damaged"):
+            whole.verify()
+
+
+def test_checking_no_shards_is_an_error(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "data.cache", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: no shards in {tmp_path}: give folders")
 
 
 def test_wrong_rows_are_refused(tmp_path):

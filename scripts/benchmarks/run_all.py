@@ -147,7 +147,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=RUNS, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=480, help="seconds for all of it")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks (train_step, loader, ...)")
+    names = sorted({command.split()[0] for commands in RUNS.values() for command in commands})
+    parser.add_argument("--only", nargs="+", choices=names, help="these benchmarks")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="of what it writes")
     args = parser.parse_args()
     end = time.monotonic() + args.budget
