@@ -5,13 +5,11 @@ in order. `forward` scores codes that are known; `generate` draws them, one afte
 values.
 """
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
@@ -19,6 +17,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models import decoding
+from models.decoding import KVCache, Linear, Window, attend_one
 from models.layers import sincos_1d
 from models.released import load_state, read_pretrained, read_released, strip_prefix
 
@@ -94,41 +94,6 @@ class LARPGeneratorConfig:
         return self.cls_token_num + self.max_seq_len - 1
 
 
-class Linear(nn.Linear):
-    """nn.Linear without bias. Between `start_decoding` and `stop_decoding`, no row of its result depends on how many
-    others there are, on a CPU.
-
-    BLAS picks its kernel, and with it the order of a sum, by the number of rows; which code is drawn may hang on the
-    last bit of one. Multiples of eight rows have always given the same bits, for any number of threads, so fewer are
-    filled up. In float32 the weight is also packed for oneDNN: for few rows MKL is less than half as fast.
-    """
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-        self.decoding = False
-        self.packed: Tensor | None = None
-
-    def start_decoding(self) -> None:
-        weight = self.weight.detach()
-        self.decoding = weight.device.type == "cpu"
-        if self.decoding and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
-
-    def stop_decoding(self) -> None:
-        self.decoding, self.packed = False, None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.decoding:
-            return F.linear(x, self.weight)
-        num_rows = x.shape[:-1].numel()
-        if num_rows % 8:
-            rows = F.pad(x.flatten(0, -2), (0, 0, 0, -num_rows % 8))
-            return self(rows)[:num_rows].unflatten(0, x.shape[:-1])
-        if self.packed is None:
-            return F.linear(x, self.weight)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-
-
 class RMSNorm(nn.Module):
     """In float32: a mean of squares over thousands of bfloat16 values loses what the next layers need."""
 
@@ -139,15 +104,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).type_as(x) * self.weight
-
-
-class Window(NamedTuple):
-    """Where in the cache a decoding pass writes, and what it sees there."""
-
-    position: Tensor  # (T,) long, of the tokens of this pass
-    length: int  # attention reads the cache up to here
-    mask: Tensor | None  # (1, length) bool, True where filled; None where all of it is
-    rows: Tensor | None  # (B * n_head, length) int, on a CPU: where the values of each head of queries lie
 
 
 class Attention(nn.Module):
@@ -166,39 +122,22 @@ class Attention(nn.Module):
         pass of one token reads them, a longer one starts at position 0 and sees itself alone."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads of q, k and v, T, head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        mask = None
         if cache is not None:
             cache.index_copy_(3, window.position, torch.stack([k, v]))
             if x.shape[1] == 1:
                 k, v = cache.narrow(3, 0, window.length)
-                mask = window.mask
         if window is not None and window.rows is not None:
-            y = _attend_one(q, k, cache[1], window.rows)
+            y = attend_one(q, k, cache[1], window.rows)
         else:
             y = F.scaled_dot_product_attention(
                 q,
                 k,
                 v,
-                attn_mask=mask,
                 dropout_p=self.attn_dropout_p if self.training else 0.0,
                 is_causal=x.shape[1] > 1,
                 enable_gqa=self.heads != self.kv_heads,
             )
         return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2)))  # (B, T, dim)
-
-
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
-    """Attention of one query a head on a CPU. q: (B, H, 1, d); k: (B, H_kv, L, d); v: (B, H_kv, positions, d); rows:
-    (B * H, L) int, those of v, flattened, that a query reads. Returns (B, H, 1, d).
-
-    PyTorch's fused kernel would split the keys of a query over threads that the batch leaves idle, so that the order of
-    its sums depends on the batch. These sums' does not. They copy no shared head of keys, and read memory faster: an
-    embedding bag, which is a weighted sum of rows, prefetches.
-    """
-    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5  # (B, H_kv, H / H_kv, d)
-    scores = (k @ grouped.mT).mT.reshape(rows.shape)
-    weight = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    return F.embedding_bag(rows, v.flatten(0, 2), mode="sum", per_sample_weights=weight).view(q.shape)
 
 
 class FeedForward(nn.Module):
@@ -370,7 +309,7 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         cond: as in `forward`.
         cfg_scale: classifier-free guidance where > 1: logits are uncond + cfg_scale * (cond - uncond).
         cfg_interval: guide only the first cfg_interval + 2 codes; -1: all of them.
-        temperature, top_k, top_p: see `sampling_probs`.
+        temperature, top_k, top_p: see `decoding.sampling_probs`.
         seeds: (B,), what each clip's draws come from: an int >= 0, or a sequence of them such as (seed, i). A clip
             depends on its seed and condition alone: on a CPU its codes are the same in any batch and for any number of
             threads; on a GPU products round by the size of the batch, so keep that size and fill up the last batch.
@@ -385,45 +324,12 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         if guide and self.config.class_dropout_prob == 0:
             raise ValueError(f"cfg_scale {cfg_scale} needs a model trained with --class_dropout_prob above 0, this one "
                              "has 0: leave it at 1")
-        num_samples, num_codes, device = len(cond), self.config.max_seq_len, cond.device
-        num_guided = 0 if not guide else num_codes if cfg_interval < 0 else cfg_interval + 2
-        uniform = _uniform(seeds, num_samples, num_codes).to(device, non_blocking=True)
-        codes = torch.empty(num_samples, num_codes, dtype=torch.long, device=device)
-        nll = torch.zeros(num_samples, device=device)
-        # Guided, the second half of the batch has no label.
-        cond = torch.cat([cond, torch.full_like(cond, -1)]) if guide else cond
-        decode = replay_one if device.type == "cuda" and self.cuda_graphs else decode_one
-        with torch.cuda.device_of(cond), torch.autocast(device.type, enabled=False), _decoding(self):
-            cache = self._cache_of(len(cond))
-            logits = prefill(self, cache, cond)
-            for i in range(num_codes):
-                plain = logits[:num_samples]
-                scores = plain
-                if i < num_guided:
-                    uncond = logits[num_samples:]
-                    scores = uncond + cfg_scale * (plain - uncond)
-                codes[:, i] = draw(sampling_probs(scores, temperature, top_k, top_p), uniform[:, i])
-                if return_nll:
-                    nll += F.cross_entropy(plain, codes[:, i], reduction="none")
-                if i + 1 < num_codes:
-                    code = codes[:, i].repeat(2) if i + 1 < num_guided else codes[:, i]
-                    p = self.config.cls_token_num + i
-                    logits = decode(self, cache, code, cache.positions[p : p + 1], cache.length(p + 1))
-        return (codes, nll / num_codes) if return_nll else codes
-
-    def _cache_of(self, rows: int) -> "KVCache":
-        """The cache of the last call where it is large enough, else a new one."""
-        dtype, device = self.output.weight.dtype, self.output.weight.device
-        if self.cache is None or not self.cache.fits(rows, dtype, device):
-            self.cache = None  # before the new one is allocated
-            self.cache = KVCache(self.config, rows, dtype, device)
-        if self.cache.stride > 1:
-            self.cache.buffer.zero_()  # a NaN, of an earlier call or of nobody, would spread though masked
-        addresses = [tensor.data_ptr() for tensor in self.state_dict().values()]
-        if self.cache.addresses != addresses:  # a captured step reads the weights where they were
-            self.cache.addresses, self.cache.graphs = addresses, {}
-        return self.cache
-
+        num_codes = self.config.max_seq_len
+        num_guided = 0 if not guide else num_codes if cfg_interval < 0 else min(cfg_interval + 2, num_codes)
+        sampling = decoding.Sampling(cfg_scale, num_guided, temperature, top_k, top_p, return_nll)
+        draws = decoding.generate(self, cond, sampling, decoding.uniform_numbers(seeds, len(cond), num_codes))
+        codes = draws.codes.clone()
+        return (codes, draws.nll / num_codes) if return_nll else codes
 
 def code_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the codes, mean over all of them.
@@ -434,138 +340,6 @@ def code_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]
     loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
     accuracy = (logits.detach().argmax(-1) == codes).float().mean()
     return loss, {"loss": loss.detach(), "accuracy": accuracy}
-
-
-class KVCache:
-    """Keys and values of every layer for up to `rows` sequences, kept between calls; on a GPU also the captured steps.
-
-    stride: attention reads the cache up to a multiple of it: 1 on a CPU, which is what is filled; 256 on a GPU, where a
-    captured step has fixed shapes, with the rest masked. A clip of 1,024 codes takes four graphs.
-    """
-
-    def __init__(self, config: LARPGeneratorConfig, rows: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.n_layer, 2, rows, config.kv_heads, config.num_positions, config.head_dim)
-        with torch.inference_mode(False):  # else calls outside of it could not write to it
-            self.buffer = torch.empty(shape, dtype=dtype, device=device)
-        self.positions = torch.arange(config.num_positions, device=device)
-        self.stride = 256 if device.type == "cuda" else 1
-        self.graphs: dict[tuple[int, int], tuple] = {}
-        self.addresses: list[int] = []  # of the weights that the graphs read
-
-    def fits(self, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
-        return rows <= self.buffer.shape[2] and (dtype, device) == (self.buffer.dtype, self.buffer.device)
-
-    def length(self, filled: int) -> int:
-        """What attention reads when `filled` positions are."""
-        return min(math.ceil(filled / self.stride) * self.stride, len(self.positions))
-
-
-@contextmanager
-def _decoding(model: LARPGenerator) -> Iterator[None]:
-    """`model` in evaluation mode, its linear layers ready to decode."""
-    was_training = model.training
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    try:
-        model.eval()
-        for linear in linears:
-            linear.start_decoding()  # anew at each call: the weights may have been trained since the last
-        yield
-    finally:
-        for linear in linears:
-            linear.stop_decoding()
-        model.train(was_training)
-
-
-def _logits(model: LARPGenerator, cache: KVCache, x: Tensor, position: Tensor, length: int) -> Tensor:
-    """x: (B, T, dim) embedded tokens at `position` (T,). Returns logits (B, vocab_size) float32 after the last."""
-    mask = rows = None
-    if cache.stride > 1:
-        mask = cache.positions[None, :length] <= position[-1:]
-    elif x.shape[1] == 1:
-        rows = value_rows(model.config, len(x), length)
-    window = Window(position, length, mask, rows)
-    x = x + model.abs_pe[:, position]
-    for layer, keys_values in zip(model.layers, cache.buffer[:, :, : len(x)]):
-        x = layer(x, keys_values, window)
-    return model.output(model.norm(x[:, -1])).float()
-
-
-def value_rows(config: LARPGeneratorConfig, num_sequences: int, length: int) -> Tensor:
-    """`Window.rows` of sequences filled to `length`."""
-    head = torch.arange(num_sequences * config.n_head) // (config.n_head // config.kv_heads)  # of keys and values
-    return (head[:, None] * config.num_positions + torch.arange(length)).int()
-
-
-def prefill(model: LARPGenerator, cache: KVCache, cond: Tensor) -> Tensor:
-    """Read the whole condition in one pass. Returns logits (B, vocab_size) float32 of the first code."""
-    x = model.embed_condition(cond)
-    return _logits(model, cache, x, cache.positions[: x.shape[1]], cache.length(x.shape[1]))
-
-
-def decode_one(model: LARPGenerator, cache: KVCache, code: Tensor, position: Tensor, length: int) -> Tensor:
-    """Read one code, (B,) long, at `position`, (1,) long. Returns logits (B, vocab_size) float32 of the next."""
-    return _logits(model, cache, model.tok_embeddings(code)[:, None], position, length)
-
-
-def replay_one(model: LARPGenerator, cache: KVCache, code: Tensor, position: Tensor, length: int) -> Tensor:
-    """`decode_one` as a CUDA graph, captured when a batch size and length first come: the same kernels in one launch.
-    The next call overwrites the logits."""
-    key = len(code), length
-    if key not in cache.graphs:
-        code, position = code.clone(), position.clone()
-        stream = torch.cuda.Stream()  # a capture must not be the first run: libraries allocate then
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            decode_one(model, cache, code, position, length)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others pin memory meanwhile
-            logits = decode_one(model, cache, code, position, length)
-        cache.graphs[key] = graph, code, position, logits
-    graph, graph_code, graph_position, logits = cache.graphs[key]
-    graph_code.copy_(code)
-    graph_position.copy_(position)
-    graph.replay()
-    return logits
-
-
-def sampling_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """The distribution that a code is drawn from: temperature, then top-k, then nucleus filtering (arXiv 1904.09751).
-
-    logits: (B, vocab_size) float32.
-    temperature: floored at 1e-5, which is greedy but for near-ties.
-    top_k: keep the k largest, and what ties with the last of them; 0 keeps all.
-    top_p: keep the largest up to the one at which their probability exceeds top_p; 1 keeps all.
-    Returns probabilities (B, vocab_size) float32.
-    """
-    logits = logits / max(temperature, 1e-5)
-    if top_k > 0:
-        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        before = F.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))  # probability of all that is likelier
-        logits = logits.masked_fill((before > top_p).scatter(1, index, before > top_p), -torch.inf)
-    return logits.softmax(-1)
-
-
-def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """One code a row, by the inverse of the distribution function. probs: (B, vocab_size), need not sum to one.
-    uniform: (B,) float64 in [0, 1). Returns (B,) long."""
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    code = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return code.clamp_(max=probs.shape[-1] - 1)
-
-
-def _uniform(seeds: Sequence | Tensor | None, num_samples: int, num_codes: int) -> Tensor:
-    """(num_samples, num_codes) float64 in [0, 1) on the CPU: row i from seeds[i] alone, all of it before decoding."""
-    if seeds is None:
-        return torch.rand(num_samples, num_codes, dtype=torch.float64)
-    if len(seeds) != num_samples:
-        raise ValueError(f"{len(seeds)} seeds for {num_samples} clips; give one each")
-    # NumPy's, because PyTorch's CPU generator looks at 32 bits of a seed only, and at no pairs.
-    seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
-    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(num_codes) for seed in seeds]))
 
 
 # The published sizes, with the parameters that they have for 101 classes.

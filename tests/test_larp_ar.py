@@ -1,13 +1,18 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT, environment
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.larp_ar import SIZES, LARPGenerator, Linear, code_loss, draw, sampling_probs
+from models.decoding import Linear, draw, sampling_probs
+from models.larp_ar import SIZES, LARPGenerator, code_loss
 from models.released import WeightsError
 
 TINY = {"n_layer": 3, "n_head": 4, "dim": 64, "num_classes": 7, "vocab_size": 64, "max_seq_len": 24}
@@ -100,13 +105,14 @@ def test_initial_predictions_are_uniform():
 
 
 @pytest.mark.parametrize("config", [{}, {"n_kv_head": 2}, {"n_kv_head": 1}, {"use_fixed_pe": True}, FP])
-@pytest.mark.parametrize("stride", [1, 8])
-def test_cached_decoding_equals_forward(config, stride):
+@pytest.mark.parametrize("bag", [True, False])
+def test_cached_decoding_equals_forward(config, bag, monkeypatch):
     """At every position: the negative log-likelihood sums over all, and greedy codes are the forward's argmax."""
     generator = random_generator(**config)
     cond = random_condition(generator)
     generator.generate(cond)
-    generator.cache.stride = stride  # 8: masked lengths, as on a GPU
+    if not bag:  # attends as on a GPU
+        monkeypatch.setattr("models.decoding.value_rows", lambda *_: None)
     generator.cache.buffer.fill_(1e4)  # what an earlier clip left must not be seen
     codes, nll = generator.generate(cond, seeds=range(8), return_nll=True)
     expected = F.cross_entropy(generator(codes, cond).mT, codes, reduction="none").mean(1)
@@ -121,7 +127,6 @@ def test_what_an_earlier_call_left_does_no_harm():
     with torch.inference_mode():
         expected = generator.generate(cond, seeds=range(8))
     assert generator.generate(cond, seeds=range(8)).equal(expected), "the cache was made in inference mode"
-    generator.cache.stride = 8  # masked lengths, as on a GPU
     expected = generator.generate(cond, temperature=0)
     generator.cache.buffer.fill_(torch.nan)
     assert generator.generate(cond, temperature=0).equal(expected)
@@ -137,8 +142,8 @@ def test_decoded_logits_equal_forward(config, monkeypatch):
         seen.append(logits)
         return logits.softmax(-1)
 
-    monkeypatch.setattr("models.larp_ar.sampling_probs", record)
-    monkeypatch.setattr("models.larp_ar.draw", lambda *_: next(given))
+    monkeypatch.setattr("models.decoding.sampling_probs", record)
+    monkeypatch.setattr("models.decoding.draw", lambda *_: next(given))
     generator.generate(cond)
     torch.testing.assert_close(torch.stack(seen, 1), generator(codes, cond), atol=1e-5, rtol=0)
 
@@ -318,15 +323,29 @@ def test_generate_does_not_wait_for_the_device(config):
             cond.sum().item()
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_fused_decoding_equals_the_modules():
+    """Triton's interpreter runs the kernels on the CPU; it must be chosen before they are imported."""
+    done = subprocess.run(
+        [sys.executable, "tests/fused_decoding.py"], cwd=ROOT, capture_output=True, text=True,
+        env={**environment(), "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("config", [{"max_seq_len": 300}, {"max_seq_len": 300, "n_kv_head": 2}, FP])
 def test_cuda_graphs_equal_eager(config):
     generator = random_generator(**config).cuda()
     cond, settings = random_condition(generator).cuda(), {"seeds": range(8), "return_nll": True}
-    captured = [generator.generate(cond, **settings) for _ in range(2)]
+    with torch.inference_mode():
+        first = generator.generate(cond, **settings)
+    captured = generator.generate(cond, **settings)
+    assert all(a.equal(b) for a, b in zip(first, captured))
     generator.cuda_graphs = False
     eager = generator.generate(cond, **settings)
-    assert all(a.equal(b) for result in captured for a, b in zip(result, eager))
+    assert captured[0].equal(eager[0])
+    torch.testing.assert_close(captured[1], eager[1], atol=1e-5, rtol=0)
     torch.testing.assert_close(
         eager[1], F.cross_entropy(generator(eager[0], cond).mT, eager[0], reduction="none").mean(1), atol=1e-4, rtol=0
     )

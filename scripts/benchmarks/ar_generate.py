@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.larp_ar import SIZES, LARPGenerator, sampling_probs
+from models.decoding import sampling_probs
+from models.larp_ar import SIZES, LARPGenerator
 from scripts.benchmarks.common import add_record, alternate, record
 
 
