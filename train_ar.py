@@ -28,6 +28,7 @@ from data.clips import (
     make_loader,
 )
 from models.larp_ar import LARPGenerator, code_loss
+from models.layers import compile_blocks, set_checkpointing
 from training import checkpoint, distributed, sharding
 from training.arguments import Parser, add_data, add_larp_ar, add_run, larp_ar_config, one_line_errors
 from training.codes import (
@@ -120,7 +121,7 @@ def main():
     if num_cond_frames and args.cfg_scale > 1:
         raise ValueError(f"--cfg_scale is {args.cfg_scale}, but frame prediction has no guidance: leave it out")
     generator = LARPGenerator(**options).train()
-    generator.checkpointing = args.gradient_checkpointing
+    set_checkpointing(generator, args.gradient_checkpointing)
     config, class_cond = generator.config, not generator.config.frame_prediction
     emas = {str(decay): EMA(generator, decay) for decay in args.ema_decays}
     precision = Precision(args.precision, device)
@@ -148,9 +149,13 @@ def main():
         start, best = state["step"], state["best"]
         del state  # frees a copy of it all
 
-    if args.compile:  # in place, so that names of weights stay as they are; samples take the layers one by one
-        for module in [tokenizer.encoder, *(sharding.between_gathers(generator) if args.fsdp else [generator])]:
-            module.compile()
+    if args.compile:
+        compile_blocks(tokenizer)
+        if args.fsdp:
+            for module in sharding.between_gathers(generator):
+                module.compile(dynamic=False)
+        else:
+            compile_blocks(generator)
 
     # Data: clips encoded as they come, or once and for all.
     source = str(Path(args.data_root) / args.video_name) if args.video_name else args.csv_file

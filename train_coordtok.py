@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.clips import ClipDataset, GlobalBatchSampler, Quarantine, list_folder, make_loader
 from models.coordtok import CoordTok
-from models.layers import set_checkpointing
+from models.layers import compile_blocks, set_checkpointing
 from models.losses import Perceptual, coordtok_loss
 from models.planes import gather_patches
 from training import checkpoint, distributed
@@ -117,7 +117,9 @@ def main():
         checkpoint.set_rng_state(state["rng"])
         best = state["best"]
         state = None  # frees a copy of the model
-    model = distributed.wrap(torch.compile(tokenizer) if args.compile else tokenizer, device, args.accum_iter == 1)
+    if args.compile:
+        compile_blocks(tokenizer)
+    model = distributed.wrap(tokenizer, device, args.accum_iter == 1)
 
     def save(step: int, is_best: bool = False):
         guard.check()

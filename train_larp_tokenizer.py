@@ -18,7 +18,7 @@ from models.discriminator import Discriminator
 from models.gan import GAN_LOSSES, LeCam, discriminator_loss, frozen, generator_loss, r1_penalty
 from models.interpolant import sample_generators
 from models.larp_tokenizer import LARPTokenizer
-from models.layers import set_checkpointing
+from models.layers import compile_blocks, set_checkpointing
 from models.losses import Perceptual
 from training import checkpoint, distributed
 from training.arguments import (
@@ -164,9 +164,9 @@ def main():
             args.num_workers, quarantine, args.lpips_weights,
         )
 
-    if args.compile:  # what has no draws in it; in place, so that names of weights stay as they are
-        for part in filter(None, (tokenizer.encoder, tokenizer.decoder, tokenizer.prior_model, discriminator)):
-            part.compile()
+    if args.compile:
+        compile_blocks(tokenizer)
+        compile_blocks(discriminator)
     # Frozen tables are equal everywhere, and need not be sent again. Nothing is unused, so nothing is searched for.
     model = distributed.wrap(tokenizer, device, static_graph=True)
     disc_model = distributed.wrap(discriminator, device, static_graph=False)  # it is frozen in between

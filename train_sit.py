@@ -23,7 +23,7 @@ from data.clips import (
     make_loader,
 )
 from models.interpolant import LOSS_WEIGHTS, PATHS, PREDICTIONS, Interpolant
-from models.layers import set_checkpointing
+from models.layers import compile_blocks, set_checkpointing
 from models.planes import Planes
 from models.sit import SIT_SIZES, SiT
 from training import checkpoint, distributed
@@ -188,9 +188,9 @@ def main():
                                    num_steps=args.val_sampling_steps)
             return tokenizer.render(planes)
 
-    if args.compile:  # in place, so that guidance goes through it too
-        sit.compile()
-        ema.model.compile()
+    if args.compile:
+        compile_blocks(sit)
+        compile_blocks(ema.model)
     model = distributed.wrap(sit, device, args.accum_iter == 1)
     say(f"{args.model}, {sum(p.numel() for p in sit.parameters()):,} parameters, {precision.name}; {len(numbered):,} "
         f"videos in {root}{f', {cache.views} cached windows each' if cache else ''}; {world_size} processes x "

@@ -82,8 +82,10 @@ def r1_penalty(discriminator: nn.Module, video: Tensor) -> Tensor:
     video: (B, 3, T, H, W) real clips. Returns (), differentiable.
     """
     video = video.detach().requires_grad_()
-    # Fused attention has no second derivative; squares of small gradients leave the range of half precision.
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast(video.device.type, enabled=False):
+    # Fused attention and compiled blocks have no second derivative; squares of small gradients leave the range of half
+    # precision.
+    with (torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH),
+          torch.autocast(video.device.type, enabled=False)):
         (gradient,) = torch.autograd.grad(discriminator(video).sum(), video, create_graph=True)
     return gradient.square().flatten(1).sum(1).mean()
 

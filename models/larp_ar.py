@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models import decoding
 from models.decoding import KVCache, Linear, Window, attend_one
-from models.layers import sincos_1d
+from models.layers import Blocks, sincos_1d
 from models.released import load_state, read_pretrained, read_released, strip_prefix
 
 
@@ -183,15 +182,14 @@ class LabelEmbedding(nn.Module):
 class LARPGenerator(nn.Module, PyTorchModelHubMixin):
     """LARP's generator. Keywords: those of LARPGeneratorConfig; the published sizes are in SIZES.
 
-    Attributes to set: `checkpointing` True recomputes each layer in the backward pass instead of keeping what it needs;
-    `cuda_graphs` False decodes on a GPU without them; `cache` None gives back the memory that `generate` keeps.
+    Attributes to set: `cuda_graphs` False decodes on a GPU by the modules, without fused kernels and graphs; `cache`
+    None gives back the memory that `generate` keeps.
     """
 
     def __init__(self, **options):  # not **config: the mixin reads a meaning into that name
         super().__init__()
         self.config = config = LARPGeneratorConfig(**options)
         self._hub_mixin_config = asdict(config)  # what save_pretrained writes: the defaults too
-        self.checkpointing = False
         self.cuda_graphs = True
         self.cache: KVCache | None = None
 
@@ -206,7 +204,7 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         self.tok_embeddings = nn.Embedding(config.vocab_size + config.frame_prediction, config.dim)
         self.tok_dropout = nn.Dropout(config.token_dropout_p)
         rates = torch.linspace(0, config.drop_path_rate, config.n_layer, device="cpu").tolist()
-        self.layers = nn.ModuleList(Layer(config, rate) for rate in rates)
+        self.layers = Blocks(Layer(config, rate) for rate in rates)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)
         self.initialize()
@@ -285,11 +283,7 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         codes = codes[:, : self.config.max_seq_len - 1]
         x = torch.cat([self.embed_condition(cond), self.tok_embeddings(codes)], dim=1)  # (B, cls_token_num + n, dim)
         x = self.tok_dropout(x) + self.abs_pe[:, : x.shape[1]]
-        for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
+        x = self.layers(x)
         return self.output(self.norm(x[:, self.config.cls_token_num - 1 :])).float()
 
     @torch.no_grad()

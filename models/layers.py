@@ -34,6 +34,16 @@ def set_checkpointing(model: nn.Module, enabled: bool) -> None:
             module.checkpointing = enabled
 
 
+def compile_blocks(model: nn.Module, **options) -> None:
+    """Compile every block of `model` in place, so that names of weights stay as they are. Blocks of one kind share
+    their code, so that the time this takes does not grow with depth. options: of torch.compile."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # kinds x shapes x modes
+    for module in model.modules():
+        if isinstance(module, Blocks):
+            for block in module:
+                block.compile(dynamic=False, **options)
+
+
 def sincos_1d(dim: int, positions: Tensor, base: float = 10000.0) -> Tensor:
     """Sinusoidal position table, sin half before cos half.
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.larp_ar import LARPGeneratorConfig, Layer
-from models.layers import vit_block
+from models.layers import compile_blocks, vit_block
 from models.sit import SiTBlock
 from scripts.benchmarks import cost, loader, precision, run_all, train_step
 
@@ -203,11 +203,11 @@ def test_compiled_parts_are_whole_graphs(name):
     """torch.compile may not fall back to Python anywhere in them; the backend that runs them does not matter here."""
     setting = train_step.Setting(True, 5, torch.device("cpu"), train_step.VARIANTS["bf16"])
     step = train_step.build(train_step.STEPS[name][0], setting)
-    for module in step.compiled:
-        module.compile(backend="eager", fullgraph=True)
+    for model in step.models:
+        compile_blocks(model, backend="eager", fullgraph=True)
     torch._dynamo.utils.counters.clear()
     step.run()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(step.compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(step.models)
     torch._dynamo.reset()
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.decoding import Linear, draw, sampling_probs
 from models.larp_ar import SIZES, LARPGenerator, code_loss
+from models.layers import set_checkpointing
 from models.released import WeightsError
 
 TINY = {"n_layer": 3, "n_head": 4, "dim": 64, "num_classes": 7, "vocab_size": 64, "max_seq_len": 24}
@@ -279,7 +280,8 @@ def test_dropouts_act_in_training_only():
 def test_checkpointing_keeps_gradients():
     codes, gradients = torch.randint(64, (2, 24)), []
     generator = random_generator().train()
-    for generator.checkpointing in (False, True):
+    for checkpointing in (False, True):
+        set_checkpointing(generator, checkpointing)
         torch.manual_seed(1)
         generator.zero_grad()
         code_loss(generator(codes, LABELS[:2]), codes)[0].backward()

@@ -66,7 +66,7 @@ def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> N
     speed.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
                        help="autocast; auto is bf16 on a GPU that has it, else fp32")
     speed.add_argument("--allow_tf32", action="store_true", help="let float32 matrix products use TF32")
-    speed.add_argument("--compile", action="store_true", help="torch.compile the model")
+    speed.add_argument("--compile", action="store_true", help="torch.compile the blocks of the model")
     speed.add_argument("--gradient_checkpointing", action="store_true", help="recompute blocks in the backward pass")
     speed.add_argument("-j", "--num_workers", type=int, default=num_workers, help="loader workers of each process")
     speed.add_argument("--prefetch_factor", type=int, default=2, help="micro-batches each worker prepares ahead")

@@ -17,6 +17,7 @@ from models.interpolant import (
     draw_noise,
     sample_generators,
 )
+from models.layers import compile_blocks
 from training import distributed
 from training.arguments import Parser, check_carried, word_or_none
 from training.codes import hold_last
@@ -90,7 +91,7 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
     check_class_label(args.class_label, num_classes)
     sha256, tokenizer_sha256 = weights_sha256(sit), weights_sha256(tokenizer)
     if args.compile:
-        sit.compile()
+        compile_blocks(sit)
     dtype = args.dtype or "float32"
     precision = Precision(PRECISIONS[dtype], device)
 

@@ -26,7 +26,7 @@ from models.gan import discriminator_loss, frozen, generator_loss
 from models.interpolant import Interpolant, draw_noise, sample_generators
 from models.larp_ar import SIZES, LARPGenerator, code_loss
 from models.larp_tokenizer import LARPTokenizer
-from models.layers import set_checkpointing
+from models.layers import compile_blocks, set_checkpointing
 from models.losses import Perceptual, coordtok_loss
 from models.planes import gather_patches
 from models.sit import SIT_SIZES, SiT
@@ -81,7 +81,6 @@ class Step(NamedTuple):
     run: Callable[[], None]
     flops: int  # of one sample
     models: list[nn.Module]  # that are trained
-    compiled: list[nn.Module]  # what the training script compiles of them
     optimizers: list[torch.optim.Optimizer]
 
 
@@ -107,7 +106,7 @@ def coordtok(setting: Setting, points: int, second: bool) -> Step:
         losses.sum().backward()
         update(optimizer, precision.scaler)
 
-    return Step(step, flops.coordtok_training(config, points, second), [tokenizer], [tokenizer], [optimizer])
+    return Step(step, flops.coordtok_training(config, points, second), [tokenizer], [optimizer])
 
 
 def coordtok_1(setting: Setting) -> Step:
@@ -136,7 +135,7 @@ def sit(setting: Setting) -> Step:
         update(optimizer, precision.scaler)
         ema.update(model)
 
-    return Step(step, flops.sit_training(model.config), [model], [model], [optimizer])
+    return Step(step, flops.sit_training(model.config), [model], [optimizer])
 
 
 def larp_tokenizer(setting: Setting) -> Step:
@@ -172,8 +171,7 @@ def larp_tokenizer(setting: Setting) -> Step:
         update(optimizer, precision.scaler)
 
     work = flops.larp_tokenizer_training(config, discriminator.config, d_update_freq=5)
-    compiled = [tokenizer.encoder, tokenizer.decoder, tokenizer.prior_model, discriminator]
-    return Step(step, work, [tokenizer, discriminator], compiled, [optimizer, disc_optimizer])
+    return Step(step, work, [tokenizer, discriminator], [optimizer, disc_optimizer])
 
 
 def larp_ar(setting: Setting) -> Step:
@@ -194,7 +192,7 @@ def larp_ar(setting: Setting) -> Step:
         loss.backward()
         update(optimizer, precision.scaler)
 
-    return Step(step, flops.larp_ar_training(config), [model], [model], [optimizer])
+    return Step(step, flops.larp_ar_training(config), [model], [optimizer])
 
 
 STEPS = {  # with the clips a step: on a CPU at the small size, on a GPU at the published one
@@ -213,12 +211,10 @@ def build(make: Callable[[Setting], Step], setting: Setting) -> Step:
     for optimizer in step.optimizers if not variant.fused_optimizer else []:
         for group in optimizer.param_groups:
             group["fused"] = None  # torch's default: several tensors a kernel on a GPU, one after the other on a CPU
-    for model in step.models if variant.checkpointing else []:
-        set_checkpointing(model, True)
-        if isinstance(model, LARPGenerator):
-            model.checkpointing = True
-    for module in step.compiled if variant.compiled else []:
-        module.compile()
+    for model in step.models:
+        set_checkpointing(model, variant.checkpointing)
+        if variant.compiled:
+            compile_blocks(model)
 
     def run() -> None:
         torch.set_float32_matmul_precision("high" if variant.tf32 else "highest")
