@@ -335,6 +335,7 @@ def test_fused_decoding_equals_the_modules():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("config", [{"max_seq_len": 300}, {"max_seq_len": 300, "n_kv_head": 2}, FP])
 def test_cuda_graphs_equal_eager(config):

@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.decoding import sampling_probs
 from models.larp_ar import SIZES, LARPGenerator
-from scripts.benchmarks.common import add_record, alternate, record
+from scripts.benchmarks.common import add_record, alternate, kernels, record
 
 
 @torch.no_grad()
-def plain_generate(model: LARPGenerator, cond: torch.Tensor, cfg_scale: float) -> torch.Tensor:
-    """(B,) labels -> (B, max_seq_len) codes."""
+def plain_generate(model: LARPGenerator, cond: torch.Tensor, cfg_scale: float, num_codes: int) -> torch.Tensor:
+    """(B,) labels -> (B, num_codes) codes."""
     config, device, dtype = model.config, cond.device, model.output.weight.dtype
     if cfg_scale > 1:
         cond = torch.cat([cond, torch.full_like(cond, -1)])
@@ -30,7 +30,7 @@ def plain_generate(model: LARPGenerator, cond: torch.Tensor, cfg_scale: float) -
     causal = torch.ones(config.num_positions, config.num_positions, dtype=torch.bool, device=device).tril()
     codes = []
     x = model.embed_condition(cond)
-    for i in range(config.max_seq_len):
+    for i in range(num_codes):
         position = torch.tensor([i], device=device)
         x = x + model.abs_pe[:, position]
         for layer, cache in zip(model.layers, caches):
@@ -64,6 +64,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--plain_codes", type=int, help="of the plain way, whose steps take equal time (default: all)")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a call; GPU only")
     parser.add_argument("--repeats", type=int, default=1, help="timed runs of each, in turn; the median counts")
     add_record(parser)
     args = parser.parse_args()
@@ -77,6 +79,7 @@ def main():
     limit = block.nbytes / alternate({"sum": block.sum}, 10, device)["sum"] / 1e9
     del block
     print(f"{args.model}, {args.codes} codes, {args.dtype}, {device}, {args.threads} threads; limit {limit:.0f} GB/s")
+    plain_codes = args.plain_codes or args.codes
     weights = sum(parameter.nbytes for parameter in [*model.layers.parameters(), *model.output.parameters()])
     for batch in args.batch:
         for cfg_scale in args.cfg_scale:
@@ -84,9 +87,10 @@ def main():
             rows = batch * (1 + (cfg_scale > 1))
             ways = {
                 "ours": partial(model.generate, cond, cfg_scale),
-                "plain": partial(plain_generate, model, cond, cfg_scale),
+                "plain": partial(plain_generate, model, cond, cfg_scale, plain_codes),
             }
             ours, plain = alternate(ways, args.repeats, device).values()  # the first round captures the graphs
+            plain *= args.codes / plain_codes
             config = model.config
             kept = 2 * config.n_layer * config.kv_heads * config.head_dim * rows * dtype.itemsize  # of one position
             achieved = (weights + kept * config.num_positions / 2) * args.codes / ours / 1e9
@@ -98,6 +102,8 @@ def main():
                 flush=True,
             )
             record(args.record, f"larp_ar sampling, batch {batch}", f"guidance {cfg_scale}", plain / ours)
+            if args.profile:
+                print(kernels(ways["ours"]), flush=True)
 
 
 if __name__ == "__main__":

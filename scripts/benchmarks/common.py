@@ -79,6 +79,20 @@ def mfu(work: float, seconds: float, device: torch.device, dtype: str) -> float:
     return work / seconds / (flops.peak(device_name(device), dtype) or product_rate(device, dtype))
 
 
+def kernels(run: Callable[[], None], rows: int = 20) -> str:
+    """A table of the GPU's kernels in one call of `run`, the longest in sum first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    found = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in found)
+    lines = [f"{sum(event.count for event in found):,} kernels, {total / 1e3:.1f} ms"]
+    for event in found[:rows]:
+        lines.append(f"{event.self_device_time_total / total:>7.1%}{event.self_device_time_total / 1e3:>10.2f} ms"
+                     f"{event.count:>7}  {event.key[:100]}")
+    return "\n".join(lines)
+
+
 def add_record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", metavar="FILE", help="append the ratios to this file, one JSON object a line")
 

@@ -37,16 +37,18 @@ RUNS = {
         "i3d --device cpu --num_clips 4 --batch_size 4 --repeats 1",
     ],
     "cuda": [
-        "train_step --device cuda --rounds 5",
-        "precision --device cuda",
-        "larp_tokenizer --device cuda --compile",
-        "ar_generate --device cuda --model llama-abs-LP --batch 64 --cfg_scale 1.25 --dtype bfloat16",
-        "sit --device cuda --rounds 3",
-        "ar_train --device cuda --rounds 3",
-        "sample --device cuda --rounds 1",
-        "render --device cuda",
+        "ar_generate --device cuda --model llama-abs-LP --batch 64 --cfg_scale 1.25 --dtype bfloat16 --plain_codes 32"
+        " --profile",
+        *(f"train_step --device cuda --rounds 2 --variants bf16 all --profile --steps {step}"
+          for step in ("larp_tokenizer", "larp_ar", "coordtok_1", "sit", "coordtok_2")),
         "i3d --device cuda",
-        "loader --num_videos 2 --repeats 3",
+        "sit --device cuda --rounds 1",
+        "larp_tokenizer --device cuda --compile --rounds 3",
+        "precision --device cuda",
+        "loader --num_videos 2 --repeats 1",
+        "render --device cuda",
+        "ar_train --device cuda --rounds 2",
+        "sample --device cuda --rounds 1",
     ],
 }
 FIELDS = ("date", "device", "benchmark", "variant", "ratio", "mfu", "memory_gib", "deviation")

@@ -5,11 +5,15 @@ speed brings alone.
 
 A step is forward, losses, backward and the optimisers' update, on random clips, latents or codes that are ready; LPIPS
 has random weights. "plain" is float32, eager, attention by the maths kernel, optimisers as torch has them by default;
-each variant changes one thing, "all" is how the scripts train with --compile. Plain and one variant take turns, and no
-other is in memory. FLOPs are those of flops.py; on a CPU a large product's rate stands for the peak. Memory is a GPU's.
+each variant changes one thing, "all" is how the scripts train with --compile. On a CPU plain and one variant take
+turns; on a GPU each is alone in memory. FLOPs are those of flops.py; on a CPU a large product's rate stands for the
+peak. Memory is a GPU's.
 """
 import argparse
 import contextlib
+import gc
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -39,6 +43,7 @@ from scripts.benchmarks.common import (
     add_record,
     alternate,
     device_name,
+    kernels,
     mfu,
     record,
     wait,
@@ -198,9 +203,9 @@ def larp_ar(setting: Setting) -> Step:
 STEPS = {  # with the clips a step: on a CPU at the small size, on a GPU at the published one
     "coordtok_1": (coordtok_1, 4, 16),
     "coordtok_2": (coordtok_2, 1, 4),
-    "sit": (sit, 4, 32),
+    "sit": (sit, 4, 64),
     "larp_tokenizer": (larp_tokenizer, 5, 10),
-    "larp_ar": (larp_ar, 4, 8),
+    "larp_ar": (larp_ar, 4, 16),
 }
 
 
@@ -225,40 +230,52 @@ def build(make: Callable[[Setting], Step], setting: Setting) -> Step:
     return step._replace(run=run)
 
 
-def peak_gib(step: Callable[[], None], held: int, device: torch.device) -> float | None:
-    """Of two calls, less what the GPU held before the step was built."""
+def peak_gib(step: Callable[[], None], device: torch.device) -> tuple[float | None, float]:
+    """(a GPU's peak of memory in two calls, seconds of the first, which compiles)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):  # compilation and warm-up
-        step()
+    start = time.perf_counter()
+    step()
     wait(device)
-    return (torch.cuda.max_memory_allocated() - held) / 2**30 if device.type == "cuda" else None
+    first = time.perf_counter() - start
+    step()
+    wait(device)
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None, first
 
 
-def held_by(device: torch.device) -> int:
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def benchmark(name: str, variants: list[str], small: bool, batch: int, device: torch.device, rounds: int, path: str):
+def benchmark(
+    name: str, variants: list[str], small: bool, batch: int, device: torch.device, rounds: int, path: str | None,
+    profile: bool,
+) -> None:
     make = STEPS[name][0]
-    plain = build(make, Setting(small, batch, device, VARIANTS["plain"]))
-    plain_memory = peak_gib(plain.run, 0, device)
+    plain, plain_seconds, plain_memory = build(make, Setting(small, batch, device, VARIANTS["plain"])), None, None
     parameters = sum(p.numel() for model in plain.models for p in model.parameters())
     print(f"{name}: {parameters:,} parameters, batch {batch}, {plain.flops / 1e9:.1f} GFLOP a sample", flush=True)
-    print(f"  {'variant':<16}{'samples/s':>10}{'x plain':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}")
+    print(f"  {'variant':<16}{'samples/s':>10}{'x plain':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}{'first step, s':>15}")
+    if device.type == "cuda":  # alone in memory, which it may not even fit; a GPU's times do not need turns
+        try:
+            plain_memory, _ = peak_gib(plain.run, device)
+            plain_seconds = alternate({"plain": plain.run}, rounds, device)["plain"]
+        except torch.cuda.OutOfMemoryError:
+            print("  plain does not fit this GPU's memory", flush=True)
+        del plain
+        gc.collect()
+        torch.cuda.empty_cache()
     for label in variants:
-        variant, step, memory = VARIANTS[label], plain, plain_memory  # the last variant's step is gone
-        held = held_by(device)
-        if label != "plain":
-            step = build(make, Setting(small, batch, device, variant))
-            memory = peak_gib(step.run, held, device)
-        seconds = alternate({"plain": plain.run, label: step.run}, rounds, device)
-        ratio, work = seconds["plain"] / seconds[label], batch * step.flops
+        variant = VARIANTS[label]
+        step = build(make, Setting(small, batch, device, variant))
+        memory, first = peak_gib(step.run, device)
+        ways = {label: step.run} if device.type == "cuda" else {"plain": plain.run, label: step.run}
+        seconds = {"plain": plain_seconds} | alternate(ways, rounds, device)
+        ratio, work = seconds["plain"] and seconds["plain"] / seconds[label], batch * step.flops
         dtype = "tf32" if variant.tf32 else variant.precision
         share = mfu(work, seconds[label], device, dtype)
-        print(f"  {label:<16}{batch / seconds[label]:>10.2f}{ratio:>9.2f}{work / seconds[label] / 1e12:>9.3f}"
-              f"{share:>7.1%}{'-' if memory is None else f'{memory:.2f}':>7}", flush=True)
+        print(f"  {label:<16}{batch / seconds[label]:>10.2f}{ratio or math.nan:>9.2f}"
+              f"{work / seconds[label] / 1e12:>9.3f}{share:>7.1%}{'-' if memory is None else f'{memory:.2f}':>7}"
+              f"{first:>15.1f}", flush=True)
         record(path, f"train_step {name}", label, ratio, share, memory)
+        if profile:
+            print(kernels(step.run), flush=True)
 
 
 def main():
@@ -270,6 +287,7 @@ def main():
                         help="default: all of them; on a CPU without tf32 and compiling, which takes minutes there")
     parser.add_argument("--batch", type=int, help="samples a step (default: by the step and size)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each variant, in turn with plain")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a step of each variant; GPU only")
     add_record(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -280,7 +298,7 @@ def main():
     for name in args.steps:
         batch = args.batch or STEPS[name][1 if small else 2]
         benchmark(name, args.variants or (list(VARIANTS) if on_gpu else on_cpu), small, batch, device, args.rounds,
-                  args.record)
+                  args.record, args.profile)
 
 
 if __name__ == "__main__":
