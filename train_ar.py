@@ -44,6 +44,7 @@ from training.codes import (
     held_out_keys,
 )
 from training.generation import SampleCheck
+from training.latents import prefetch
 from training.log import NonFiniteGuard, RunLog, StopSignal, say
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
 from training.tokenizers import load_larp_tokenizer, weights_sha256
@@ -188,7 +189,7 @@ def main():
         start_step=start, order="epoch",
     )
     if cache:
-        batches = batches_from_cache(cache, sampler, numbered, device)
+        batches = prefetch(batches_from_cache(cache, sampler, numbered, device), device)
     else:
         loader = make_loader(make_clips(files), sampler, args.num_workers, args.prefetch_factor, on_gpu)
         batches = batches_from_video(loader, encode, args.flip, device)

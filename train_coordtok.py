@@ -119,6 +119,8 @@ def main():
         state = None  # frees a copy of the model
     if args.compile:
         compile_blocks(tokenizer)
+        if perceptual is not None:
+            compile_blocks(perceptual)
     model = distributed.wrap(tokenizer, device, args.accum_iter == 1)
 
     def save(step: int, is_best: bool = False):

@@ -167,6 +167,8 @@ def main():
     if args.compile:
         compile_blocks(tokenizer)
         compile_blocks(discriminator)
+        if perceptual is not None:
+            compile_blocks(perceptual)
     # Frozen tables are equal everywhere, and need not be sent again. Nothing is unused, so nothing is searched for.
     model = distributed.wrap(tokenizer, device, static_graph=True)
     disc_model = distributed.wrap(discriminator, device, static_graph=False)  # it is frozen in between

@@ -29,7 +29,7 @@ from models.sit import SIT_SIZES, SiT
 from training import checkpoint, distributed
 from training.arguments import Parser, add_coordtok, add_data, add_run, one_line_errors, word_or_none
 from training.generation import SampleCheck, TrainedSiT, differences, sample_labels, sample_planes
-from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure
+from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure, prefetch
 from training.log import NonFiniteGuard, RunLog, StopSignal, say
 from training.optim import EMA, Precision, adamw, update
 from training.tokenizers import coordtok_clips, load_coordtok, weights_sha256
@@ -143,7 +143,7 @@ def main():
         start_step=start, order="epoch",
     )
     if cache:
-        batches = batches_from_cache(cache, sampler, numbered, device)
+        batches = prefetch(batches_from_cache(cache, sampler, numbered, device), device)
     else:
         loader = make_loader(make_clips(), sampler, args.num_workers, args.prefetch_factor, on_gpu)
         batches = batches_from_video(loader, encode, device)

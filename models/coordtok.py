@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from models.layers import Blocks, vit_block
+from models.layers import Blocks, TubeletEmbedding, vit_block
 from models.planes import Planes, unpatchify
 from models.released import load_state, read_released, strip_prefix
 
@@ -102,7 +102,7 @@ class VideoEncoder(nn.Module):
         dim, size = config.enc_embed_dim, (config.enc_patch_size_t, *[config.enc_patch_size_xy] * 2)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.pos_emb = nn.Parameter(torch.randn(1, math.prod(config.num_tubelets), dim))
-        self.patch_embed = patch_embedding(nn.Conv3d(3, dim, size, stride=size))
+        self.patch_embed = patch_embedding(TubeletEmbedding(3, dim, size))
         self.layers = Blocks(
             vit_block(dim, config.enc_num_heads, qkv_bias=False, eps=1e-5) for _ in range(config.enc_patch_num_layers)
         )
@@ -110,7 +110,7 @@ class VideoEncoder(nn.Module):
 
     def forward(self, video: Tensor, hidden: Tensor | None) -> Tensor:
         """video: (B, 3, T, H, W) in [-1, 1]. hidden: (B, L) bool, True where a token is not to be seen, or None."""
-        x = rearrange(self.patch_embed(video), "b d t h w -> b (t h w) d")  # (B, L, D)
+        x = self.patch_embed(video)  # (B, L, D)
         x = x + self.pos_emb[:, : x.shape[1]]  # a clip of fewer tubelets has the first positions
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + L, D)
         seen = None if hidden is None else F.pad(~hidden, (1, 0), value=True)[:, None, None]  # (B, 1, 1, 1 + L)

@@ -92,17 +92,13 @@ def _attend(
             total = total * kept + weight
             mean = mean * kept[:, None] + v * weight[:, None]
             largest = new
-        highest = tl.max(largest)
-        if split == 0:  # the token itself, whose key and value are not read back
-            own = tl.sum(query * key.to(tl.float32))
-            highest = tl.maximum(highest, own)
+        # The token itself, whose key and value are not read back, belongs to the first share.
+        own = tl.where(split == 0, tl.sum(query * key.to(tl.float32)), -1e30)
+        highest = tl.maximum(tl.max(largest), own)
         kept = tl.exp(largest - highest)
-        total_all = tl.sum(total * kept)
-        summed = tl.sum(mean * kept[:, None], axis=0)
-        if split == 0:
-            weight_own = tl.exp(own - highest)
-            total_all += weight_own
-            summed += value.to(tl.float32) * weight_own
+        own = tl.where(split == 0, tl.exp(own - highest), 0.0)
+        total_all = tl.sum(total * kept) + own
+        summed = tl.sum(mean * kept[:, None], axis=0) + value.to(tl.float32) * own
         query_head = row * heads + head * GROUP + g
         if SPLITS == 1:
             tl.store(out + query_head * HEAD + column, summed / total_all, mask=inside)

@@ -4,10 +4,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from models.layers import Blocks, sincos_3d, vit_block
+from models.layers import Blocks, TubeletEmbedding, sincos_3d, vit_block
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,7 @@ class Discriminator(nn.Module):
         table = sincos_3d(c.hidden_size, c.frame_num // c.temporal_patch_size, side, side)
         self.register_buffer("pos_embed", table[None], persistent=False)  # (1, L, D), the class token has none
         self.cls_token = nn.Parameter(torch.empty(1, 1, c.hidden_size))
-        self.x_embedder = nn.Sequential(
-            OrderedDict(proj=nn.Conv3d(c.in_channels, c.hidden_size, tubelet, stride=tubelet))
-        )
+        self.x_embedder = nn.Sequential(OrderedDict(proj=TubeletEmbedding(c.in_channels, c.hidden_size, tubelet)))
         blocks = Blocks(vit_block(c.hidden_size, c.n_heads, qkv_bias=False, eps=1e-5) for _ in range(c.n_layers))
         self.transformer_encoder = nn.Sequential(OrderedDict(blocks=blocks))
         self.norm_final = nn.LayerNorm(c.hidden_size, eps=1e-6)
@@ -61,7 +58,7 @@ class Discriminator(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """video: (B, 3, T, H, W) in [0, 1]; T may be less than the configured frames. Returns (B,) logits, high for
         real."""
-        x = rearrange(self.x_embedder(video), "b d t h w -> b (t h w) d")  # (B, L, D)
+        x = self.x_embedder(video)  # (B, L, D)
         x = x + self.pos_embed[:, : x.shape[1]]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + L, D)
         x = self.transformer_encoder(x)

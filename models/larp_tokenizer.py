@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from models.discriminator import xavier_linears
-from models.layers import Blocks, sincos_1d, sincos_3d, vit_block
+from models.layers import Blocks, TubeletEmbedding, sincos_1d, sincos_3d, vit_block
 from models.planes import unpatchify
 from models.prior import Prior, PriorConfig
 from models.quantizer import Bottleneck, BottleneckConfig, Generators, is_none
@@ -161,7 +160,7 @@ class LARPTokenizer(
         pixels = c.decoder_temporal_patch_size * c.decoder_patch_size**2 * c.in_channels
 
         # Frozen tables are buffers, and like the released ones tensors of the saved file.
-        self.x_embedder = nn.Sequential(OrderedDict(proj=nn.Conv3d(c.in_channels, dim, tubelet, stride=tubelet)))
+        self.x_embedder = nn.Sequential(OrderedDict(proj=TubeletEmbedding(c.in_channels, dim, tubelet)))
         if c.learned_encoder_patch_pe:
             self.encoder_t_embed, self.encoder_h_embed, self.encode_w_embed = axis_tables(dim, c.grid)
         else:
@@ -222,8 +221,7 @@ class LARPTokenizer(
             if c.learned_encoder_patch_pe
             else self.encoder_patch_pe
         )  # (1, L, D)
-        x = self.x_embedder(video.to(table.dtype))  # (B, D, t, h, w)
-        x = rearrange(x, "b d t h w -> b (t h w) d")  # (B, L, D)
+        x = self.x_embedder(video.to(table.dtype))  # (B, L, D)
         x = add(x + table[:, : x.shape[1]], self.encoder_patch_token_type_embed)
         queries = add(self.encoder_latent_query_embed[None], self.encoder_latent_query_token_type_embed)  # (1, N, D)
         x = torch.cat([x, queries.expand(len(x), -1, -1)], dim=1)  # (B, L + N, D)

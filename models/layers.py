@@ -2,6 +2,8 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,14 +36,31 @@ def set_checkpointing(model: nn.Module, enabled: bool) -> None:
             module.checkpointing = enabled
 
 
+class Fused(nn.Module):
+    """A module of memory-bound operations, which `compile_blocks` compiles whole."""
+
+
 def compile_blocks(model: nn.Module, **options) -> None:
-    """Compile every block of `model` in place, so that names of weights stay as they are. Blocks of one kind share
-    their code, so that the time this takes does not grow with depth. options: of torch.compile."""
+    """Compile every block and every `Fused` of `model` in place, so that names of weights stay as they are. Blocks of
+    one kind share their code, so that the time this takes does not grow with depth. options: of torch.compile."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # kinds x shapes x modes
     for module in model.modules():
-        if isinstance(module, Blocks):
-            for block in module:
-                block.compile(dynamic=False, **options)
+        for part in module if isinstance(module, Blocks) else [module] if isinstance(module, Fused) else []:
+            part.compile(dynamic=False, **options)
+
+
+class TubeletEmbedding(nn.Conv3d):
+    """A 3-D convolution whose stride is its kernel, computed as the matrix product that it is: cuDNN takes many times
+    as long for the gradient of its weights."""
+
+    def __init__(self, in_channels: int, dim: int, size: tuple[int, int, int]):
+        super().__init__(in_channels, dim, size, stride=size)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video: (B, C, T, H, W), multiples of the tubelet's size. Returns (B, L, D) in t, h, w order."""
+        t, h, w = self.kernel_size
+        tubelets = rearrange(video, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=t, q=h, r=w)
+        return F.linear(tubelets, self.weight.flatten(1), self.bias)
 
 
 def sincos_1d(dim: int, positions: Tensor, base: float = 10000.0) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, VGG16_Weights
 
 from models.coordtok import CoordTokConfig
+from models.layers import Fused
 from models.planes import assemble_frames
 from models.released import WeightsError, load_state, read_released
 
@@ -48,6 +49,7 @@ class Perceptual(nn.Module):
             names = {name: "features." + name.split(".", 1)[1] for name in self.lpips.net.state_dict()}
             state = {name: state[original] for name, original in names.items() if original in state}
             load_state(self.lpips.net, state, path)
+        self.distance = Distance(self.lpips)
         self.description = f"lpips {version('lpips')} {net}, {source}"
         # channels_last: a fifth less time on a CPU, and the layout of a GPU's fast half-precision convolutions.
         self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
@@ -57,24 +59,32 @@ class Perceptual(nn.Module):
         the loss."""
         return super().train(False)
 
-    def per_frame(self, pred: Tensor, target: Tensor, chunk: int = 32) -> Tensor:
+    def per_frame(self, pred: Tensor, target: Tensor, chunk: int = 128) -> Tensor:
         """pred, target: (B, 3, T, H, W) float in [0, 1], H and W from 32 on. chunk: frames computed at a time, which
         bounds the memory of an evaluation. Returns (B, T) float32 distances."""
         frames = (rearrange(video, "b c t h w -> (b t) c h w").split(chunk) for video in (pred, target))
-        return torch.cat([self._distance(*pair) for pair in zip(*frames)]).view(len(pred), -1)
+        return torch.cat([self.distance(*pair) for pair in zip(*frames)]).view(len(pred), -1)
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """pred, target: (B, 3, T, H, W) float in [0, 1]. Returns (B,) float32, the mean over frames."""
         return self.per_frame(pred, target).mean(dim=1)
 
-    def _distance(self, pred: Tensor, target: Tensor) -> Tensor:
-        """(N, 3, H, W) twice -> (N,). The backbone follows the caller's autocast; the distances are float32, since
-        squared differences of unit features vanish in float16."""
-        layers = zip(*(self.lpips.net(self.lpips.scaling_layer(2 * x - 1)) for x in (pred, target)), strict=True)
+
+class Distance(Fused):
+    """LPIPS of frames, by the `lpips` package's network."""
+
+    def __init__(self, network: lpips.LPIPS):
+        super().__init__()
+        self.net, self.scaling_layer, self.lins = network.net, network.scaling_layer, network.lins
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """(N, 3, H, W) in [0, 1] twice -> (N,). The backbone follows the caller's autocast; the distances are float32,
+        since squared differences of unit features vanish in float16."""
+        layers = list(zip(*(self.net(self.scaling_layer(2 * x - 1)) for x in (pred, target))))
         with torch.autocast(pred.device.type, enabled=False):
             # F.normalize and not lpips.normalize_tensor, whose gradient is NaN where all features of a pixel are 0.
             units = [[F.normalize(x.float(), dim=1, eps=1e-10) for x in pair] for pair in layers]
-            return sum(lin((a - b).square()).mean(dim=(1, 2, 3)) for lin, (a, b) in zip(self.lpips.lins, units))
+            return sum(lin((a - b).square()).mean(dim=(1, 2, 3)) for lin, (a, b) in zip(self.lins, units))
 
 
 BACKBONES = {"vgg": VGG16_Weights.IMAGENET1K_V1, "alex": AlexNet_Weights.IMAGENET1K_V1}

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.layers import Blocks
-from models.quantizer import Generators, is_none, sample_codes, uniform
+from models.layers import Blocks, Fused
+from models.quantizer import Generators, GumbelMax, is_none, uniform
 
 PRIOR_SIZES = {  # layers, width, heads; parameters at 16 code dimensions
     "gptc-tiny": (2, 64, 4),  # 0.1M; not one of the paper's: for trials on a CPU
@@ -91,6 +91,17 @@ class GPTBlock(nn.Module):
         return x + self.mlp(self.ln2(x))
 
 
+class CodeScores(Fused):
+    """How well the true codes are predicted."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """logits: (B, N, K) float32. target: (B, N) long. Returns the cross-entropy () and the rank (B, N) long of each
+        true code: how many are thought likelier."""
+        truth = logits.detach().gather(-1, target[..., None])
+        rank = (logits.detach() > truth).sum(-1)
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten()), rank
+
+
 class Prior(nn.Module):
     def __init__(self, config: PriorConfig, code_dim: int, num_tokens: int):
         super().__init__()
@@ -103,6 +114,7 @@ class Prior(nn.Module):
         self.blocks = Blocks(GPTBlock(dim, num_heads, dropout) for _ in range(num_layers))
         self.ln_f = nn.LayerNorm(dim, eps=1e-5)
         self.head = nn.Linear(dim, code_dim)
+        self.score, self.draw = CodeScores(), GumbelMax()
         self.initialize()
 
     def initialize(self) -> None:
@@ -144,14 +156,14 @@ class Prior(nn.Module):
                 # In float32, as the quantiser: rounded to half precision, many of the codes would tie.
                 with torch.autocast(inputs.device.type, enabled=False):
                     logits = predictions.float() @ codebook.T / c.latent_ce_temperature  # (B, N-1, K)
-                losses.append(F.cross_entropy(logits.flatten(0, 1), target.flatten()))
+                loss, rank = self.score(logits, target)
+                losses.append(loss)
             if i == 0:
-                truth = logits.detach().gather(-1, target[..., None])
-                rank = (logits.detach() > truth).sum(-1)  # (B, N-1), codes thought likelier than the true one
                 logs = {"prior_first_round": losses[0].detach()}
                 logs |= {f"prior_top{k}": (rank < k).float().mean() for k in (1, 5)}
             if not last:
-                sampled = sample_codes(logits.detach()[:, :-1], generator)  # (B, N-2), of codes 2 to N-1
+                logits = logits.detach()[:, :-1]
+                sampled = self.draw(logits, uniform(logits.shape, logits.device, generator))  # (B, N-2), codes 2 to N-1
                 replace = uniform(sampled.shape, sampled.device, generator) < ratio
                 mixed = torch.where(replace[..., None], F.embedding(sampled, codebook), vectors[:, 1:-1])
                 inputs = torch.cat([vectors[:, :1], mixed], dim=1)  # (B, N-1, d)

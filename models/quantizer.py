@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers import Fused
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -104,13 +106,13 @@ def uniform(shape: Sequence[int], device: torch.device, generator: Generators = 
     return torch.rand(shape, generator=generator, device=device)
 
 
-def sample_codes(logits: Tensor, generator: Generators = None) -> Tensor:
-    """Draw from softmax(logits) by the Gumbel-max trick; torch.multinomial would wait for the GPU to check its input.
+class GumbelMax(Fused):
+    """Draws from softmax(logits): the largest logit with Gumbel noise. torch.multinomial would wait for the GPU to
+    check its input."""
 
-    logits: (B, N, K) float32. Returns (B, N) long.
-    """
-    noise = uniform(logits.shape, logits.device, generator)
-    return (logits - (-noise.log()).log()).argmax(-1)
+    def forward(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """logits: (B, N, K) float32. noise: (B, N, K) float32, of `uniform`. Returns (B, N) long."""
+        return (logits - (-noise.log()).log()).argmax(-1)
 
 
 class VectorQuantizer(nn.Module):
@@ -119,6 +121,7 @@ class VectorQuantizer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.codebook_size, dim)
         nn.init.kaiming_uniform_(self.embedding.weight)
+        self.draw = GumbelMax()
         if config.stochastic and config.stochastic_temperature < 0:
             self.stochastic_temperature_inv = nn.Parameter(torch.tensor(-1 / config.stochastic_temperature))
 
@@ -148,7 +151,10 @@ class VectorQuantizer(nn.Module):
             # Of unit vectors the nearest is that of the largest cosine, so one argmax serves both.
             draw = c.stochastic and not deterministic
             logits = similarity * self._sharpness(temperature) if draw else similarity
-            codes = sample_codes(logits.detach(), generator) if draw else similarity.argmax(-1)  # (B, N)
+            if draw:
+                codes = self.draw(logits.detach(), uniform(logits.shape, logits.device, generator))  # (B, N)
+            else:
+                codes = similarity.argmax(-1)
             code = F.embedding(codes, codebook)  # (B, N, d)
 
             terms = {"commitment": F.mse_loss(z, code.detach()), "codebook": F.mse_loss(code, z.detach())}

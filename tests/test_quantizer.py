@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.quantizer import Bottleneck, BottleneckArgs, RegularizerConfig, VectorQuantizer, VQArgs, sample_codes
+from models.quantizer import Bottleneck, BottleneckArgs, GumbelMax, RegularizerConfig, VectorQuantizer, VQArgs, uniform
 
 NEAREST = {"stochastic": False, "l2_normalized": False}
 
@@ -58,7 +58,8 @@ def test_each_loss_term_trains_its_own_side(term):
 
 def test_draws_follow_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    codes = sample_codes(logits.expand(1, 40_000, 4), torch.Generator().manual_seed(0))
+    noise = uniform((1, 40_000, 4), logits.device, torch.Generator().manual_seed(0))
+    codes = GumbelMax()(logits, noise)
     share = torch.bincount(codes.flatten(), minlength=4) / codes.numel()
     assert (share - logits.softmax(-1)).abs().max() < 0.01  # four standard deviations
 

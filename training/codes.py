@@ -13,7 +13,7 @@ from data.clips import ClipDataset, ClipKey, GlobalBatchSampler, VideoFile, clas
 from data.video import to_video
 from models.larp_tokenizer import LARPTokenizer, LARPTokenizerConfig
 from training import distributed
-from training.latents import WindowCache
+from training.latents import WindowCache, to_device
 
 Encode = Callable[[Tensor], Tensor]  # video (B, 3, T, H, W) in [0, 1] -> (B, kinds, N) long, see `encode_video`
 # score(codes, cond, drop) -> the mean loss of the batch, and {"loss", "accuracy"}; cond and drop as in CodeBatch.
@@ -104,8 +104,8 @@ def batches_from_cache(
         rows, videos = cache.draw(keys, files, sampler.seed)
         positions, codes = [key.position for key in keys], cache.read(rows)
         flips = draw_flips(sampler.seed, positions).long() if cache.flip else torch.zeros(len(rows), dtype=torch.long)
-        codes = codes[torch.arange(len(rows)), flips].to(device, non_blocking=True)
-        labels = torch.tensor([video.label for video in videos]).to(device, non_blocking=True)
+        codes = to_device(codes[torch.arange(len(rows)), flips], device)
+        labels = to_device(torch.tensor([video.label for video in videos]), device)
         yield make_batch(codes, labels, positions, [video.path for video in videos])
 
 

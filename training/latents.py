@@ -4,7 +4,9 @@ WindowCache, what a frozen tokenizer makes of a few windows of every video, serv
 """
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,6 +133,23 @@ class WindowCache:
         return chosen * self.views + np.array(views), [self.clips.files[file] for file in chosen]
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` that the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def prefetch(batches: Iterator, device: torch.device) -> Iterator:
+    """On a GPU, read each batch on a thread while the one before it is computed."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(next, batches, None)
+        while (batch := ahead.result()) is not None:
+            ahead = pool.submit(next, batches, None)
+            yield batch
+
+
 class LatentCache(WindowCache):
     """A WindowCache of planes, float32; rows that cannot be decoded are NaN."""
 
@@ -163,7 +182,7 @@ def batches_from_cache(
         rows, videos = cache.draw(keys, files, sampler.seed)
         planes, labels = cache.read(rows), torch.tensor([video.label for video in videos])
         paths = [video.path for video in videos]
-        yield planes.map(lambda plane: plane.to(device, non_blocking=True)), labels.to(device), paths
+        yield planes.map(partial(to_device, device=device)), to_device(labels, device), paths
 
 
 def batches_from_video(loader, encode: Encode, device: torch.device) -> Iterator[tuple[Planes, Tensor, list[str]]]:

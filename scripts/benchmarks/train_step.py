@@ -5,9 +5,9 @@ speed brings alone.
 
 A step is forward, losses, backward and the optimisers' update, on random clips, latents or codes that are ready; LPIPS
 has random weights. "plain" is float32, eager, attention by the maths kernel, optimisers as torch has them by default;
-each variant changes one thing, "all" is how the scripts train with --compile. On a CPU plain and one variant take
-turns; on a GPU each is alone in memory. FLOPs are those of flops.py; on a CPU a large product's rate stands for the
-peak. Memory is a GPU's.
+each variant changes one thing, "eager" is how the scripts train in bf16, "all" how with --compile. On a CPU plain and
+one variant take turns; on a GPU each is alone in memory. FLOPs are those of flops.py; on a CPU a large product's rate
+stands for the peak. Memory is a GPU's.
 """
 import argparse
 import contextlib
@@ -63,6 +63,7 @@ class Variant:
 
 VARIANTS = {
     "plain": Variant(),
+    "eager": Variant("bf16", fused_attention=True, fused_optimizer=True),
     "tf32": Variant(tf32=True),
     "bf16": Variant(precision="bf16"),
     "fused attention": Variant(fused_attention=True),
@@ -85,7 +86,7 @@ class Setting(NamedTuple):
 class Step(NamedTuple):
     run: Callable[[], None]
     flops: int  # of one sample
-    models: list[nn.Module]  # that are trained
+    models: list[nn.Module]  # what the training script compiles
     optimizers: list[torch.optim.Optimizer]
 
 
@@ -111,7 +112,8 @@ def coordtok(setting: Setting, points: int, second: bool) -> Step:
         losses.sum().backward()
         update(optimizer, precision.scaler)
 
-    return Step(step, flops.coordtok_training(config, points, second), [tokenizer], [optimizer])
+    models = [tokenizer, *filter(None, [perceptual])]
+    return Step(step, flops.coordtok_training(config, points, second), models, [optimizer])
 
 
 def coordtok_1(setting: Setting) -> Step:
@@ -176,7 +178,7 @@ def larp_tokenizer(setting: Setting) -> Step:
         update(optimizer, precision.scaler)
 
     work = flops.larp_tokenizer_training(config, discriminator.config, d_update_freq=5)
-    return Step(step, work, [tokenizer, discriminator], [optimizer, disc_optimizer])
+    return Step(step, work, [tokenizer, discriminator, perceptual], [optimizer, disc_optimizer])
 
 
 def larp_ar(setting: Setting) -> Step:
@@ -201,10 +203,10 @@ def larp_ar(setting: Setting) -> Step:
 
 
 STEPS = {  # with the clips a step: on a CPU at the small size, on a GPU at the published one
-    "coordtok_1": (coordtok_1, 4, 16),
+    "coordtok_1": (coordtok_1, 4, 32),
     "coordtok_2": (coordtok_2, 1, 4),
     "sit": (sit, 4, 64),
-    "larp_tokenizer": (larp_tokenizer, 5, 10),
+    "larp_tokenizer": (larp_tokenizer, 5, 20),
     "larp_ar": (larp_ar, 4, 16),
 }
 
@@ -249,7 +251,7 @@ def benchmark(
 ) -> None:
     make = STEPS[name][0]
     plain, plain_seconds, plain_memory = build(make, Setting(small, batch, device, VARIANTS["plain"])), None, None
-    parameters = sum(p.numel() for model in plain.models for p in model.parameters())
+    parameters = sum(p.numel() for model in plain.models for p in model.parameters() if p.requires_grad)
     print(f"{name}: {parameters:,} parameters, batch {batch}, {plain.flops / 1e9:.1f} GFLOP a sample", flush=True)
     print(f"  {'variant':<16}{'samples/s':>10}{'x plain':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}{'first step, s':>15}")
     if device.type == "cuda":  # alone in memory, which it may not even fit; a GPU's times do not need turns
@@ -275,7 +277,7 @@ def benchmark(
               f"{first:>15.1f}", flush=True)
         record(path, f"train_step {name}", label, ratio, share, memory)
         if profile:
-            print(kernels(step.run), flush=True)
+            print(kernels(step.run, 45), flush=True)
 
 
 def main():
