@@ -39,8 +39,8 @@ RUNS = {
     "cuda": [
         "ar_generate --device cuda --model llama-abs-LP --batch 64 --cfg_scale 1.25 --dtype bfloat16 --plain_codes 32"
         " --profile",
-        *(f"train_step --device cuda --rounds 2 --variants eager all --profile --steps {step}"
-          for step in ("larp_tokenizer", "larp_ar", "coordtok_1", "sit", "coordtok_2")),
+        *(f"train_step --device cuda --rounds 2 --variants all --profile --steps {step}"
+          for step in ("larp_tokenizer", "coordtok_1", "larp_ar", "sit", "coordtok_2")),
         "i3d --device cuda",
         "sit --device cuda --rounds 1",
         "larp_tokenizer --device cuda --compile --rounds 3",
