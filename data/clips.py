@@ -22,13 +22,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.cache import ClipCache
+from data.metadata import VIDEO_SUFFIXES, walk_videos
 from data.points import random_frames, random_patches
 from data.shipping import ship
 from data.video import NULL, TIMEOUT, FrameError, VideoError, read_chosen, resize_crop, resize_crop_8bit
 
 REPOSITORY = Path(__file__).parents[1]
 METADATA = REPOSITORY / "data" / "metadata"
-SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif")
 UCF_NAME = re.compile(r"v_(\w+)_g\d+_c\d+")
 
 MAX_ATTEMPTS = 100  # clips tried in place of a damaged one before a data set of damaged videos is given up
@@ -44,17 +44,17 @@ class VideoFile(NamedTuple):
 
 
 def list_folder(root: str | Path) -> list[VideoFile]:
-    """The videos in ROOT and ROOT/CLASS, sorted by path.
+    """The videos in ROOT and ROOT/CLASS, sorted by path; hidden files and folders are left out (`walk_videos`).
 
-    Classes are numbered in byte order. A UCF-101 name (v_CLASS_gGG_cCC) says its class itself: folder HandstandPushups
-    holds v_HandStandPushups files. Other videos take their folder's, and those directly in ROOT have none (-1).
+    Classes are those that have videos, numbered in byte order. A UCF-101 name (v_CLASS_gGG_cCC) says its class itself:
+    folder HandstandPushups holds v_HandStandPushups files. Other videos take their folder's, and those directly in ROOT
+    have none (-1).
     """
     root = Path(root)
-    found = itertools.chain(root.glob("*"), root.glob("*/*"))
-    paths = sorted(str(path) for path in found if path.suffix.lower() in SUFFIXES)
+    paths = sorted(map(str, walk_videos(root, depth=2))) if root.is_dir() else []
     if not paths:
         raise FileNotFoundError(f"no videos under {root.absolute()}: looked there and in its class folders for "
-                                f"{', '.join(SUFFIXES)} files (--data_root, --video_name)")
+                                f"{', '.join(VIDEO_SUFFIXES)} files (--data_root, --video_name)")
     names = [_class_name(Path(path), root) for path in paths]
     labels = {name: label for label, name in enumerate(sorted(set(names) - {None}))}
     return [VideoFile(path, labels.get(name, -1)) for path, name in zip(paths, names)]

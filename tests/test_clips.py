@@ -26,6 +26,7 @@ from data.clips import (
     num_starts,
     window_frames,
 )
+from data.metadata import find_videos
 from data.video import VideoError, write_video
 
 LENGTHS = (20, 9, 14)
@@ -81,6 +82,21 @@ def test_other_folders(tmp_path, folder):
     (tmp_path / "c").mkdir()
     with pytest.raises(FileNotFoundError, match="no videos under .*looked there"):
         list_folder(tmp_path / "c")
+
+
+def test_hidden_and_partial_files_are_neither_videos_nor_classes(tmp_path):
+    """As notebooks, macOS, downloaders and killed writers leave them; class folders without videos do not count."""
+    for name in (".ipynb_checkpoints/x-checkpoint.mp4", "__MACOSX/._x.mp4", "a/._x.mp4", "a/x.mp4", "b/y.avi",
+                 "b/.000000.part.mp4", "b/z.part.mp4", "b/z.mp4.part", "aa/notes.txt", ".b/q.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "ab").mkdir()
+    paths = [tmp_path / "a/x.mp4", tmp_path / "b/y.avi"]
+    assert list_folder(tmp_path) == [VideoFile(str(path), label) for label, path in enumerate(paths)]
+    assert find_videos(tmp_path) == paths
+    (tmp_path / "b" / "deep").mkdir()
+    (tmp_path / "b" / "deep" / "w.mp4").touch()
+    assert len(list_folder(tmp_path)) == 2 and len(find_videos(tmp_path)) == 3
 
 
 def write_csv(path: Path, rows: list[tuple]) -> str:
