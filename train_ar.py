@@ -20,7 +20,6 @@ from torch import Tensor
 from data.clips import (
     ClipDataset,
     GlobalBatchSampler,
-    Quarantine,
     check_shares,
     class_names,
     list_csv,
@@ -43,7 +42,7 @@ from training.codes import (
     held_out_keys,
 )
 from training.generation import SampleCheck
-from training.log import NonFiniteGuard, RunLog, StopSignal, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, open_quarantine, say
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
 from training.tokenizers import load_larp_tokenizer, weights_sha256
 from training.validation import validation_source
@@ -158,7 +157,7 @@ def main():
     names = class_names(files) if class_cond else []
     if class_cond:
         check_labels(files, config.num_classes, source)
-    quarantine = Quarantine(folder / "quarantine.txt")
+    quarantine = open_quarantine(folder, args.decode_timeout)
     on_gpu = device.type == "cuda"
     resize = args.resize if args.resize != "auto" else "device" if on_gpu else "worker"
     make_clips = partial(ClipDataset, num_frames=clip_config.frame_num, size=clip_config.input_size, rule="larp",

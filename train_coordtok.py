@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.clips import ClipDataset, GlobalBatchSampler, Quarantine, list_folder, make_loader
+from data.clips import ClipDataset, GlobalBatchSampler, list_folder, make_loader
 from models.coordtok import CoordTok
 from models.layers import set_checkpointing
 from models.losses import Perceptual, coordtok_loss
@@ -19,7 +19,7 @@ from models.planes import gather_patches
 from training import checkpoint, distributed
 from training.arguments import Parser, add_clip_cache, add_coordtok, add_data, add_run, coordtok_config, one_line_errors
 from training.clip_cache import clip_cache
-from training.log import NonFiniteGuard, RunLog, StopSignal, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, open_quarantine, say
 from training.optim import Precision, adamw, update
 from training.tokenizers import coordtok_clips, load_coordtok
 from training.validation import Validation, validation_source
@@ -83,7 +83,7 @@ def main():
     size, patch_t, patch = config.video_shape[1], config.dec_patch_size_t, config.dec_patch_size_xy
     root = Path(args.data_root) / args.video_name
     files = list_folder(root)
-    quarantine = Quarantine(folder / "quarantine.txt")
+    quarantine = open_quarantine(folder, args.decode_timeout)
     resize = args.resize if args.resize != "auto" else "device" if device.type == "cuda" else "worker"
     points = ("frames" if args.is_second_step else "patches", args.point_per_vid, config.grid, patch_t)
     cache = clip_cache(

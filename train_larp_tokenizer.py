@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.clips import ClipDataset, GlobalBatchSampler, Quarantine, list_csv, list_folder, make_loader
+from data.clips import ClipDataset, GlobalBatchSampler, list_csv, list_folder, make_loader
 from data.video import to_video
 from models.discriminator import Discriminator
 from models.gan import GAN_LOSSES, LeCam, discriminator_loss, frozen, generator_loss, r1_penalty
@@ -33,7 +33,7 @@ from training.arguments import (
 )
 from training.clip_cache import clip_cache
 from training.codes import flip_half
-from training.log import NonFiniteGuard, RunLog, StopSignal, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, open_quarantine, say
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.validation import CodeStats, Validation, validation_source
 
@@ -139,7 +139,7 @@ def main():
 
     # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
     files = list_folder(Path(args.data_root) / args.video_name) if args.video_name else list_csv(args.csv_file)
-    quarantine = Quarantine(folder / "quarantine.txt")
+    quarantine = open_quarantine(folder, args.decode_timeout)
     on_gpu = device.type == "cuda"
     resize = args.resize if args.resize != "auto" else "device" if on_gpu else "worker"
     cache = clip_cache(

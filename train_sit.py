@@ -16,7 +16,6 @@ from data.clips import (
     ClipDataset,
     ClipKey,
     GlobalBatchSampler,
-    Quarantine,
     check_shares,
     class_names,
     list_folder,
@@ -30,7 +29,7 @@ from training import checkpoint, distributed
 from training.arguments import Parser, add_coordtok, add_data, add_run, one_line_errors, word_or_none
 from training.generation import SampleCheck, TrainedSiT, differences, sample_labels, sample_planes
 from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure
-from training.log import NonFiniteGuard, RunLog, StopSignal, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, open_quarantine, say
 from training.optim import EMA, Precision, adamw, update
 from training.tokenizers import coordtok_clips, load_coordtok, weights_sha256
 from training.validation import spread
@@ -118,7 +117,7 @@ def main():
     if args.num_classes not in (1, len(names)):
         raise ValueError(f"--num_classes is {args.num_classes}, but {root} has {len(names)} classes: give that, or 1 "
                          "for a model without classes")
-    quarantine = Quarantine(folder / "quarantine.txt")
+    quarantine = open_quarantine(folder, args.decode_timeout)
     on_gpu = device.type == "cuda"
     resize = args.resize if args.resize != "auto" else "device" if on_gpu else "worker"
     make_clips = partial(ClipDataset, files, config.video_shape[0], config.video_shape[1], "coordtok", seed=args.seed,

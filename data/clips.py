@@ -14,6 +14,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.cache import ClipCache
+from data.files import write_whole
 from data.metadata import VIDEO_SUFFIXES, walk_videos
 from data.points import random_frames, random_patches
 from data.shipping import ship
-from data.video import NULL, TIMEOUT, FrameError, VideoError, read_chosen, resize_crop, resize_crop_8bit
+from data.video import NULL, TIMEOUT, FrameError, VideoError, probe, read_chosen, resize_crop, resize_crop_8bit
 
 REPOSITORY = Path(__file__).parents[1]
 METADATA = REPOSITORY / "data" / "metadata"
@@ -139,6 +141,26 @@ class Quarantine:
                 self._reasons = dict(line.partition("\t")[::2] for line in self.path.read_text().splitlines())
         return self._reasons
 
+    def review(self, timeout: float = TIMEOUT) -> None:
+        """Look again at the videos not to be opened, whose files may have been mended: those that open now are taken
+        off. For one process, before others use the list. Raises StorageError."""
+
+        def opens(video: str) -> bool:
+            try:
+                probe(video, timeout)
+            except VideoError:
+                return False
+            return True
+
+        shunned = [video for video in self.read() if video in self]
+        with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
+            mended = {video for video, good in zip(shunned, pool.map(opens, shunned)) if good}
+        if mended:
+            log.warning("%d of %d videos in %s can be read again", len(mended), len(shunned), self.path)
+            with write_whole(self.path, "w") as file:
+                file.write("".join(f"{video}\t{reason}\n" for video, reason in self.read().items()
+                                   if video not in mended))
+
     def add(self, video: str, reason: str) -> None:
         """Names the video in the log and the list, unless one of the processes has done so before (or found it less
         damaged than now)."""
@@ -232,7 +254,7 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, key: ClipKey) -> dict:
         """frames (T, h, w, 3), n_frames (how many are real), label, path, start, position, and with points index
-        (N, 3) int64; or path, position and error."""
+        (N, 3) int64; or path, position and error. Raises StorageError, and VideoError where no video is left."""
         key = ClipKey(*key)
         for attempt in itertools.count():
             # Each attempt has a stream of its own, so that the outcome is the same whether a damaged video was opened

@@ -27,7 +27,9 @@ from data.clips import (
     window_frames,
 )
 from data.metadata import find_videos
-from data.video import VideoError, write_video
+from data.video import StorageError, VideoError, write_video
+from eval import reconstruction
+from training.clip_cache import WholeVideos, files_sha256
 
 LENGTHS = (20, 9, 14)
 
@@ -256,6 +258,39 @@ def test_nothing_left_is_an_error(damaged, tmp_path):
     data = dataset(damaged, quarantine=Quarantine(tmp_path / "bad.txt"))
     with pytest.raises(VideoError, match=f"no readable video left of 5 under {damaged} .see {tmp_path}/bad.txt"):
         data[ClipKey(0)]
+
+
+def test_a_disk_that_is_away_quarantines_nothing(folder, tmp_path, monkeypatch):
+    """Nor does it where evaluation looks for lengths, or a cache is filled."""
+    monkeypatch.setattr("data.video.PATIENCE", 0)
+    root, away = tmp_path / "root" / "a", tmp_path / "away"
+    shutil.copytree(folder, root)
+    quarantine = Quarantine(tmp_path / "bad.txt")
+    data = dataset(root, quarantine=quarantine)
+    expected = data[ClipKey(0)]
+    root.rename(away)
+    whole = WholeVideos(data.files, 16, "coordtok", quarantine, 60)
+    for read in (lambda: data[ClipKey(0)], lambda: reconstruction.length(data.files[0], quarantine), lambda: whole[0],
+                 lambda: files_sha256(data.files), lambda: next(iter(make_loader(data, [[ClipKey(0)]], 1)))):
+        with pytest.raises(StorageError, match="[012].mp4 cannot be read: No such file or directory"):
+            read()
+    assert len(quarantine) == 0
+    away.rename(root)
+    assert equal(data[ClipKey(0)], expected)
+
+
+def test_quarantined_videos_are_looked_at_again(folder, damaged, tmp_path):
+    """By a run that goes on: a file may have been written anew since."""
+    quarantine = Quarantine(tmp_path / "bad.txt")
+    data = dataset(damaged, quarantine=quarantine)
+    for index in (3, 4):
+        data[ClipKey(0, index)]
+    quarantine.add(data.files[0].path, "in part: frame 9")
+    shutil.copy(folder / "1.mp4", data.files[3].path)
+    again = Quarantine(tmp_path / "bad.txt")
+    again.review()
+    assert [Path(path).name for path in Quarantine(tmp_path / "bad.txt").read()] == ["b.avi", "0.mp4"]
+    assert dataset(damaged, quarantine=again)[ClipKey(0, 3)]["path"] == data.files[3].path
 
 
 def report_damage(path: str) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data.cache import ClipCache
 from data.clips import Quarantine, VideoFile, init_worker
-from data.video import NULL, VideoError, read_chosen, resize_crop_8bit
+from data.video import NULL, VideoError, file_size, read_chosen, resize_crop_8bit
 from eval.protocols import manifest_sha256
 from training import distributed
 from training.log import say
@@ -72,7 +72,14 @@ def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
 
 def files_sha256(files: Sequence[VideoFile]) -> str:
     """SHA-256 of the videos' paths, relative to the folder they share, and sizes in bytes (0 for a random clip, which
-    has no file): what caches of them are found by."""
+    has no file, and a missing one): what caches of them are found by."""
     root = os.path.commonpath([os.path.dirname(file.path) for file in files])
-    sizes = (0 if file.path.startswith(NULL) else os.path.getsize(file.path) for file in files)
+
+    def size(path: str) -> int:
+        try:
+            return 0 if path.startswith(NULL) else file_size(path)
+        except VideoError:
+            return 0
+
+    sizes = (size(file.path) for file in files)
     return manifest_sha256([f"{file.path} {size}" for file, size in zip(files, sizes)], root)

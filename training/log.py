@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.clips import Quarantine
 from eval.protocols import git_revision
 from training import distributed
 
@@ -22,6 +23,15 @@ def say(*words) -> None:
     if distributed.is_main():
         tqdm.write(" ".join(map(str, words)), file=sys.stdout)
         sys.stdout.flush()
+
+
+def open_quarantine(folder: Path, timeout: float) -> Quarantine:
+    """The list of damaged videos in a run's folder, on every process; those of an earlier run are looked at again."""
+    quarantine = Quarantine(folder / "quarantine.txt")
+    if distributed.is_main():
+        quarantine.review(timeout)
+    distributed.barrier()
+    return quarantine
 
 
 class RunLog:
