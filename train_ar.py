@@ -246,7 +246,7 @@ def main():
         means = 0
         for micro in range(args.accum_iter):
             waiting = time.perf_counter()
-            batch = next(batches)
+            batch = stop.next(batches, step, save)
             log.waited(time.perf_counter() - waiting)
             # Whether a clip's label is hidden depends on its position in the run alone, not on how clips are shared.
             drop = draw_drops(args.seed, batch.positions, config.class_dropout_prob).to(device, non_blocking=True)
@@ -287,8 +287,8 @@ def main():
         if is_best or stopping or step % save_steps == 0 or step == num_iters:
             save(step, is_best)
         if stopping:
-            say(f"SIGTERM: saved step {step}; go on with --resume auto")
-            break
+            log.close()
+            stop.leave(step)
     log.close()
     if len(quarantine):
         say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")

@@ -143,7 +143,7 @@ def main():
         means = 0
         for micro in range(args.accum_iter):
             waiting = time.perf_counter()
-            batch = next(batches)
+            batch = stop.next(batches, step, save)
             log.waited(time.perf_counter() - waiting)
             video, n_frames = coordtok_clips(batch, config, device)
             index = batch["index"].to(device, non_blocking=True)
@@ -175,8 +175,8 @@ def main():
         if is_best or stopping or step % args.steps_til_save == 0 or step == args.num_iters:
             save(step, is_best)
         if stopping:
-            say(f"SIGTERM: saved step {step}; go on with --resume auto")
-            break
+            log.close()
+            stop.leave(step)
     log.close()
     if len(quarantine):
         say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")

@@ -215,7 +215,7 @@ def main():
         adversarial = args.disc_weight > 0 and done >= args.disc_start * epoch_steps
 
         waiting = time.perf_counter()
-        batch = next(batches)
+        batch = stop.next(batches, step, save)
         log.waited(time.perf_counter() - waiting)
         video, positions = to_video(batch["frames"], config.input_size, "larp", device), batch["position"].tolist()
         # What is drawn for a clip depends on its position in the run alone, and not on how clips are shared.
@@ -282,8 +282,8 @@ def main():
         if is_best or stopping or step % save_steps == 0 or step == num_iters:
             save(step, is_best)
         if stopping:
-            say(f"SIGTERM: saved step {step}; go on with --resume auto")
-            break
+            log.close()
+            stop.leave(step)
     log.close()
     if len(quarantine):
         say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")

@@ -206,7 +206,7 @@ def main():
         means = 0
         for micro in range(args.accum_iter):
             waiting = time.perf_counter()
-            planes, y, paths = next(batches)
+            planes, y, paths = stop.next(batches, step, save)
             log.waited(time.perf_counter() - waiting)
             first = (rank * args.accum_iter + micro) * micro_size
             rows = slice(first, first + micro_size)
@@ -237,8 +237,8 @@ def main():
         if stopping or step % args.ckpt_every == 0 or step == num_iters:
             save(step)
         if stopping:
-            say(f"SIGTERM: saved step {step}; go on with --resume auto")
-            break
+            log.close()
+            stop.leave(step)
     log.close()
     say(f"checkpoints: {folder / 'checkpoints'}")
 

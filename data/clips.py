@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import re
+import resource
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -321,7 +322,11 @@ def collate(samples: list[dict]) -> dict:
     if good and "index" in good[0]:
         batch["index"] = torch.stack([sample["index"] for sample in good])
     batch["skipped"] = [(sample["path"], sample["error"]) for sample in samples if "error" in sample]
-    alike = len({clip.shape for clip in frames}) == 1
+    return deliver(batch, frames, alike=len({clip.shape for clip in frames}) == 1)
+
+
+def deliver(batch: dict, frames: list[torch.Tensor], alike: bool) -> dict:
+    """The batch with its frames, stacked where they are `alike` in shape; from a worker through shared memory."""
     if get_worker_info() and hasattr(os, "memfd_create"):  # Linux has it
         return ship(batch, frames, alike)
     return {**batch, "frames": torch.stack(frames) if alike else frames}
@@ -378,10 +383,45 @@ class GlobalBatchSampler(Sampler):
                     yield [ClipKey(step * self.global_batch + slot) for slot in slots]
 
 
+class Loader(DataLoader):
+    """A DataLoader whose failures are an OSError of one line. Its workers start when it is first iterated over."""
+
+    def __iter__(self) -> Iterator:
+        raise_file_limit()
+        batches = reason = None
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            reason = error.strerror
+        if batches is None:  # raised here, as the error would keep torch's half-made iterator, which complains at exit
+            raise OSError(f"{self.num_workers} loader workers cannot start: {reason}: lower --num_workers, or look at "
+                          "`df /dev/shm`, `ulimit -n`, `ulimit -u` and the memory")
+
+        def in_one_line() -> Iterator:
+            try:
+                yield from batches
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                raise ChildProcessError(f"{str(error).splitlines()[0].strip()} Lower --num_workers if memory is short; "
+                                        "a run goes on with --resume auto") from error
+
+        return in_one_line()
+
+
+def raise_file_limit(wanted: int = 2**16) -> None:
+    """Let this process and those it starts have more files open, as far as the system lets anyone: the usual limit of
+    1,024 is low for a loader of many workers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if resource.RLIM_INFINITY != soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def make_loader(dataset: ClipDataset, batches: Sampler, num_workers: int, prefetch_factor: int = 2,
-                pin_memory: bool = False) -> DataLoader:
+                pin_memory: bool = False) -> Loader:
     """Loads the batches of keys that `batches` yields, in worker processes of one thread each."""
-    return DataLoader(
+    return Loader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, worker_init_fn=init_worker,
         prefetch_factor=prefetch_factor if num_workers else None, persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
@@ -391,8 +431,10 @@ def make_loader(dataset: ClipDataset, batches: Sampler, num_workers: int, prefet
 
 def init_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Schedulers send SIGTERM to all processes of a job: the training process saves and then ends its workers.
+    # Schedulers send SIGTERM to all processes of a job, and terminals send Ctrl-C: the training process saves and then
+    # ends its workers.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @atexit.register

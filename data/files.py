@@ -6,10 +6,21 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+# What the system says of a path itself, and not of a disk, a right or a limit.
+PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO}
+
+
+def of_system(error: Exception) -> bool:
+    """Whether an error says nothing of the file, but of the system that reads it."""
+    if isinstance(error, MemoryError) or re.search("allocate memory|bad_alloc", str(error)):
+        return True
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in PATH_ERRORS
 
 
 class _Recorder:

@@ -26,6 +26,8 @@ from einops import rearrange
 from PIL import Image, ImageSequence
 from torch import Tensor
 
+from data.files import of_system
+
 TIMEOUT = 60.0  # seconds for one file: ten seconds of 1080p take two on a busy core
 PATIENCE = 60.0  # seconds for which a file that the system does not give is tried again
 NULL = "null:"  # paths that start so are random clips without files, for trying a training loop
@@ -34,9 +36,6 @@ CHUNK = 2**26  # values resized at a time: 256 MiB in floating point
 
 # decord raises the first four, Pillow and the file system the others.
 DECODER_ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, OSError, EOFError)
-# What the system says of a path itself, and not of a disk, a right or a limit.
-PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO}
-
 decord.logging.set_level(decord.logging.QUIET)
 log = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ def _frames(path: str, source: _Source, indices: np.ndarray) -> Tensor:
     try:
         return source.read(indices)
     except DECODER_ERRORS as error:
-        if _of_system(error):
+        if of_system(error):
             raise
         raise FrameError(f"{path}: {_reason(error)}") from None
 
@@ -124,7 +123,7 @@ def persist(function: Callable, path: str):
         try:
             return function()
         except Exception as error:
-            if not _of_system(error):
+            if not of_system(error):
                 raise
             if isinstance(error, FileNotFoundError) and _is_missing(path):
                 raise VideoError(f"{path}: {_reason(error)}") from None
@@ -136,13 +135,6 @@ def persist(function: Callable, path: str):
                                    "damaged: see to the disk, rights, limits or memory, and run again") from None
         time.sleep(wait)
         wait = min(2 * wait, 8)
-
-
-def _of_system(error: Exception) -> bool:
-    """Whether an error says nothing of the file, but of the system that reads it."""
-    if isinstance(error, MemoryError) or re.search("allocate memory|bad_alloc", str(error)):
-        return True
-    return isinstance(error, OSError) and error.errno is not None and error.errno not in PATH_ERRORS
 
 
 def _is_missing(path: str) -> bool:
@@ -208,7 +200,7 @@ def _limited(function: Callable, path: str, timeout: float):
             raise
         raise VideoError(f"{path}: the decoder was still busy after {timeout:g} s") from None
     except DECODER_ERRORS as error:
-        if _of_system(error):
+        if of_system(error):
             raise
         raise VideoError(f"{path}: {_reason(error)}") from None
     finally:

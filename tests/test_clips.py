@@ -1,16 +1,21 @@
 import copy
 import csv
+import errno
 import fcntl
 import logging
 import multiprocessing
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
 from data import clips
 from data.clips import (
@@ -370,3 +375,48 @@ def test_workers_change_nothing_and_leave_the_global_generator_alone(damaged, tm
         frames = [list(batch.pop("frames")) for batch in (one, two)]
         assert all(map(torch.equal, *frames)) and equal(one, two)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_unlike_clips_need_few_descriptors(folder):
+    """As shipped for the device to resize; each clip had three descriptors, and the loader hung at the limit."""
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from data.clips import ClipDataset, GlobalBatchSampler, list_folder, make_loader
+clips = ClipDataset(list_folder({str(folder)!r}), 8, 16, "coordtok", resize="device")
+print(sum(len(batch["frames"]) for batch in make_loader(clips, GlobalBatchSampler(3, 48, 4), 2)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{48 * 4}\n", done.stderr
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error(folder, monkeypatch):
+    """It was one of a thread that nobody listens to, and the batch was waited for for ever."""
+
+    def refuse(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("data.shipping.DupFd", refuse)
+    with pytest.raises(OSError, match="a batch cannot be handed over in shared memory: Too many open files: lower"):
+        next(iter(make_loader(dataset(folder), [[ClipKey(0)]], 1)))
+
+
+def test_workers_that_cannot_start_are_one_line(folder, monkeypatch):
+    def refuse(*_, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)  # as a full /dev/shm does
+    with pytest.raises(OSError, match="1 loader workers cannot start: No space left on device: .*df /dev/shm"):
+        iter(make_loader(dataset(folder), [[ClipKey(0)]], 1))
+
+
+def test_the_limit_of_open_files_is_raised():
+    code = """
+import resource
+from data.clips import raise_file_limit
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 500))
+raise_file_limit()
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "(500, 500)\n", done.stderr

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.cache import ClipCache
-from data.clips import Quarantine, VideoFile, init_worker
+from data.clips import Loader, Quarantine, VideoFile, deliver, init_worker
 from data.video import NULL, VideoError, file_size, read_chosen, resize_crop_8bit
 from eval.protocols import manifest_sha256
 from training import distributed
@@ -51,20 +51,24 @@ class WholeVideos(Dataset):
         return torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
 
 
+def deliver_video(frames: Tensor) -> dict:
+    return deliver({}, [frames], alike=True)
+
+
 def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
     """Write the missing shards, shared by all processes."""
     shards = distributed.broadcast(cache.missing())[distributed.rank() :: distributed.world_size()]
     order = [video for shard in shards for video in cache.rows_of(shard)]
-    decoded = iter(DataLoader(
+    decoded = iter(Loader(
         videos, batch_size=None, sampler=order, num_workers=min(num_workers, len(order)), worker_init_fn=init_worker,
-        generator=torch.Generator(),  # else it would draw from the global generator
+        collate_fn=deliver_video, generator=torch.Generator(),  # else it would draw from the global generator
     ))
     with tqdm(total=len(order), desc="caching clips", disable=not (distributed.is_main() and order)) as bar:
         for shard in shards:
             frames = []
             for _ in cache.rows_of(shard):
                 # A copy: what workers ship holds a file each, until it is freed.
-                frames.append(next(decoded).numpy().copy())
+                frames.append(next(decoded)["frames"][0].numpy().copy())
                 bar.update()
             cache.write(shard, frames)
     distributed.wait_until(lambda: not cache.missing())
