@@ -42,7 +42,7 @@ from training.codes import (
     held_out_keys,
 )
 from training.generation import SampleCheck
-from training.log import NonFiniteGuard, RunLog, StopSignal, open_quarantine, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
 from training.tokenizers import load_larp_tokenizer, weights_sha256
 from training.validation import validation_source
@@ -107,6 +107,7 @@ def main():
     tokenizer = load_larp_tokenizer(args.tokenizer, args.tokenizer_version).to(device).requires_grad_(False)
     tokenizer_hash, clip_config = weights_sha256(tokenizer), tokenizer.config
     folder = Path(args.save_dir) / args.exp_name
+    claim_run(folder)
     state = checkpoint.find(folder / "checkpoints", args.resume)
     if state and state.get("kind") != "larp_ar":
         raise ValueError(f"--resume {args.resume} holds a {state.get('kind')} model, expected a larp_ar checkpoint")

@@ -19,7 +19,7 @@ from models.planes import gather_patches
 from training import checkpoint, distributed
 from training.arguments import Parser, add_clip_cache, add_coordtok, add_data, add_run, coordtok_config, one_line_errors
 from training.clip_cache import clip_cache
-from training.log import NonFiniteGuard, RunLog, StopSignal, open_quarantine, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
 from training.optim import Precision, adamw, update
 from training.tokenizers import coordtok_clips, load_coordtok
 from training.validation import Validation, validation_source
@@ -63,6 +63,7 @@ def main():
 
     # What to start from: the run's own checkpoint, step 1's weights, or fresh weights.
     folder = Path(args.save_dir) / (args.exp_name + "_second" * args.is_second_step)
+    claim_run(folder)
     state = checkpoint.find(folder / "checkpoints", args.resume)
     if state:
         tokenizer = CoordTok(**coordtok_config(args, state["config"], f"the run in {folder}"))

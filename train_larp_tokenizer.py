@@ -33,7 +33,7 @@ from training.arguments import (
 )
 from training.clip_cache import clip_cache
 from training.codes import flip_half
-from training.log import NonFiniteGuard, RunLog, StopSignal, open_quarantine, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.validation import CodeStats, Validation, validation_source
 
@@ -99,6 +99,7 @@ def main():
 
     # The tokenizer with its prior, the discriminator, and what each keeps beside its weights.
     folder = Path(args.save_dir) / args.exp_name
+    claim_run(folder)
     state = checkpoint.find(folder / "checkpoints", args.resume)
     carried, source = state or {}, f"the run in {folder}"
     tokenizer = LARPTokenizer(**larp_config(args, carried.get("config"), source)).to(device).train()

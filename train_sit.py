@@ -29,7 +29,7 @@ from training import checkpoint, distributed
 from training.arguments import Parser, add_coordtok, add_data, add_run, one_line_errors, word_or_none
 from training.generation import SampleCheck, TrainedSiT, differences, sample_labels, sample_planes
 from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure
-from training.log import NonFiniteGuard, RunLog, StopSignal, open_quarantine, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
 from training.optim import EMA, Precision, adamw, update
 from training.tokenizers import coordtok_clips, load_coordtok, weights_sha256
 from training.validation import spread
@@ -84,6 +84,7 @@ def main():
     tokenizer = load_coordtok(args.first_model_ckpt, args).to(device).eval().requires_grad_(False)
     config, tokenizer_hash = tokenizer.config, weights_sha256(tokenizer)
     folder = Path(args.save_dir) / args.exp_name
+    claim_run(folder)
     state = checkpoint.find(folder / "checkpoints", args.resume)
     sit = SiT(
         **SIT_SIZES[args.model], input_size=(config.latent_resolution_t, config.latent_resolution_xy),

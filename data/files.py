@@ -78,7 +78,7 @@ def write_whole(path: str | Path, mode: str = "wb", **options) -> Iterator:
 
 def remove_partials(folder: Path) -> None:
     """Remove the files that `write_whole` left here when its process was killed. Those being written are locked."""
-    for path in folder.glob(".*.partial"):
+    for path in folder.glob("*.partial"):
         with contextlib.suppress(OSError), open(path, "rb+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
@@ -91,7 +91,8 @@ def claim(path: Path, used: str) -> None:
     """Hold the lock file `path` until this process ends, however it ends. ValueError where another holds it, which
     names that process and its host.
 
-    used: what is locked, for the message. The lock is the process's own: its children do not inherit it.
+    used: what is locked, for the message: "FOLDER is in use". The lock is the process's own: its children do not
+    inherit it.
     """
     if str(path.absolute()) in _held:
         return
@@ -105,7 +106,7 @@ def claim(path: Path, used: str) -> None:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise ValueError(f"{used} is in use by {holder}: wait until it ends, or choose another folder") from None
+        raise ValueError(f"{used} by {holder}: wait until it ends, or choose another folder") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()

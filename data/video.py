@@ -332,7 +332,7 @@ def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
     frames = rearrange(video, "c t h w -> t h w c").cpu().numpy()
     height, width = frames.shape[1:3]
     pixels = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"  # yuv420p halves the colour planes
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error",
         "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
@@ -340,6 +340,7 @@ def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
     ]
     done = subprocess.run(command, input=frames.tobytes(), capture_output=True, start_new_session=True)
     if done.returncode:
+        part.unlink(missing_ok=True)
         reason = done.stderr.decode(errors="replace").strip().split("\n")[0]
         raise OSError(f"{path} cannot be written: {reason or f'ffmpeg ended with status {done.returncode}'}")
     os.replace(part, path)

@@ -9,10 +9,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
-from data.files import of_system, writing
+from data.files import of_system, write_whole, writing
 from training import distributed, sharding
 
 FORMAT = 1
@@ -200,8 +200,10 @@ def export(state: dict, folder: Path, version: str = "sd") -> None:
     """Weights alone: `folder`/model.safetensors and config.json."""
     weights = select_weights(state, version)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(state["config"], indent=2) + "\n")
+    with write_whole(folder / "model.safetensors") as file:
+        file.write(serialize({name: tensor.contiguous() for name, tensor in weights.items()}))
+    with write_whole(folder / "config.json", "w") as file:
+        file.write(json.dumps(state["config"], indent=2) + "\n")
 
 
 def main() -> None:

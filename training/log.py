@@ -2,7 +2,6 @@
 import collections
 import itertools
 import json
-import os
 import resource
 import signal
 import sys
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.clips import Quarantine
+from data.files import claim, write_whole
 from eval.protocols import git_revision
 from training import distributed
 
@@ -25,6 +25,18 @@ def say(*words) -> None:
     if distributed.is_main():
         tqdm.write(" ".join(map(str, words)), file=sys.stdout)
         sys.stdout.flush()
+
+
+def claim_run(folder: Path) -> None:
+    """Keep a run's folder for this run, until it ends. ValueError where another run has it, which it names."""
+    error = None
+    if distributed.is_main():
+        try:
+            claim(folder / ".lock", f"{folder} is in use")
+        except (ValueError, OSError) as caught:
+            error = caught
+    if distributed.any_rank(error is not None):
+        raise error or SystemExit(1)  # one line is enough
 
 
 def open_quarantine(folder: Path, timeout: float) -> Quarantine:
@@ -56,16 +68,16 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"git_revision": git_revision(), "world_size": distributed.world_size(), "torch": torch.__version__}
-        (folder / "args.json").write_text(json.dumps({**args, **facts}, indent=2, default=str) + "\n")
+        with write_whole(folder / "args.json", "w") as file:
+            file.write(json.dumps({**args, **facts}, indent=2, default=str) + "\n")
         path = folder / "metrics.jsonl"
         kept = []
         if start and path.exists():
             # A line cut short by a kill is dropped with the rest.
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= start]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
+        with write_whole(path, "w") as file:
+            file.write("".join(kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         if wandb_mode != "disabled":
             import wandb
