@@ -389,11 +389,16 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator:
         raise_file_limit()
         batches = reason = None
+        # torch's iterator, left half-made, complains when it is freed: Ctrl-C waits until it is whole, and an error of
+        # the system, which would keep it until the process ends, is raised anew.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             batches = super().__iter__()
         except OSError as error:
             reason = error.strerror
-        if batches is None:  # raised here, as the error would keep torch's half-made iterator, which complains at exit
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if batches is None:
             raise OSError(f"{self.num_workers} loader workers cannot start: {reason}: lower --num_workers, or look at "
                           "`df /dev/shm`, `ulimit -n`, `ulimit -u` and the memory")
 

@@ -420,3 +420,20 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "(500, 500)\n", done.stderr
+
+
+def test_ctrl_c_while_workers_start_leaves_nothing_half_made(folder):
+    """What torch says of a half-made loader would follow the one line."""
+    code = f"""
+import os, signal
+from data import clips
+real = clips.DataLoader._get_iterator
+clips.DataLoader._get_iterator = lambda self: (os.kill(os.getpid(), signal.SIGINT), real(self))[1]
+files = clips.list_folder({str(folder)!r})
+try:
+    iter(clips.make_loader(clips.ClipDataset(files, 8, 16, "coordtok"), [[clips.ClipKey(0)]], 1))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "interrupted\n" and done.stderr == ""
