@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from data.clips import ClipDataset, Quarantine, VideoFile, class_names, list_csv, list_folder
+from data.clips import ClipDataset, VideoFile, class_names, list_csv, list_folder
 from data.video import to_bytes
 from eval import fvd
 from eval.i3d import I3D
@@ -38,7 +38,7 @@ from training.generators import (
     larp_generator,
     sit_generator,
 )
-from training.log import StageClock, say
+from training.log import StageClock, open_quarantine, say
 from training.samples import Behind, SampleStore, drawn_clips, real_batches, segments
 
 
@@ -132,7 +132,7 @@ def main():
         clips = ClipDataset(
             files, num_frames, size, "larp" if protocol.resize == LARP_RESIZE else "coordtok", seed=args.seed,
             short="repeat" if by_segments else "pad", damaged="skip", timeout=args.decode_timeout,
-            quarantine=Quarantine(Path(args.output_dir) / "quarantine.txt"),
+            quarantine=open_quarantine(Path(args.output_dir), args.decode_timeout),
             resize=args.resize if args.resize != "auto" else "device" if device.type == "cuda" else "worker",
         )
         if generator.num_labels:

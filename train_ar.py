@@ -20,7 +20,6 @@ from torch import Tensor
 from data.clips import (
     ClipDataset,
     GlobalBatchSampler,
-    Quarantine,
     check_shares,
     class_names,
     list_csv,
@@ -45,7 +44,7 @@ from training.codes import (
 )
 from training.generation import SampleCheck
 from training.latents import prefetch
-from training.log import NonFiniteGuard, RunLog, StopSignal, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
 from training.tokenizers import load_larp_tokenizer, weights_sha256
 from training.validation import validation_source
@@ -110,6 +109,7 @@ def main():
     tokenizer = load_larp_tokenizer(args.tokenizer, args.tokenizer_version).to(device).requires_grad_(False)
     tokenizer_hash, clip_config = weights_sha256(tokenizer), tokenizer.config
     folder = Path(args.save_dir) / args.exp_name
+    claim_run(folder)
     state = checkpoint.find(folder / "checkpoints", args.resume)
     if state and state.get("kind") != "larp_ar":
         raise ValueError(f"--resume {args.resume} holds a {state.get('kind')} model, expected a larp_ar checkpoint")
@@ -164,7 +164,7 @@ def main():
     names = class_names(files) if class_cond else []
     if class_cond:
         check_labels(files, config.num_classes, source)
-    quarantine = Quarantine(folder / "quarantine.txt")
+    quarantine = open_quarantine(folder, args.decode_timeout)
     on_gpu = device.type == "cuda"
     resize = args.resize if args.resize != "auto" else "device" if on_gpu else "worker"
     make_clips = partial(ClipDataset, num_frames=clip_config.frame_num, size=clip_config.input_size, rule="larp",
@@ -253,7 +253,7 @@ def main():
         means = 0
         for micro in range(args.accum_iter):
             waiting = time.perf_counter()
-            batch = next(batches)
+            batch = stop.next(batches, step, save)
             log.waited(time.perf_counter() - waiting)
             # Whether a clip's label is hidden depends on its position in the run alone, not on how clips are shared.
             drop = draw_drops(args.seed, batch.positions, config.class_dropout_prob).to(device, non_blocking=True)
@@ -294,8 +294,8 @@ def main():
         if is_best or stopping or step % save_steps == 0 or step == num_iters:
             save(step, is_best)
         if stopping:
-            say(f"SIGTERM: saved step {step}; go on with --resume auto")
-            break
+            log.close()
+            stop.leave(step)
     log.close()
     if len(quarantine):
         say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.clips import ClipDataset, GlobalBatchSampler, Quarantine, list_folder, make_loader
+from data.clips import ClipDataset, GlobalBatchSampler, list_folder, make_loader
 from models.coordtok import CoordTok
 from models.layers import compile_blocks, set_checkpointing
 from models.losses import Perceptual, coordtok_loss
@@ -19,7 +19,7 @@ from models.planes import gather_patches
 from training import checkpoint, distributed
 from training.arguments import Parser, add_clip_cache, add_coordtok, add_data, add_run, coordtok_config, one_line_errors
 from training.clip_cache import clip_cache
-from training.log import NonFiniteGuard, RunLog, StopSignal, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
 from training.optim import Precision, adamw, update
 from training.tokenizers import coordtok_clips, load_coordtok
 from training.validation import Validation, validation_source
@@ -63,6 +63,7 @@ def main():
 
     # What to start from: the run's own checkpoint, step 1's weights, or fresh weights.
     folder = Path(args.save_dir) / (args.exp_name + "_second" * args.is_second_step)
+    claim_run(folder)
     state = checkpoint.find(folder / "checkpoints", args.resume)
     if state:
         tokenizer = CoordTok(**coordtok_config(args, state["config"], f"the run in {folder}"))
@@ -83,7 +84,7 @@ def main():
     size, patch_t, patch = config.video_shape[1], config.dec_patch_size_t, config.dec_patch_size_xy
     root = Path(args.data_root) / args.video_name
     files = list_folder(root)
-    quarantine = Quarantine(folder / "quarantine.txt")
+    quarantine = open_quarantine(folder, args.decode_timeout)
     resize = args.resize if args.resize != "auto" else "device" if device.type == "cuda" else "worker"
     points = ("frames" if args.is_second_step else "patches", args.point_per_vid, config.grid, patch_t)
     cache = clip_cache(
@@ -147,7 +148,7 @@ def main():
         means = 0
         for micro in range(args.accum_iter):
             waiting = time.perf_counter()
-            batch = next(batches)
+            batch = stop.next(batches, step, save)
             log.waited(time.perf_counter() - waiting)
             video, n_frames = coordtok_clips(batch, config, device)
             index = batch["index"].to(device, non_blocking=True)
@@ -179,8 +180,8 @@ def main():
         if is_best or stopping or step % args.steps_til_save == 0 or step == args.num_iters:
             save(step, is_best)
         if stopping:
-            say(f"SIGTERM: saved step {step}; go on with --resume auto")
-            break
+            log.close()
+            stop.leave(step)
     log.close()
     if len(quarantine):
         say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")

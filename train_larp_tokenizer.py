@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.clips import ClipDataset, GlobalBatchSampler, Quarantine, list_csv, list_folder, make_loader
+from data.clips import ClipDataset, GlobalBatchSampler, list_csv, list_folder, make_loader
 from data.video import to_video
 from models.discriminator import Discriminator
 from models.gan import GAN_LOSSES, LeCam, discriminator_loss, frozen, generator_loss, r1_penalty
@@ -33,7 +33,7 @@ from training.arguments import (
 )
 from training.clip_cache import clip_cache
 from training.codes import flip_half
-from training.log import NonFiniteGuard, RunLog, StopSignal, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.validation import CodeStats, Validation, validation_source
 
@@ -99,6 +99,7 @@ def main():
 
     # The tokenizer with its prior, the discriminator, and what each keeps beside its weights.
     folder = Path(args.save_dir) / args.exp_name
+    claim_run(folder)
     state = checkpoint.find(folder / "checkpoints", args.resume)
     carried, source = state or {}, f"the run in {folder}"
     tokenizer = LARPTokenizer(**larp_config(args, carried.get("config"), source)).to(device).train()
@@ -139,7 +140,7 @@ def main():
 
     # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
     files = list_folder(Path(args.data_root) / args.video_name) if args.video_name else list_csv(args.csv_file)
-    quarantine = Quarantine(folder / "quarantine.txt")
+    quarantine = open_quarantine(folder, args.decode_timeout)
     on_gpu = device.type == "cuda"
     resize = args.resize if args.resize != "auto" else "device" if on_gpu else "worker"
     cache = clip_cache(
@@ -217,7 +218,7 @@ def main():
         adversarial = args.disc_weight > 0 and done >= args.disc_start * epoch_steps
 
         waiting = time.perf_counter()
-        batch = next(batches)
+        batch = stop.next(batches, step, save)
         log.waited(time.perf_counter() - waiting)
         video, positions = to_video(batch["frames"], config.input_size, "larp", device), batch["position"].tolist()
         # What is drawn for a clip depends on its position in the run alone, and not on how clips are shared.
@@ -284,8 +285,8 @@ def main():
         if is_best or stopping or step % save_steps == 0 or step == num_iters:
             save(step, is_best)
         if stopping:
-            say(f"SIGTERM: saved step {step}; go on with --resume auto")
-            break
+            log.close()
+            stop.leave(step)
     log.close()
     if len(quarantine):
         say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")

@@ -16,7 +16,6 @@ from data.clips import (
     ClipDataset,
     ClipKey,
     GlobalBatchSampler,
-    Quarantine,
     check_shares,
     class_names,
     list_folder,
@@ -30,7 +29,7 @@ from training import checkpoint, distributed
 from training.arguments import Parser, add_coordtok, add_data, add_run, one_line_errors, word_or_none
 from training.generation import SampleCheck, TrainedSiT, differences, sample_labels, sample_planes
 from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure, prefetch
-from training.log import NonFiniteGuard, RunLog, StopSignal, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
 from training.optim import EMA, Precision, adamw, update
 from training.tokenizers import coordtok_clips, load_coordtok, weights_sha256
 from training.validation import spread
@@ -85,6 +84,7 @@ def main():
     tokenizer = load_coordtok(args.first_model_ckpt, args).to(device).eval().requires_grad_(False)
     config, tokenizer_hash = tokenizer.config, weights_sha256(tokenizer)
     folder = Path(args.save_dir) / args.exp_name
+    claim_run(folder)
     state = checkpoint.find(folder / "checkpoints", args.resume)
     sit = SiT(
         **SIT_SIZES[args.model], input_size=(config.latent_resolution_t, config.latent_resolution_xy),
@@ -118,7 +118,7 @@ def main():
     if args.num_classes not in (1, len(names)):
         raise ValueError(f"--num_classes is {args.num_classes}, but {root} has {len(names)} classes: give that, or 1 "
                          "for a model without classes")
-    quarantine = Quarantine(folder / "quarantine.txt")
+    quarantine = open_quarantine(folder, args.decode_timeout)
     on_gpu = device.type == "cuda"
     resize = args.resize if args.resize != "auto" else "device" if on_gpu else "worker"
     make_clips = partial(ClipDataset, files, config.video_shape[0], config.video_shape[1], "coordtok", seed=args.seed,
@@ -207,7 +207,7 @@ def main():
         means = 0
         for micro in range(args.accum_iter):
             waiting = time.perf_counter()
-            planes, y, paths = next(batches)
+            planes, y, paths = stop.next(batches, step, save)
             log.waited(time.perf_counter() - waiting)
             first = (rank * args.accum_iter + micro) * micro_size
             rows = slice(first, first + micro_size)
@@ -238,8 +238,8 @@ def main():
         if stopping or step % args.ckpt_every == 0 or step == num_iters:
             save(step)
         if stopping:
-            say(f"SIGTERM: saved step {step}; go on with --resume auto")
-            break
+            log.close()
+            stop.leave(step)
     log.close()
     say(f"checkpoints: {folder / 'checkpoints'}")
 

@@ -4,9 +4,7 @@
 """
 import hashlib
 import json
-import os
 import sys
-import uuid
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import remove_partials, write_whole
+
 
 class ShardCache:
     """`num_rows` rows in .npy shards of `shard_rows` each.
 
     A shard appears under its name only when whole, so that filling can be killed and gone on with, by any number of
-    processes: each writes other shards of `missing()`. The name carries the CRC-32 of its content, for `verify`.
+    processes: each writes other shards of `missing()`. What a killed one left is removed when the cache is next opened.
+    The name carries the CRC-32 of its content, for `verify`.
 
     folder: holds one cache a key. name: what the rows are, for people. key: everything that the rows depend on, as
     plain JSON values; another key is another cache.
@@ -36,7 +37,9 @@ class ShardCache:
         self.folder = Path(folder) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "key.json").exists():
-            self._write(self.folder / "key.json", lambda file: file.write(text.encode()))
+            with write_whole(self.folder / "key.json") as file:
+                file.write(text.encode())
+        remove_partials(self.folder)
 
     @property
     def num_shards(self) -> int:
@@ -63,19 +66,12 @@ class ShardCache:
     def _save(self, shard: int, content: np.ndarray) -> None:
         content = np.ascontiguousarray(content)
         path = self.folder / f"shard_{shard:06d}.{zlib.crc32(content):08x}.npy"
-        self._write(path, lambda file: np.save(file, content))
+        with write_whole(path) as file:
+            np.save(file, content)
 
     def _files(self) -> dict[int, Path]:
         return {int(path.name[6:12]): path for path in self.folder.glob("shard_*.npy")}
 
-    @staticmethod
-    def _write(path: Path, write) -> None:
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # processes of many nodes may meet here
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
 
 def check(shard: Path) -> None:

@@ -12,8 +12,10 @@ import logging
 import multiprocessing
 import os
 import re
+import resource
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +24,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.cache import ClipCache
+from data.files import write_whole
+from data.metadata import VIDEO_SUFFIXES, walk_videos
 from data.points import random_frames, random_patches
 from data.shipping import ship
-from data.video import NULL, TIMEOUT, FrameError, VideoError, read_chosen, resize_crop, resize_crop_8bit
+from data.video import NULL, TIMEOUT, FrameError, VideoError, probe, read_chosen, resize_crop, resize_crop_8bit
 
 REPOSITORY = Path(__file__).parents[1]
 METADATA = REPOSITORY / "data" / "metadata"
-SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif")
 UCF_NAME = re.compile(r"v_(\w+)_g\d+_c\d+")
 
 MAX_ATTEMPTS = 100  # clips tried in place of a damaged one before a data set of damaged videos is given up
@@ -44,17 +47,17 @@ class VideoFile(NamedTuple):
 
 
 def list_folder(root: str | Path) -> list[VideoFile]:
-    """The videos in ROOT and ROOT/CLASS, sorted by path.
+    """The videos in ROOT and ROOT/CLASS, sorted by path; hidden files and folders are left out (`walk_videos`).
 
-    Classes are numbered in byte order. A UCF-101 name (v_CLASS_gGG_cCC) says its class itself: folder HandstandPushups
-    holds v_HandStandPushups files. Other videos take their folder's, and those directly in ROOT have none (-1).
+    Classes are those that have videos, numbered in byte order. A UCF-101 name (v_CLASS_gGG_cCC) says its class itself:
+    folder HandstandPushups holds v_HandStandPushups files. Other videos take their folder's, and those directly in ROOT
+    have none (-1).
     """
     root = Path(root)
-    found = itertools.chain(root.glob("*"), root.glob("*/*"))
-    paths = sorted(str(path) for path in found if path.suffix.lower() in SUFFIXES)
+    paths = sorted(map(str, walk_videos(root, depth=2))) if root.is_dir() else []
     if not paths:
         raise FileNotFoundError(f"no videos under {root.absolute()}: looked there and in its class folders for "
-                                f"{', '.join(SUFFIXES)} files (--data_root, --video_name)")
+                                f"{', '.join(VIDEO_SUFFIXES)} files (--data_root, --video_name)")
     names = [_class_name(Path(path), root) for path in paths]
     labels = {name: label for label, name in enumerate(sorted(set(names) - {None}))}
     return [VideoFile(path, labels.get(name, -1)) for path, name in zip(paths, names)]
@@ -138,6 +141,26 @@ class Quarantine:
                 self._version = (stat.st_mtime_ns, stat.st_size)
                 self._reasons = dict(line.partition("\t")[::2] for line in self.path.read_text().splitlines())
         return self._reasons
+
+    def review(self, timeout: float = TIMEOUT) -> None:
+        """Look again at the videos not to be opened, whose files may have been mended: those that open now are taken
+        off. For one process, before others use the list. Raises StorageError."""
+
+        def opens(video: str) -> bool:
+            try:
+                probe(video, timeout)
+            except VideoError:
+                return False
+            return True
+
+        shunned = [video for video in self.read() if video in self]
+        with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
+            mended = {video for video, good in zip(shunned, pool.map(opens, shunned)) if good}
+        if mended:
+            log.warning("%d of %d videos in %s can be read again", len(mended), len(shunned), self.path)
+            with write_whole(self.path, "w") as file:
+                file.write("".join(f"{video}\t{reason}\n" for video, reason in self.read().items()
+                                   if video not in mended))
 
     def add(self, video: str, reason: str) -> None:
         """Names the video in the log and the list, unless one of the processes has done so before (or found it less
@@ -232,7 +255,7 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, key: ClipKey) -> dict:
         """frames (T, h, w, 3), n_frames (how many are real), label, path, start, position, and with points index
-        (N, 3) int64; or path, position and error."""
+        (N, 3) int64; or path, position and error. Raises StorageError, and VideoError where no video is left."""
         key = ClipKey(*key)
         for attempt in itertools.count():
             # Each attempt has a stream of its own, so that the outcome is the same whether a damaged video was opened
@@ -299,7 +322,11 @@ def collate(samples: list[dict]) -> dict:
     if good and "index" in good[0]:
         batch["index"] = torch.stack([sample["index"] for sample in good])
     batch["skipped"] = [(sample["path"], sample["error"]) for sample in samples if "error" in sample]
-    alike = len({clip.shape for clip in frames}) == 1
+    return deliver(batch, frames, alike=len({clip.shape for clip in frames}) == 1)
+
+
+def deliver(batch: dict, frames: list[torch.Tensor], alike: bool) -> dict:
+    """The batch with its frames, stacked where they are `alike` in shape; from a worker through shared memory."""
     if get_worker_info() and hasattr(os, "memfd_create"):  # Linux has it
         return ship(batch, frames, alike)
     return {**batch, "frames": torch.stack(frames) if alike else frames}
@@ -356,10 +383,50 @@ class GlobalBatchSampler(Sampler):
                     yield [ClipKey(step * self.global_batch + slot) for slot in slots]
 
 
+class Loader(DataLoader):
+    """A DataLoader whose failures are an OSError of one line. Its workers start when it is first iterated over."""
+
+    def __iter__(self) -> Iterator:
+        raise_file_limit()
+        batches = reason = None
+        # torch's iterator, left half-made, complains when it is freed: Ctrl-C waits until it is whole, and an error of
+        # the system, which would keep it until the process ends, is raised anew.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            reason = error.strerror
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if batches is None:
+            raise OSError(f"{self.num_workers} loader workers cannot start: {reason}: lower --num_workers, or look at "
+                          "`df /dev/shm`, `ulimit -n`, `ulimit -u` and the memory")
+
+        def in_one_line() -> Iterator:
+            try:
+                yield from batches
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                raise ChildProcessError(f"{str(error).splitlines()[0].strip()} Lower --num_workers if memory is short; "
+                                        "a run goes on with --resume auto") from error
+
+        return in_one_line()
+
+
+def raise_file_limit(wanted: int = 2**16) -> None:
+    """Let this process and those it starts have more files open, as far as the system lets anyone: the usual limit of
+    1,024 is low for a loader of many workers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if resource.RLIM_INFINITY != soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def make_loader(dataset: ClipDataset, batches: Sampler, num_workers: int, prefetch_factor: int = 2,
-                pin_memory: bool = False) -> DataLoader:
+                pin_memory: bool = False) -> Loader:
     """Loads the batches of keys that `batches` yields, in worker processes of one thread each."""
-    return DataLoader(
+    return Loader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, worker_init_fn=init_worker,
         prefetch_factor=prefetch_factor if num_workers else None, persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
@@ -369,8 +436,10 @@ def make_loader(dataset: ClipDataset, batches: Sampler, num_workers: int, prefet
 
 def init_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Schedulers send SIGTERM to all processes of a job: the training process saves and then ends its workers.
+    # Schedulers send SIGTERM to all processes of a job, and terminals send Ctrl-C: the training process saves and then
+    # ends its workers.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @atexit.register

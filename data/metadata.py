@@ -12,12 +12,12 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif")
 UCF101_CLASSES = 101
 UCF101_COUNTS = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}  # split: (train, test), 13,320 in all
 K600_SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val"}  # releases spell it differently
@@ -59,17 +59,39 @@ def first_few(items: Sequence, count: int = 3) -> str:
     return ", ".join(map(str, items[:count])) + (", ..." if len(items) > count else "")
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's data: hidden, an archiver's, or written in part."""
+    return name.startswith(".") or name == "__MACOSX" or Path(name).suffixes[-2:-1] == [".part"]
+
+
+def walk_videos(root: Path, depth: int | None = None) -> Iterator[Path]:
+    """The video files under root: the one listing that all others start from. Links are followed, and what `is_hidden`
+    names is left out.
+
+    depth: how many levels of folders to look into; 1 is root itself, None all. Raises OSError for a folder that cannot
+    be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    # os.walk, as Path.rglob does not enter linked folders.
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        level = len(Path(folder).relative_to(root).parts) + 1
+        folders[:] = [] if level == depth else [name for name in folders if not is_hidden(name)]
+        yield from (Path(folder, name) for name in names
+                    if Path(name).suffix.lower() in VIDEO_SUFFIXES and not is_hidden(name))
+
+
 def find_videos(root: Path, empty_ok: bool = False) -> list[Path]:
-    """All video files at any depth under root, sorted; links are followed and hidden files left out.
+    """All video files at any depth under root, sorted; see `walk_videos`.
 
     Raises FileNotFoundError if the folder does not exist, or holds no video unless `empty_ok`.
     """
     if not root.is_dir():
         there = sorted(p.name for p in root.parent.iterdir() if p.is_dir()) if root.parent.is_dir() else []
         raise FileNotFoundError(f"no folder {root}; folders in {root.parent}: {first_few(there, 10) or 'none'}")
-    # os.walk, as Path.rglob does not enter linked folders.
-    found = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
-    videos = sorted(p for p in found if p.suffix.lower() in VIDEO_SUFFIXES and not p.name.startswith("."))
+    videos = sorted(walk_videos(root))
     if not videos and not empty_ok:
         raise FileNotFoundError(f"no videos ({' '.join(VIDEO_SUFFIXES)}) under {root}")
     return videos

@@ -1,9 +1,11 @@
 """Batches on their way from a loader worker to the training process, through shared memory that is used again."""
 import fcntl
 import io
-import math
 import mmap
 import os
+import pickle
+from math import prod
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.resource_sharer import DupFd
 from typing import NamedTuple
 
@@ -11,12 +13,24 @@ import torch
 from torch import Tensor
 
 
-def ship(batch: dict, frames: list[Tensor], alike: bool) -> dict:
-    """What the training process receives as the batch with its frames."""
+def ship(batch: dict, frames: list[Tensor], alike: bool) -> "Packed":
+    """What the training process receives as the batch with its frames: one tensor, or a list where sizes differ."""
     batch = {name: ByValue(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    if alike:
-        return {**batch, "frames": SHELF.pack(frames, (len(frames), *frames[0].shape))}
-    return {**batch, "frames": [SHELF.pack([clip], clip.shape) for clip in frames]}
+    # Pickled here, as the error of a queue's own thread would reach nobody, and the batch would be waited for for ever.
+    try:
+        return Packed(bytes(ForkingPickler.dumps({**batch, "frames": SHELF.pack(frames, alike)})))
+    except OSError as error:
+        raise OSError(f"a batch cannot be handed over in shared memory: {error.strerror or error}: lower --num_workers "
+                      "or the batch size, or raise the limit (`ulimit -n` for files)") from error
+
+
+class Packed(NamedTuple):
+    """What is pickled already."""
+
+    content: bytes
+
+    def __reduce__(self):
+        return pickle.loads, (self.content,)
 
 
 class ByValue(NamedTuple):
@@ -29,36 +43,44 @@ class ByValue(NamedTuple):
 
 
 class Parcel(NamedTuple):
-    """A large tensor on its way, through shared memory."""
+    """Large tensors on their way, through shared memory: one file, as a process may have few open."""
 
     file: io.FileIO
-    shape: tuple[int, ...]
+    shapes: list[tuple[int, ...]]
     dtype: torch.dtype
+    alike: bool
 
     def __reduce__(self):
-        return unpack, (DupFd(self.file.fileno()), self.shape, self.dtype)
+        return unpack, (DupFd(self.file.fileno()), *self[1:])
 
 
-def unpack(file: DupFd, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def unpack(file: DupFd, shapes: list[tuple[int, ...]], dtype: torch.dtype, alike: bool) -> Tensor | list[Tensor]:
     descriptor = file.detach()
-    memory = mmap.mmap(descriptor, math.prod(shape) * dtype.itemsize)  # has a copy of the descriptor until its end
+    # The map has a copy of the descriptor until its end.
+    memory = mmap.mmap(descriptor, sum(map(prod, shapes)) * dtype.itemsize)
     os.close(descriptor)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    values = torch.frombuffer(memory, dtype=dtype)
+    if alike:
+        return values.view(len(shapes), *shapes[0])
+    return [part.view(shape) for part, shape in zip(values.split([prod(shape) for shape in shapes]), shapes)]
 
 
 class Shelf:
-    """A worker's shared memory, used again once the training process has let go of the tensor in it. Memory made anew
+    """A worker's shared memory, used again once the training process has let go of the tensors in it. Memory made anew
     for each batch, as torch does, costs five times as much as copying the clips: the system clears and maps its pages.
 
-    A parcel's file is locked, and the lock lasts until no process has the descriptor any more: the tensor holds one.
+    A parcel's file is locked, and the lock lasts until no process has the descriptor any more: the tensors hold one.
     """
 
     def __init__(self):
         self.pieces: dict[int, Tensor] = {}  # file descriptor: its bytes
 
-    def pack(self, clips: list[Tensor], shape: tuple[int, ...]) -> Parcel:
-        """Clips of one shape, stacked to `shape`."""
-        size, dtype = math.prod(shape) * clips[0].element_size(), clips[0].dtype
+    def pack(self, clips: list[Tensor], alike: bool) -> Parcel | Tensor | list[Tensor]:
+        """Clips of one type. They arrive as one tensor, stacked, where they are alike in shape, else as a list."""
+        if not any(clip.numel() for clip in clips):
+            return torch.stack(clips) if alike else clips
+        shapes, dtype = [tuple(clip.shape) for clip in clips], clips[0].dtype
+        size = sum(map(prod, shapes)) * dtype.itemsize
         piece = next(filter(is_free, self.pieces), None)
         if piece is None:
             piece = os.memfd_create("clips")
@@ -66,10 +88,12 @@ class Shelf:
         if len(self.pieces[piece]) < size:
             os.ftruncate(piece, size)
             self.pieces[piece] = torch.frombuffer(mmap.mmap(piece, size), dtype=torch.uint8)
-        torch.stack(clips, out=self.pieces[piece][:size].view(dtype).view(len(clips), *clips[0].shape))
+        room = self.pieces[piece][:size].view(dtype)
+        for part, clip in zip(room.split([clip.numel() for clip in clips]), clips):
+            part.view(clip.shape).copy_(clip)
         file = io.FileIO(f"/proc/self/fd/{piece}", "r+")  # opened anew, for a lock of its own
         fcntl.flock(file, fcntl.LOCK_SH)
-        return Parcel(file, shape, dtype)
+        return Parcel(file, shapes, dtype, alike)
 
 
 def is_free(piece: int) -> bool:

@@ -3,9 +3,13 @@
 decord decodes. What it gets wrong or leaves open is settled here: files are read from their first frame on, GIF is read
 by Pillow, damaged frames are errors, and a decoder that hangs is abandoned after a time limit.
 """
+import errno
+import logging
 import os
 import re
+import stat
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout  # the built-in one from Python 3.11 on
@@ -22,15 +26,18 @@ from einops import rearrange
 from PIL import Image, ImageSequence
 from torch import Tensor
 
+from data.files import of_system
+
 TIMEOUT = 60.0  # seconds for one file: ten seconds of 1080p take two on a busy core
+PATIENCE = 60.0  # seconds for which a file that the system does not give is tried again
 NULL = "null:"  # paths that start so are random clips without files, for trying a training loop
 NULL_SHAPE = (256, 128, 128, 3)
 CHUNK = 2**26  # values resized at a time: 256 MiB in floating point
 
 # decord raises the first four, Pillow and the file system the others.
 DECODER_ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, OSError, EOFError)
-
 decord.logging.set_level(decord.logging.QUIET)
+log = logging.getLogger(__name__)
 
 
 class VideoError(RuntimeError):
@@ -40,6 +47,11 @@ class VideoError(RuntimeError):
 class FrameError(VideoError):
     """A video that opens, of which these frames cannot be decoded, or are not there though its index lists them. Other
     frames may be good."""
+
+
+class StorageError(OSError):
+    """The system does not give a file: a disk is away or busy, a right, memory or descriptors are lacking. That says
+    nothing of the video, which is not damaged."""
 
 
 class VideoInfo(NamedTuple):
@@ -58,7 +70,7 @@ class _Source(NamedTuple):
 
 
 def probe(path: str, timeout: float = TIMEOUT) -> VideoInfo:
-    """Length and size of a video. Decodes its first frame. Raises VideoError."""
+    """Length and size of a video. Decodes its first frame. Raises VideoError, or StorageError."""
 
     def look() -> VideoInfo:
         source = _open(path)
@@ -68,7 +80,7 @@ def probe(path: str, timeout: float = TIMEOUT) -> VideoInfo:
 
 
 def read_frames(path: str, indices: Sequence[int], timeout: float = TIMEOUT) -> Tensor:
-    """The frames at `indices`: (T, H, W, 3) uint8 RGB, upright. Raises VideoError."""
+    """The frames at `indices`: (T, H, W, 3) uint8 RGB, upright. Raises VideoError, or StorageError."""
     return read_chosen(path, lambda num_frames: indices, timeout)[0]
 
 
@@ -91,11 +103,79 @@ def _frames(path: str, source: _Source, indices: np.ndarray) -> Tensor:
     try:
         return source.read(indices)
     except DECODER_ERRORS as error:
+        if of_system(error):
+            raise
         raise FrameError(f"{path}: {_reason(error)}") from None
 
 
+def file_size(path: str) -> int:
+    """In bytes. Raises VideoError where there is no such file, StorageError where the system does not say."""
+    return persist(lambda: os.path.getsize(path), path)
+
+
+def persist(function: Callable, path: str):
+    """function(), called again while the system refuses it, for PATIENCE seconds; then StorageError.
+
+    A file that is missing from a folder that is there is a VideoError.
+    """
+    start, wait = None, 0.5
+    while True:
+        try:
+            return function()
+        except Exception as error:
+            if not of_system(error):
+                raise
+            if isinstance(error, FileNotFoundError) and _is_missing(path):
+                raise VideoError(f"{path}: {_reason(error)}") from None
+            if start is None:
+                start = time.monotonic()
+                log.warning("%s: %s; trying again for %g s", path, _reason(error), PATIENCE)
+            if time.monotonic() - start >= PATIENCE:
+                raise StorageError(f"{path} cannot be read: {_reason(error)}, for {PATIENCE:g} s. It does not count as "
+                                   "damaged: see to the disk, rights, limits or memory, and run again") from None
+        time.sleep(wait)
+        wait = min(2 * wait, 8)
+
+
+def _is_missing(path: str) -> bool:
+    """Whether there is no such file in a folder that holds others. An empty one may be where a disk was mounted."""
+    try:
+        with os.scandir(os.path.dirname(os.path.realpath(path))) as others:
+            return any(others) and not os.path.exists(path)
+    except OSError:
+        return False
+
+
 def _bounded(function: Callable, path: str, timeout: float):
-    """function() in a thread of its own, given up after `timeout` seconds; its failures become VideoError.
+    """function() within `timeout` seconds. VideoError where it fails twice though the whole file can be read in
+    between, StorageError where that cannot be."""
+
+    def attempt():
+        try:
+            return _limited(function, path, timeout)
+        except VideoError:
+            if not path.startswith(NULL) and os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+                raise  # a pipe gives nothing, however often
+        try:
+            _limited(lambda: _read_through(path), path, timeout)
+        except VideoError:
+            raise TimeoutError(errno.ETIMEDOUT, f"it was not read in {timeout:g} s") from None
+        return _limited(function, path, timeout)
+
+    return persist(attempt, path)
+
+
+def _read_through(path: str) -> None:
+    """Raises OSError where a part of the file cannot be read."""
+    if not path.startswith(NULL):
+        with open(path, "rb") as file:
+            while file.read(2**20):
+                pass
+
+
+def _limited(function: Callable, path: str, timeout: float):
+    """function() in a thread of its own, given up after `timeout` seconds; its failures become VideoError, but for
+    those of the system.
 
     decord works outside the interpreter lock, so the caller stays alive when it hangs, and a daemon thread does not
     keep the process from ending.
@@ -116,8 +196,12 @@ def _bounded(function: Callable, path: str, timeout: float):
     except VideoError:
         raise
     except FutureTimeout:
+        if future.done():  # the system's own
+            raise
         raise VideoError(f"{path}: the decoder was still busy after {timeout:g} s") from None
     except DECODER_ERRORS as error:
+        if of_system(error):
+            raise
         raise VideoError(f"{path}: {_reason(error)}") from None
     finally:
         # Else the error and what it was raised in would keep each other, and the decoder, until they are collected:
@@ -248,7 +332,7 @@ def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
     frames = rearrange(video, "c t h w -> t h w c").cpu().numpy()
     height, width = frames.shape[1:3]
     pixels = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"  # yuv420p halves the colour planes
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error",
         "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
@@ -256,6 +340,7 @@ def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
     ]
     done = subprocess.run(command, input=frames.tobytes(), capture_output=True, start_new_session=True)
     if done.returncode:
+        part.unlink(missing_ok=True)
         reason = done.stderr.decode(errors="replace").strip().split("\n")[0]
         raise OSError(f"{path} cannot be written: {reason or f'ffmpeg ended with status {done.returncode}'}")
     os.replace(part, path)

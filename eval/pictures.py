@@ -7,6 +7,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from data.files import write_whole
+
 MARGIN = 4
 TEXT = 14  # height of a line of text
 SMALLEST = 96  # frames lower than this are shown in larger pixels
@@ -51,7 +53,8 @@ def contact_sheet(
         draw.text((MARGIN, top + row.height // 2 - TEXT // 2), labels[place], fill="black")
         sheet.paste(row, (left, top))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, format="PNG")
+    with write_whole(path) as file:
+        sheet.save(file, format="PNG")
 
 
 def _strip(video: Tensor, num_frames: int) -> Image.Image:

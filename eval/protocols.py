@@ -7,12 +7,13 @@ number is printed and saved with the record of how it was made. `PROTOCOLS` hold
 import dataclasses
 import hashlib
 import json
-import os
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from data.files import write_whole
 
 NOT_OURS = "published, not reproduced here"
 
@@ -241,6 +242,5 @@ def write_record(path: str | Path, record: dict[str, Any], results: dict[str, An
     """Save the numbers with their record as JSON, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"results": results, "record": record}, indent=1) + "\n")
-    temporary.replace(path)
+    with write_whole(path, "w") as file:
+        file.write(json.dumps({"results": results, "record": record}, indent=1) + "\n")

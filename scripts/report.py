@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs as a script from any folder
 from PIL import Image  # noqa: E402
 
+from data.files import write_whole  # noqa: E402
 from eval.protocols import FACTS, Protocol, comparable  # noqa: E402
 from training.arguments import one_line_errors  # noqa: E402
 
@@ -363,7 +364,8 @@ def main() -> None:
     html = page(folder, reports, runs, problems)
     output = args.output or args.folder / "index.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(html, encoding="utf-8")
+    with write_whole(output, "w", encoding="utf-8") as file:
+        file.write(html)
     for problem in problems:
         print(f"left out: {problem}")
     print(f"{output}: {len(reports)} reports, {len(runs)} runs, {output.stat().st_size / 2**20:.1f} MiB")

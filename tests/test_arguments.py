@@ -1,6 +1,8 @@
 import dataclasses
+import re
 
 import pytest
+import torch
 
 from models.coordtok import CoordTokConfig
 from training.arguments import Parser, add_coordtok, coordtok_config, one_line_errors
@@ -56,3 +58,20 @@ def test_errors_end_in_one_line(capsys):
         raise ValueError("Caught ValueError in DataLoader worker process 0.\nTraceback ...\nValueError: no video in x")
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "error: no video in x\n"
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nx"), "not enough memory: CUDA out of "),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "not enough memory: .enforce fail. D"),
+    (MemoryError("Unable to allocate 9 GiB"), "not enough memory: Unable to allocate 9 GiB: lower the batch size"),
+])
+def test_lack_of_memory_is_one_line(capsys, error, line):
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise error
+    assert stopped.value.code == 1 and re.fullmatch(f"error: {line}.*\n", capsys.readouterr().err)
+
+
+def test_ctrl_c_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130 and capsys.readouterr().err == "error: interrupted by Ctrl-C\n"

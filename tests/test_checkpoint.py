@@ -1,3 +1,4 @@
+import errno
 import json
 
 import pytest
@@ -26,6 +27,48 @@ def test_auto_takes_the_newest_whole_one(tmp_path):
     newest.write_bytes(newest.read_bytes()[:100])
     with pytest.warns(UserWarning, match="step_0000002.pt cannot be read"):
         assert checkpoint.find(tmp_path, "auto")["step"] == 1
+
+
+def test_only_damaged_ones_are_not_none(tmp_path):
+    """Else the run would start anew, and its files be lost."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, state(step))
+    (tmp_path / "step_0000001.pt").write_bytes(b"")
+    (tmp_path / "step_0000002.pt").write_bytes((tmp_path / "step_0000002.pt").read_bytes()[:100])
+    message = f"none of the 2 checkpoints in {tmp_path} is whole .step_0000001.pt, step_0000002.pt.: put a whole one"
+    for read in (lambda: checkpoint.find(tmp_path, "auto"), lambda: checkpoint.load(tmp_path)):
+        with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(ValueError, match=message):
+            read()
+
+
+@pytest.mark.parametrize("error", [
+    PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "Input/output error"),
+    MemoryError("no room"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+])
+def test_what_the_system_refuses_is_not_damage(tmp_path, monkeypatch, error):
+    """An older checkpoint would be taken in its place, and the newest be overwritten."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, state(step))
+    load = torch.load
+
+    def refuse(path, **options):
+        if "step_0000002" in str(path):
+            raise error
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(OSError, match="step_0000002.pt cannot be read: .*(denied|Input/output|room|memory)"):
+        checkpoint.find(tmp_path, "auto")
+
+
+def test_another_version_is_not_damage(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, state(1))
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    checkpoint.save(tmp_path, 2, state(2))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="step_0000002.pt has checkpoint format 2, this version reads 1"):
+        checkpoint.find(tmp_path, "auto")
 
 
 def test_refuses_to_start_over_a_run(tmp_path):

@@ -1,16 +1,21 @@
 import copy
 import csv
+import errno
 import fcntl
 import logging
 import multiprocessing
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
 from data import clips
 from data.clips import (
@@ -26,7 +31,10 @@ from data.clips import (
     num_starts,
     window_frames,
 )
-from data.video import VideoError, write_video
+from data.metadata import find_videos
+from data.video import StorageError, VideoError, write_video
+from eval import reconstruction
+from training.clip_cache import WholeVideos, files_sha256
 
 LENGTHS = (20, 9, 14)
 
@@ -81,6 +89,21 @@ def test_other_folders(tmp_path, folder):
     (tmp_path / "c").mkdir()
     with pytest.raises(FileNotFoundError, match="no videos under .*looked there"):
         list_folder(tmp_path / "c")
+
+
+def test_hidden_and_partial_files_are_neither_videos_nor_classes(tmp_path):
+    """As notebooks, macOS, downloaders and killed writers leave them; class folders without videos do not count."""
+    for name in (".ipynb_checkpoints/x-checkpoint.mp4", "__MACOSX/._x.mp4", "a/._x.mp4", "a/x.mp4", "b/y.avi",
+                 "b/.000000.part.mp4", "b/z.part.mp4", "b/z.mp4.part", "aa/notes.txt", ".b/q.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "ab").mkdir()
+    paths = [tmp_path / "a/x.mp4", tmp_path / "b/y.avi"]
+    assert list_folder(tmp_path) == [VideoFile(str(path), label) for label, path in enumerate(paths)]
+    assert find_videos(tmp_path) == paths
+    (tmp_path / "b" / "deep").mkdir()
+    (tmp_path / "b" / "deep" / "w.mp4").touch()
+    assert len(list_folder(tmp_path)) == 2 and len(find_videos(tmp_path)) == 3
 
 
 def write_csv(path: Path, rows: list[tuple]) -> str:
@@ -242,6 +265,39 @@ def test_nothing_left_is_an_error(damaged, tmp_path):
         data[ClipKey(0)]
 
 
+def test_a_disk_that_is_away_quarantines_nothing(folder, tmp_path, monkeypatch):
+    """Nor does it where evaluation looks for lengths, or a cache is filled."""
+    monkeypatch.setattr("data.video.PATIENCE", 0)
+    root, away = tmp_path / "root" / "a", tmp_path / "away"
+    shutil.copytree(folder, root)
+    quarantine = Quarantine(tmp_path / "bad.txt")
+    data = dataset(root, quarantine=quarantine)
+    expected = data[ClipKey(0)]
+    root.rename(away)
+    whole = WholeVideos(data.files, 16, "coordtok", quarantine, 60)
+    for read in (lambda: data[ClipKey(0)], lambda: reconstruction.length(data.files[0], quarantine), lambda: whole[0],
+                 lambda: files_sha256(data.files), lambda: next(iter(make_loader(data, [[ClipKey(0)]], 1)))):
+        with pytest.raises(StorageError, match="[012].mp4 cannot be read: No such file or directory"):
+            read()
+    assert len(quarantine) == 0
+    away.rename(root)
+    assert equal(data[ClipKey(0)], expected)
+
+
+def test_quarantined_videos_are_looked_at_again(folder, damaged, tmp_path):
+    """By a run that goes on: a file may have been written anew since."""
+    quarantine = Quarantine(tmp_path / "bad.txt")
+    data = dataset(damaged, quarantine=quarantine)
+    for index in (3, 4):
+        data[ClipKey(0, index)]
+    quarantine.add(data.files[0].path, "in part: frame 9")
+    shutil.copy(folder / "1.mp4", data.files[3].path)
+    again = Quarantine(tmp_path / "bad.txt")
+    again.review()
+    assert [Path(path).name for path in Quarantine(tmp_path / "bad.txt").read()] == ["b.avi", "0.mp4"]
+    assert dataset(damaged, quarantine=again)[ClipKey(0, 3)]["path"] == data.files[3].path
+
+
 def report_damage(path: str) -> None:
     quarantine = Quarantine(path)
     for i in range(50):
@@ -319,3 +375,65 @@ def test_workers_change_nothing_and_leave_the_global_generator_alone(damaged, tm
         frames = [list(batch.pop("frames")) for batch in (one, two)]
         assert all(map(torch.equal, *frames)) and equal(one, two)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_unlike_clips_need_few_descriptors(folder):
+    """As shipped for the device to resize; each clip had three descriptors, and the loader hung at the limit."""
+    code = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from data.clips import ClipDataset, GlobalBatchSampler, list_folder, make_loader
+clips = ClipDataset(list_folder({str(folder)!r}), 8, 16, "coordtok", resize="device")
+print(sum(len(batch["frames"]) for batch in make_loader(clips, GlobalBatchSampler(3, 48, 4), 2)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{48 * 4}\n", done.stderr
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error(folder, monkeypatch):
+    """It was one of a thread that nobody listens to, and the batch was waited for for ever."""
+
+    def refuse(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("data.shipping.DupFd", refuse)
+    with pytest.raises(OSError, match="a batch cannot be handed over in shared memory: Too many open files: lower"):
+        next(iter(make_loader(dataset(folder), [[ClipKey(0)]], 1)))
+
+
+def test_workers_that_cannot_start_are_one_line(folder, monkeypatch):
+    def refuse(*_, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)  # as a full /dev/shm does
+    with pytest.raises(OSError, match="1 loader workers cannot start: No space left on device: .*df /dev/shm"):
+        iter(make_loader(dataset(folder), [[ClipKey(0)]], 1))
+
+
+def test_the_limit_of_open_files_is_raised():
+    code = """
+import resource
+from data.clips import raise_file_limit
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 500))
+raise_file_limit()
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "(500, 500)\n", done.stderr
+
+
+def test_ctrl_c_while_workers_start_leaves_nothing_half_made(folder):
+    """What torch says of a half-made loader would follow the one line."""
+    code = f"""
+import os, signal
+from data import clips
+real = clips.DataLoader._get_iterator
+clips.DataLoader._get_iterator = lambda self: (os.kill(os.getpid(), signal.SIGINT), real(self))[1]
+files = clips.list_folder({str(folder)!r})
+try:
+    iter(clips.make_loader(clips.ClipDataset(files, 8, 16, "coordtok"), [[clips.ClipKey(0)]], 1))
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "interrupted\n" and done.stderr == ""

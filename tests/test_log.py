@@ -1,9 +1,15 @@
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
 
-from training.log import NonFiniteGuard, RunLog, StageClock
+from data.clips import Loader, init_worker
+from training.log import NonFiniteGuard, RunLog, StageClock, StopSignal
 
 CPU = torch.device("cpu")
 
@@ -45,3 +51,73 @@ def test_stages_share_the_time(monkeypatch):
         clock.mark(stage)
     assert clock.seconds() == {"loading": 1.5, "computing": 4, "writing": 2.5}
     assert str(clock) == "8.0 s: loading 19 %, computing 50 %, writing 31 %"
+
+
+# --- leaving ---
+
+@pytest.fixture
+def stop():
+    """With the handlers of this process put back afterwards."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGCHLD)
+    before = [signal.getsignal(number) for number in numbers]
+    yield StopSignal()
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+def never():
+    yield 1
+    yield 2
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_loop_that_waits_for_data(stop, monkeypatch, capsys, number, code):
+    monkeypatch.setattr("training.log.GRACE", 0.1)
+    saved, batches = [], never()
+    assert [stop.next(batches, step, saved.append) for step in (5, 6)] == [1, 2]
+    threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
+    with pytest.raises(SystemExit) as left:
+        stop.next(batches, 7, saved.append)
+    assert left.value.code == code and saved == [6] and "saved step 6; go on with --resume" in capsys.readouterr().out
+
+
+def test_a_batch_that_comes_in_time_is_used(stop):
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.next(iter([3]), 1, None) == 3 and stop.anywhere()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_what_is_done_is_saved_before_a_loader_s_error(stop):
+    def fails():
+        yield 1
+        raise OSError("the disk is away")
+
+    saved, batches = [], fails()
+    stop.next(batches, 1, saved.append)
+    with pytest.raises(OSError, match="the disk is away"):
+        stop.next(batches, 2, saved.append)
+    assert saved == [1]
+
+
+def test_a_worker_that_dies_does_not_end_a_step(stop):
+    """torch raises wherever the process is: here in the middle of a step, whose work would be lost."""
+    loader = Loader(range(100), num_workers=1, worker_init_fn=init_worker, batch_size=None)
+    others = set(multiprocessing.active_children())
+    saved, batches = [], iter(loader)
+    assert stop.next(batches, 1, saved.append) == 0
+    assert stop.next(batches, 2, saved.append) == 1
+    worker, = set(multiprocessing.active_children()) - others
+    os.kill(worker.pid, signal.SIGKILL)
+    for _ in range(50):
+        time.sleep(0.01)  # the step
+    with pytest.raises(ChildProcessError, match="DataLoader worker .pid.* killed by signal"):
+        for step in range(3, 9):
+            stop.next(batches, step, saved.append)
+    assert saved and saved[0] >= 2
+
+
+def test_a_second_ctrl_c_ends_at_once(stop):
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)

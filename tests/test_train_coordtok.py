@@ -53,14 +53,18 @@ def test_a_killed_run_resumes_bit_for_bit(data, coordtok, tmp_path):
     assert losses(tmp_path / "run") == losses(coordtok)
 
 
-def test_sigterm_saves_and_leaves(data, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name", "code"), [(signal.SIGTERM, b"SIGTERM", 143), (signal.SIGINT, b"Ctrl-C", 130)]
+)
+def test_a_signal_saves_and_leaves(data, tmp_path, number, name, code):
+    """And ends with its code, so that a script does not go on with an unfinished model."""
     flags = ("--exp_name", "run", "--num_iters", 100000, "--point_per_vid", 16)
     running = start("train_coordtok.py", *arguments(data, tmp_path, *flags))
     wait(running, lambda: num_lines(tmp_path / "run" / "metrics.jsonl") >= 2)
-    os.killpg(running.pid, signal.SIGTERM)  # as schedulers do: the loader's workers get it too
+    os.killpg(running.pid, number)  # as schedulers and terminals do: the loader's workers get it too
     output, _ = running.communicate(timeout=60)
-    assert running.returncode == 0, output
-    assert b"SIGTERM: saved step" in output
+    assert running.returncode == code and b"Traceback" not in output, output
+    assert output.splitlines()[-1].startswith(name + b": saved step")
     saved = int(next((tmp_path / "run" / "checkpoints").iterdir()).stem.removeprefix("step_"))
     assert saved == max(losses(tmp_path / "run"))
     resumed = train(data, tmp_path, "--exp_name", "run", "--num_iters", saved + 1, "--point_per_vid", 16, "--resume")

@@ -1,8 +1,10 @@
+import errno
 import gc
 import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 import data.video
 from data.video import (
     FrameError,
+    StorageError,
     VideoError,
     VideoInfo,
     probe,
@@ -218,3 +221,82 @@ def test_an_error_leaves_no_decoder_behind(tmp_path):
         assert not any(type(thing) is decord.VideoReader for thing in gc.get_objects())
     finally:
         gc.enable()
+
+
+# --- errors of the system, which say nothing of the file ---
+
+@pytest.fixture
+def video(tmp_path) -> Path:
+    (tmp_path / "videos").mkdir()
+    for name in ("a", "b"):
+        write_video(tmp_path / "videos" / f"{name}.mp4", torch.rand(3, 4, 32, 32))
+    return tmp_path / "videos" / "a.mp4"
+
+
+def test_a_disk_that_is_away_for_a_moment_is_waited_for(video):
+    away = video.parent.with_name("away")
+    video.parent.rename(away)
+    back = threading.Timer(0.7, away.rename, [video.parent])
+    back.start()
+    assert len(read_frames(str(video), range(4))) == 4
+    back.join()
+
+
+@pytest.mark.parametrize("name", ["ENOENT", "EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "EACCES", "ETIMEDOUT"])
+def test_what_the_system_refuses_is_not_damaged(video, monkeypatch, name):
+    monkeypatch.setattr("data.video.PATIENCE", 0)
+    number = getattr(errno, name)
+
+    def refuse(path, *_):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr("data.video.open", refuse, raising=False)
+    with pytest.raises(StorageError, match=f"a.mp4 cannot be read: {os.strerror(number)}, for 0 s.*and run again$"):
+        probe(str(video))
+
+
+def test_no_memory_is_not_damage(video, monkeypatch):
+    monkeypatch.setattr("data.video.PATIENCE", 0)
+
+    def refuse(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr("data.video._read", refuse)
+    with pytest.raises(StorageError, match="a.mp4 cannot be read: .*allocate memory"):
+        read_frames(str(video), [0])
+
+
+def test_the_decoder_must_refuse_twice(video, monkeypatch):
+    """It may have met a bad moment of the disk, which it does not tell from a bad file."""
+    real, refusals = decord.VideoReader, iter([True])
+
+    def moody(*args, **options):
+        if next(refusals, False):
+            raise decord.DECORDError("cannot find video stream")
+        return real(*args, **options)
+
+    monkeypatch.setattr(decord, "VideoReader", moody)
+    assert probe(str(video)).num_frames == 4
+    refusals = iter([True, True])
+    with pytest.raises(VideoError, match="a.mp4: cannot find video stream"):
+        probe(str(video))
+
+
+def test_a_slow_disk_is_told_from_a_slow_decoder(video, monkeypatch):
+    monkeypatch.setattr("data.video.PATIENCE", 0)
+    monkeypatch.setattr("data.video._open", lambda path: time.sleep(0.5))
+    with pytest.raises(VideoError, match="a.mp4: the decoder was still busy after 0.1 s"):
+        probe(str(video), 0.1)
+    monkeypatch.setattr("data.video._read_through", lambda path: time.sleep(0.5))
+    with pytest.raises(StorageError, match="a.mp4 cannot be read: it was not read in 0.1 s"):
+        probe(str(video), 0.1)
+
+
+def test_a_missing_file_among_others_is_missing(video):
+    video.unlink()
+    with pytest.raises(VideoError, match="a.mp4: No such file or directory"):
+        probe(str(video))
+    video.with_name("b.mp4").unlink()  # an empty folder may be a disk that is not mounted
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError):
+        patch.setattr("data.video.PATIENCE", 0)
+        probe(str(video))

@@ -264,5 +264,15 @@ def one_line_errors():
         print(f"error{where}: {line}", file=sys.stderr, flush=True)
         # os._exit would lose what other threads hold; a plain exit lets loaders close.
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("error: interrupted by Ctrl-C", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        lines = [line for line in str(error).splitlines() if re.search("out of memory|allocate memory", line)]
+        if os.environ.get("VT_TRACEBACK") or not (lines or isinstance(error, MemoryError)):
+            raise
+        print(f"error: not enough memory: {lines[-1] if lines else error}: lower the batch size or --num_workers",
+              file=sys.stderr, flush=True)
+        sys.exit(1)
     else:
         distributed.teardown()  # not after an error: by NCCL it would wait for processes that wait for this one

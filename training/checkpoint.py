@@ -9,12 +9,17 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
+from data.files import of_system, write_whole, writing
 from training import distributed, sharding
 
 FORMAT = 1
+
+
+class DamagedError(ValueError):
+    """A file that should hold a checkpoint and does not, or not all of it."""
 
 
 def rng_state() -> dict:
@@ -53,10 +58,8 @@ def save(folder: Path, step: int, state: dict, keep: int = 3, best: bool = False
         distributed.barrier()
         sharding.write(partial, shards)
     if distributed.is_main():
-        with open(partial / "state.pt" if shards else partial, "wb") as file:
+        with writing(partial / "state.pt" if shards else partial, path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
         rename(partial, path)
         if best:
             link = folder / "best.partial"
@@ -109,7 +112,8 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     """A checkpoint of this project on the CPU; of a folder of them, the newest whole one.
 
     A sharded one comes without its sharded tensors: "shards" is its folder, for `sharding.fill` and `select_weights`.
-    mmap: leave tensors in the file until they are used. Raises FileNotFoundError, or ValueError where it is not ours.
+    mmap: leave tensors in the file until they are used. Raises FileNotFoundError; DamagedError; ValueError where it is
+    not ours, or of another version; OSError where the system does not give it, which says nothing of the file.
     """
     path = Path(path)
     if path.is_dir() and not is_sharded(path):
@@ -126,7 +130,9 @@ def load(path: str | Path, mmap: bool = False) -> dict:
             sharding.check(path)
     except Exception as error:
         reason = (str(error) or "it is empty").splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        if of_system(error):
+            raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or reason}") from error
+        raise DamagedError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:
@@ -146,12 +152,18 @@ def is_ours(path: str | Path) -> bool:
 
 
 def newest(folder: Path) -> dict | None:
-    """The newest checkpoint in `folder` that can be read, or None."""
-    for path in reversed(written(folder)):
+    """The newest whole checkpoint in `folder`, or None where there is none. Raises DamagedError where all are damaged,
+    and what `load` raises for other reasons than damage."""
+    there = written(folder)
+    for path in reversed(there):
         try:
             return load(path)
-        except (ValueError, FileNotFoundError) as error:
+        except (DamagedError, FileNotFoundError) as error:  # a folder without its state.pt is damaged too
             warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
+    if there:
+        names = ", ".join(path.name for path in there)
+        raise DamagedError(f"none of the {len(there)} checkpoints in {folder} is whole ({names}): put a whole one in "
+                           "their place, or move them away to start anew")
     return None
 
 
@@ -188,8 +200,10 @@ def export(state: dict, folder: Path, version: str = "sd") -> None:
     """Weights alone: `folder`/model.safetensors and config.json."""
     weights = select_weights(state, version)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(state["config"], indent=2) + "\n")
+    with write_whole(folder / "model.safetensors") as file:
+        file.write(serialize({name: tensor.contiguous() for name, tensor in weights.items()}))
+    with write_whole(folder / "config.json", "w") as file:
+        file.write(json.dumps(state["config"], indent=2) + "\n")
 
 
 def main() -> None:

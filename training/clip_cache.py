@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.cache import ClipCache
-from data.clips import Quarantine, VideoFile, init_worker
-from data.video import NULL, VideoError, read_chosen, resize_crop_8bit
+from data.clips import Loader, Quarantine, VideoFile, deliver, init_worker
+from data.video import NULL, VideoError, file_size, read_chosen, resize_crop_8bit
 from eval.protocols import manifest_sha256
 from training import distributed
 from training.log import say
@@ -51,20 +51,24 @@ class WholeVideos(Dataset):
         return torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
 
 
+def deliver_video(frames: Tensor) -> dict:
+    return deliver({}, [frames], alike=True)
+
+
 def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
     """Write the missing shards, shared by all processes."""
     shards = distributed.broadcast(cache.missing())[distributed.rank() :: distributed.world_size()]
     order = [video for shard in shards for video in cache.rows_of(shard)]
-    decoded = iter(DataLoader(
+    decoded = iter(Loader(
         videos, batch_size=None, sampler=order, num_workers=min(num_workers, len(order)), worker_init_fn=init_worker,
-        generator=torch.Generator(),  # else it would draw from the global generator
+        collate_fn=deliver_video, generator=torch.Generator(),  # else it would draw from the global generator
     ))
     with tqdm(total=len(order), desc="caching clips", disable=not (distributed.is_main() and order)) as bar:
         for shard in shards:
             frames = []
             for _ in cache.rows_of(shard):
                 # A copy: what workers ship holds a file each, until it is freed.
-                frames.append(next(decoded).numpy().copy())
+                frames.append(next(decoded)["frames"][0].numpy().copy())
                 bar.update()
             cache.write(shard, frames)
     distributed.wait_until(lambda: not cache.missing())
@@ -72,7 +76,14 @@ def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
 
 def files_sha256(files: Sequence[VideoFile]) -> str:
     """SHA-256 of the videos' paths, relative to the folder they share, and sizes in bytes (0 for a random clip, which
-    has no file): what caches of them are found by."""
+    has no file, and a missing one): what caches of them are found by."""
     root = os.path.commonpath([os.path.dirname(file.path) for file in files])
-    sizes = (0 if file.path.startswith(NULL) else os.path.getsize(file.path) for file in files)
+
+    def size(path: str) -> int:
+        try:
+            return 0 if path.startswith(NULL) else file_size(path)
+        except VideoError:
+            return 0
+
+    sizes = (size(file.path) for file in files)
     return manifest_sha256([f"{file.path} {size}" for file, size in zip(files, sizes)], root)

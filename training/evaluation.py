@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.clips import ClipDataset, Quarantine, VideoFile, make_loader
+from data.clips import ClipDataset, VideoFile, make_loader
 from eval.i3d import I3D
 from eval.metrics import psnr_frame
 from eval.pictures import contact_sheet
@@ -17,7 +17,7 @@ from models.losses import Perceptual
 from models.released import WeightsError
 from training import distributed
 from training.arguments import Parser
-from training.log import say
+from training.log import open_quarantine, say
 
 
 def add_evaluation(parser: Parser, protocol: str, batch_size: int = 8) -> None:
@@ -48,7 +48,7 @@ def evaluate(
     """
     protocol = PROTOCOLS[args.protocol]
     folder = Path(args.output_dir or Path("results/eval") / protocol.name)
-    quarantine = Quarantine(folder / "quarantine.txt")
+    quarantine = open_quarantine(folder, args.decode_timeout)
     paths = [file.path for file in files]
     manifest = manifest_sha256(paths, os.path.commonpath(paths))
     split = next((name for name in ("train", "test", "val") if name in dataset), "all")

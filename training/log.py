@@ -2,17 +2,20 @@
 import collections
 import itertools
 import json
-import os
 import resource
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.clips import Quarantine
+from data.files import claim, write_whole
 from eval.protocols import git_revision
 from training import distributed
 
@@ -22,6 +25,27 @@ def say(*words) -> None:
     if distributed.is_main():
         tqdm.write(" ".join(map(str, words)), file=sys.stdout)
         sys.stdout.flush()
+
+
+def claim_run(folder: Path) -> None:
+    """Keep a run's folder for this run, until it ends. ValueError where another run has it, which it names."""
+    error = None
+    if distributed.is_main():
+        try:
+            claim(folder / ".lock", f"{folder} is in use")
+        except (ValueError, OSError) as caught:
+            error = caught
+    if distributed.any_rank(error is not None):
+        raise error or SystemExit(1)  # one line is enough
+
+
+def open_quarantine(folder: Path, timeout: float) -> Quarantine:
+    """The list of damaged videos in a run's folder, on every process; those of an earlier run are looked at again."""
+    quarantine = Quarantine(folder / "quarantine.txt")
+    if distributed.is_main():
+        quarantine.review(timeout)
+    distributed.barrier()
+    return quarantine
 
 
 class RunLog:
@@ -44,16 +68,16 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"git_revision": git_revision(), "world_size": distributed.world_size(), "torch": torch.__version__}
-        (folder / "args.json").write_text(json.dumps({**args, **facts}, indent=2, default=str) + "\n")
+        with write_whole(folder / "args.json", "w") as file:
+            file.write(json.dumps({**args, **facts}, indent=2, default=str) + "\n")
         path = folder / "metrics.jsonl"
         kept = []
         if start and path.exists():
             # A line cut short by a kill is dropped with the rest.
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= start]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
+        with write_whole(path, "w") as file:
+            file.write("".join(kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         if wandb_mode != "disabled":
             import wandb
@@ -173,16 +197,90 @@ class NonFiniteGuard:
         self.files.clear()
 
 
+GRACE = 10.0  # seconds for which a batch is waited for once a signal has come
+
+
+class NoBatchError(BaseException):
+    """No batch came in time. Not an Exception, so that the loader that waits does not handle it."""
+
+
 class StopSignal:
-    """Remembers a SIGTERM, so that the loop can save and leave between two steps."""
+    """Remembers a SIGTERM or Ctrl-C, so that the loop can save and leave between two steps; a second Ctrl-C ends the
+    process at once.
+
+    `next` sees to it that a loader which fails or hangs costs no step either.
+    """
 
     def __init__(self):
-        self.received = False
+        self.received, self.waiting, self.first, self.died = 0, False, None, None
         signal.signal(signal.SIGTERM, self.receive)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is of a script's background jobs
+            signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGALRM, self.give_up)
 
-    def receive(self, *_) -> None:
-        self.received = True
+    def receive(self, number: int, _) -> None:
+        if number == self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        if self.waiting:
+            signal.setitimer(signal.ITIMER_REAL, GRACE)
+
+    def give_up(self, *_) -> None:
+        if self.waiting:
+            raise NoBatchError
+
+    def next(self, batches: Iterator, step: int, save: Callable[[int], None]):
+        """The next batch, for `step`; all processes call it. Where on one of them the loader fails, or after a signal
+        gives none for GRACE seconds, the state after the step before is saved and the run ends."""
+        self.first, batch, error = self.first or step, None, None
+        self._defer_deaths()
+        self.waiting = True
+        try:
+            if self.received:
+                signal.setitimer(signal.ITIMER_REAL, GRACE)
+            if self.died:
+                raise self.died
+            batch = next(batches)
+        except (Exception, NoBatchError) as caught:
+            error = caught
+        finally:
+            self.waiting = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if not distributed.any_rank(error is not None):
+            return batch
+        if step > self.first:  # else it is there, or nothing was done
+            save(step - 1)
+        if isinstance(error, Exception):
+            raise error
+        if error is None and not self.received:
+            sys.exit(1)  # the process whose loader failed says so
+        return self.leave(step - 1, saved=step > self.first)
+
+    def _defer_deaths(self) -> None:
+        """torch raises an error wherever the process is when a worker dies, in the middle of a step too. That waits
+        until a batch is asked for."""
+        handler = signal.getsignal(signal.SIGCHLD)
+        owner = getattr(handler, "__self__", None)
+        if callable(handler) and owner is not self:
+            self.torch_handler = owner.torch_handler if isinstance(owner, StopSignal) else handler
+            signal.signal(signal.SIGCHLD, self._worker_died)
+
+    def _worker_died(self, *args) -> None:
+        try:
+            self.torch_handler(*args)
+        except RuntimeError as error:
+            if self.waiting:
+                raise
+            self.died = ChildProcessError(str(error).splitlines()[0])
 
     def anywhere(self) -> bool:
         """Whether any process was told to stop; all processes get the same answer."""
-        return distributed.any_rank(self.received)
+        return distributed.any_rank(self.received > 0)
+
+    def leave(self, step: int, saved: bool = True) -> NoReturn:
+        """End with the exit code of the signal, so that a script does not go on with an unfinished model."""
+        number = self.received or signal.SIGTERM
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        say(f"{name}: {'saved' if saved else 'left at'} step {step}; go on with --resume auto")
+        distributed.teardown()
+        sys.exit(128 + number)

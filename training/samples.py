@@ -2,7 +2,6 @@
 import csv
 import hashlib
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.clips import ClipDataset, ClipKey, make_loader
+from data.files import claim, release, remove_partials, write_whole
 from data.video import to_video, write_video
 from eval.protocols import write_record
 from eval.reconstruction import length
@@ -73,7 +73,8 @@ def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
             with ThreadPoolExecutor(8) as pool:
                 found = pool.map(lambda file: length(file, clips.quarantine), unknown)
                 known |= zip((file.path for file in unknown), tqdm(found, "lengths", len(unknown), leave=False))
-            write_whole(path, json.dumps(known, indent=0))
+            with write_whole(path, "w") as file:
+                file.write(json.dumps(known, indent=0) + "\n")
     return [known[file.path] for file in clips.files]
 
 
@@ -120,14 +121,22 @@ class SampleStore:
 
     def open(self, indices: Sequence[int], replace: bool) -> list[int]:
         """Those of `indices` that are still to be made. With `replace`, all of them, and whatever other settings made
-        is dropped. ValueError where the folder holds samples of other settings."""
+        is dropped. ValueError where the folder holds samples of other settings, or another process makes some of
+        these."""
         path = self.folder / "settings.json"
         with self.lock:
             there = json.loads(path.read_text()) if path.exists() else self.settings
             if there != self.settings and not replace:
                 raise ValueError(f"{self.folder} holds samples of other settings: {differences(there, self.settings)}; "
                                  "choose another --output_dir, or --replace them")
-            write_whole(path, json.dumps(self.settings, indent=1))
+            self.claim(range(self.total) if there != self.settings else indices, indices)
+            with write_whole(path, "w") as file:
+                file.write(json.dumps(self.settings, indent=1) + "\n")
+            for folder in (self.folder, self.chunks):
+                remove_partials(folder)
+            for part in (*self.videos.glob(".*.part.*"), *self.given.glob(".*.part.*")):  # .000012.PID.part.mp4
+                if (number := part.name.split(".")[1]).isdecimal() and int(number) in indices:
+                    part.unlink()
             if replace:
                 for chunk in self.chunks.iterdir():
                     if there != self.settings or set(chunk_indices(chunk)) & set(indices):
@@ -135,6 +144,16 @@ class SampleStore:
                 self.report.unlink(missing_ok=True)
             done = self.done()
         return [index for index in indices if index not in done]
+
+    def claim(self, touched: Sequence[int], made: Sequence[int]) -> None:
+        """Keep the samples `made` for this process, until it ends. ValueError where another one, which it names, makes
+        some of those `touched`."""
+        for path in self.folder.glob(".samples_*.lock"):
+            first, last = map(int, path.stem.split("_")[1:])
+            if first <= touched[-1] and touched[0] <= last:
+                claim(path, f"samples {first} to {last} in {self.folder} are being made")
+                release(path)  # by a process that has ended
+        claim(self.folder / f".samples_{made[0]}_{made[-1]}.lock", f"{self.folder} is in use")
 
     def done(self) -> dict[int, Path]:
         """{index: its chunk}. ValueError for chunks of other settings, and where two hold the same sample."""
@@ -168,7 +187,8 @@ class SampleStore:
         for i, *clips in zip(index, *shown.values()):
             if i < NUM_PREVIEWS:
                 frames = torch.linspace(0, clips[0].shape[1] - 1, min(8, clips[0].shape[1])).round().long()
-                np.save(self.chunks / f"preview_{i:02d}.npy", torch.stack(clips)[:, :, frames].numpy())
+                with write_whole(self.chunks / f"preview_{i:02d}.npy") as file:
+                    np.save(file, torch.stack(clips)[:, :, frames].numpy())
         for name in {"nll", "fake"} & values.keys():
             bad = [i for i, row in zip(index, values[name]) if not row.isfinite().all()]
             if bad:
@@ -176,12 +196,10 @@ class SampleStore:
                                          "too large for --dtype; try float32")
         first, last = min([*index, *left_out]), max([*index, *left_out])
         path = self.chunks / f"{first:07d}-{last:07d}.{self.run}.npz"
-        partial_path = path.with_suffix(f".{os.getpid()}")
         values = {name: (value.float() if value.is_floating_point() else value).numpy()
                   for name, value in values.items()}
-        with open(partial_path, "wb") as file:
+        with write_whole(path) as file:
             np.savez(file, index=np.array(index, int), left_out=np.array(left_out, int), **values)
-        os.replace(partial_path, path)
 
     def previews(self) -> dict[int, list[Tensor]]:
         """A few frames (3, 8, H, W) in [0, 1] of each of the first samples, after those of the clip given, if kept."""
@@ -234,7 +252,8 @@ def write_frames(folder: Path, video: Tensor) -> None:
     """folder/000.png, ... of a video (3, T, H, W) uint8."""
     folder.mkdir(exist_ok=True)
     for i, frame in enumerate(video.permute(1, 2, 3, 0).numpy()):
-        Image.fromarray(frame).save(folder / f"{i:03d}.png")
+        with write_whole(folder / f"{i:03d}.png") as file:
+            Image.fromarray(frame).save(file, format="PNG")
 
 
 class Behind:
@@ -296,18 +315,10 @@ def append_report(path: Path, row: dict) -> None:
         rows = [{name: each.get(name, "") for name in names} for each in (*rows, row)]
         rows = [each for i, each in enumerate(rows) if each not in rows[:i]]
         rows.sort(key=lambda each: (-int(each["num_samples"] or 0), float(each["fvd"] or "inf")))
-        partial_path = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(partial_path, "w", newline="") as file:
+        with write_whole(path, "w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial_path, path)
-
-
-def write_whole(path: Path, text: str) -> None:
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}")
-    partial_path.write_text(text + "\n")
-    os.replace(partial_path, path)
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -1,0 +1,120 @@
+"""Files written whole or not at all, and locks that say who holds them. An error is one line with the path and cause.
+
+Nothing here needs more than the standard library.
+"""
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# What the system says of a path itself, and not of a disk, a right or a limit.
+PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO}
+
+
+def of_system(error: Exception) -> bool:
+    """Whether an error says nothing of the file, but of the system that reads it."""
+    if isinstance(error, MemoryError) or re.search("allocate memory|bad_alloc", str(error)):
+        return True
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in PATH_ERRORS
+
+
+class _Recorder:
+    """A file that remembers the first OSError of a write: numpy, torch and Pillow raise others in its place."""
+
+    def __init__(self, file):
+        self._file, self.error = file, None
+
+    def write(self, content):
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+
+@contextlib.contextmanager
+def writing(partial: str | Path, path: str | Path, mode: str = "wb", **options) -> Iterator:
+    """The open file `partial`, which is on the disk once the block ends; it is locked until then, and removed where
+    that fails. Raises OSError "PATH cannot be written: CAUSE".
+
+    path: the name for messages. mode, options: as open() takes them.
+    """
+    recorder = None
+    try:
+        with open(partial, mode, **options) as file:
+            with contextlib.suppress(OSError):  # not every file system has locks
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            recorder = _Recorder(file)
+            yield recorder
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        cause = recorder and recorder.error or error
+        if isinstance(cause, OSError):
+            raise OSError(f"{path} cannot be written: {cause.strerror or cause}") from error
+        raise
+
+
+@contextlib.contextmanager
+def write_whole(path: str | Path, mode: str = "wb", **options) -> Iterator:
+    """A file that appears at `path` when the block ends without an error, in place of what was there. It is written
+    beside it, under a hidden name of this process and host. Raises OSError as `writing` does."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    with writing(partial, path, mode, **options) as file:
+        yield file
+    os.replace(partial, path)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the files that `write_whole` left here when its process was killed. Those being written are locked."""
+    for path in folder.glob("*.partial"):
+        with contextlib.suppress(OSError), open(path, "rb+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+_held: dict[str, object] = {}  # lock files of this process, open until it ends
+
+
+def claim(path: Path, used: str) -> None:
+    """Hold the lock file `path` until this process ends, however it ends. ValueError where another holds it, which
+    names that process and its host.
+
+    used: what is locked, for the message: "FOLDER is in use". The lock is the process's own: its children do not
+    inherit it.
+    """
+    if str(path.absolute()) in _held:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")  # noqa: SIM115 - open until the process ends
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise OSError(f"{path} cannot be locked: {error.strerror}") from error
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise ValueError(f"{used} by {holder}: wait until it ends, or choose another folder") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    _held[str(path.absolute())] = file
+
+
+def release(path: Path) -> None:
+    """Give up a lock of this process, and remove its file."""
+    if file := _held.pop(str(path.absolute()), None):
+        path.unlink(missing_ok=True)
+        file.close()
