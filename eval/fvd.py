@@ -28,6 +28,7 @@ from eval.protocols import (
     record,
     write_record,
 )
+from training.arguments import Parser, one_line_errors
 
 DIVISORS = ("N", "N-1")
 
@@ -261,7 +262,7 @@ def self_test(i3d: I3D, batch_size: int = 4) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.fvd", description=__doc__.split("\n")[0])
+    parser = Parser(__doc__.split("\n")[0], prog="python -m eval.fvd")
     add = parser.add_argument
     add("real", nargs="?", help="folder of videos, csv list, or text file with a path a line")
     add("generated", nargs="?", help="the same")
@@ -338,7 +339,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from training.arguments import one_line_errors
-
     with one_line_errors():
         sys.exit(main())

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs as a script from any folder
 from PIL import Image  # noqa: E402
 
+from data.usage import ArgumentParser  # noqa: E402
 from eval.protocols import FACTS, Protocol, comparable  # noqa: E402
 from training.arguments import one_line_errors  # noqa: E402
 
@@ -352,7 +353,7 @@ def items(kind: str, lines: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of runs, evaluations and samples, at any depth")
     parser.add_argument("--output", type=Path, help="the page (default: FOLDER/index.html)")
     args = parser.parse_args()

@@ -231,7 +231,6 @@ def test_the_authors_run_folder_gives_the_same_samples(sampled, models, tmp_path
         (["--sit_model", "TOKENIZER"], "holds a coordtok model, expected a sit checkpoint"),
         (["--sit_model", "UNGUIDED", "--cfg_scale", "2"], "trained with --class_dropout_prob above 0"),
         (["--model", "SiT-L/2"], "--model SiT-L/2 was given, but .* has tiny"),
-        (["--num_sampling_steps", "1"], "change --num-sampling-steps"),
         (["--mode", "ODE", "--reverse", "--num_samples", "9"], "a real clip each"),
         (["--sit_model", "/nowhere"], "/nowhere: no such file"),
     ],

@@ -1,6 +1,5 @@
 """Checkpoints: dicts of plain values and tensors, written whole or not at all. One with sharded tensors is a folder:
 state.pt holds the dict without them, and each process writes its share of them to a file of its own."""
-import argparse
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.usage import ArgumentParser
 from training import distributed, sharding
 
 FORMAT = 1
@@ -193,7 +193,7 @@ def export(state: dict, folder: Path, version: str = "sd") -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Export a checkpoint's weights to safetensors and config.json.")
+    parser = ArgumentParser(description="Export a checkpoint's weights to safetensors and config.json.")
     parser.add_argument("checkpoint", help="checkpoint, or a folder of them (the newest)")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--version", default="sd", metavar="sd|ema|ema_DECAY", help="live weights, or an average")
