@@ -3,6 +3,8 @@ share of each weight, with its gradient, moving average and optimizer states, an
 
 A sharded tensor is a DTensor. All processes must call these functions, but for `check` and `read_whole`.
 """
+import pathlib
+import pickle
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -83,10 +86,51 @@ def write(folder: Path, shards: dict[str, DTensor]) -> None:
     dcp.save(shards, checkpoint_id=folder)
 
 
+class _IndexUnpickler(pickle.Unpickler):
+    """Admits what `write` puts into an index and nothing else, so that reading one runs no code that it carries.
+    Tensors alone: torch would unpickle other entries with whatever they name."""
+
+    ALLOWED = {
+        **{(kind.__module__, kind.__qualname__): kind for kind in (
+            metadata.Metadata, metadata.TensorStorageMetadata, metadata.ChunkStorageMetadata, metadata.TensorProperties,
+            metadata.MetadataIndex, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo,
+            torch.serialization._get_layout,
+        )},
+        ("torch", "Size"): torch.Size,
+        # The path that it was written to, which nobody reads; Python 3.13 has the class in another module.
+        **dict.fromkeys([("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")], pathlib.PurePosixPath),
+        **{("torch", str(value).removeprefix("torch.")): value
+           for value in vars(torch).values() if isinstance(value, torch.dtype)},
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise ValueError(f"its index names {module}.{name}, which no checkpoint of this project holds: do not use "
+                             "this folder")
+        return self.ALLOWED[module, name]
+
+
+class IndexReader(dcp.FileSystemReader):
+    """Reads a folder of shards without running code from its index."""
+
+    def read_metadata(self, *args, **kwargs) -> metadata.Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            try:
+                found = _IndexUnpickler(file).load()
+            except (ValueError, OSError):
+                raise
+            except Exception as error:  # an unpickler fails on foreign bytes in too many ways to list
+                raise ValueError(f"its index .metadata is damaged ({error})") from error
+        if not isinstance(found, metadata.Metadata):
+            raise ValueError("its index .metadata is damaged: it holds no list of tensors")
+        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return found
+
+
 def check(folder: Path) -> None:
     """Raises ValueError where a file of shards is missing or cut short, OSError where their index is."""
     sizes = {}
-    for entry in dcp.FileSystemReader(folder).read_metadata().storage_data.values():
+    for entry in IndexReader(folder).read_metadata().storage_data.values():
         sizes[entry.relative_path] = max(sizes.get(entry.relative_path, 0), entry.offset + entry.length)
     for name, size in sizes.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size < size:
@@ -100,11 +144,11 @@ def fill(state: dict, like: dict) -> None:
     wrote. Its plain values count for nothing.
     """
     folder, shards = state.pop("shards"), split(like)[1]
-    held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    held = IndexReader(folder).read_metadata().state_dict_metadata
     if missing := [name for name in shards if name not in held]:
         raise ValueError(f"{folder} has no {missing[0]}, one of {len(missing)} tensors that this run needs: give the "
                          "flags that it was saved with")
-    dcp.load(shards, checkpoint_id=folder)
+    dcp.load(shards, storage_reader=IndexReader(folder))
     _place(state, like)
 
 
@@ -118,11 +162,11 @@ def _place(state: dict, like: dict) -> None:
 
 def read_whole(folder: Path, path: str) -> dict[str, Tensor]:
     """The tensors whose path starts with `path`, whole and on the CPU, by the rest of their name. Needs no process
-    group. The index that it reads is a pickle: open only what you trust."""
-    held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    group."""
+    held = IndexReader(folder).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
                for name, entry in held.items() if name.startswith(path)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
-        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+        dcp.load(tensors, storage_reader=IndexReader(folder), no_dist=True)
     return {name.removeprefix(path): tensor for name, tensor in tensors.items()}
