@@ -179,6 +179,7 @@ def main():
             if made:
                 labels = [files[keys[i].index].label if i < len(keys) else -1 for i in made]
                 videos, values = generator.generate(made, labels, given)
+                values["finite"] = videos.isfinite().flatten(1).all(1)  # looked at by the writer, without waiting here
                 videos = videos.float().clamp(0, 1)
             clock.mark("sampling")
             if made and i3d:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.protocols import git_revision
+from eval.protocols import as_json, git_revision
 from training import distributed
 
 
@@ -91,7 +91,7 @@ class RunLog:
         """Append {"step", "kind", values...} to metrics.jsonl and wandb."""
         if not self.main:
             return
-        self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self.file.write(json.dumps({"step": step, "kind": kind, **as_json(values)}, allow_nan=False) + "\n")
         if self.wandb:
             self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
 
