@@ -103,7 +103,7 @@ def test_each_numeric_flag_has_its_range(script, monkeypatch, capsys):
     (train_sit, "--val_sampling_steps 1", "--val_sampling_steps is 1, expected 2 or more"),
     (train_ar, "--eval_every -1", "--eval_every is -1.0, expected more than 0"),
     (train_ar, "--ema_decays 0.9 1.5", "--ema_decays is 1.5, expected a number in [0, 1)"),
-    (train_coordtok, "--keep_checkpoints -1", "--keep_checkpoints is -1, expected 0 or more"),
+    (train_coordtok, "--keep_checkpoints -1", "--keep_checkpoints is -1, expected 1 or more"),
     (sample, "--top_k -1", "--top_k is -1, expected 0 or more"),
     (sample, "--rtol 0", "--rtol is 0.0, expected more than 0"),
     (fvd, "--batch_size 0", "--batch_size is 0, expected 1 or more"),

@@ -210,6 +210,22 @@ def test_a_damaged_index_is_named(alone, tmp_path):
             checkpoint.load(path)
 
 
+def test_a_flipped_byte_of_a_shard_is_found(alone, tmp_path):
+    generator = tiny_generator()
+    sharding.shard(generator, torch.device("cpu"), "fp32")
+    path = checkpoint.save(tmp_path, 1, {"config": {}, "model": generator.state_dict()})
+    weight = generator.output.weight.full_tensor().detach()
+    share = path / "__0_0.distcp"
+    content = bytearray(share.read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 5] ^= 4
+    share.write_bytes(content)
+    with pytest.raises(ValueError, match="step_0000001 cannot be read.*__0_0.distcp is damaged: ") as error:
+        checkpoint.select_weights(checkpoint.load(path))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="__0_0.distcp is damaged: .* is not what was written"):
+        sharding.fill({"shards": path}, {"model": generator.state_dict()})
+
+
 def test_bf16_is_that_of_autocast(alone):
     """Sharded, the same products round to bfloat16 and no others: only the norms' weights do in addition."""
     codes, labels = torch.randint(CODEBOOK, (2, CODES)), torch.tensor([0, 1])

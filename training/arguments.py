@@ -28,7 +28,7 @@ RANGES = {
         "accum_iter", "batch_size", "global_batch_size", "num_views", "sample_batch_size", "val_batch_size", "slices",
         "log_every", "steps_til_save", "steps_til_summary", "ckpt_every", "prefetch_factor", "num_iters", "epochs",
         "max_epoch", "point_per_vid", "stat_clips", "d_update_freq", "num_classes", "num_samples_total", "num_clips",
-        "num_cond_frames", "world_size", "stride", "size",
+        "num_cond_frames", "world_size", "stride", "size", "keep_checkpoints",
         # architecture
         "num_frames", "img_size", "enc_embed_dim", "enc_num_layers", "enc_num_heads", "enc_patch_size_xy",
         "enc_patch_size_t", "enc_patch_num_layers", "latent_resolution_xy", "latent_resolution_t", "latent_n_features",
@@ -41,7 +41,7 @@ RANGES = {
     ),
     "[2, inf)": ("num_sampling_steps", "val_sampling_steps", "codebook_size"),
     "[0, inf)": (
-        "keep_checkpoints", "num_workers", "num_val", "num_samples", "starting_index", "class_label", "sit_ckpt_iter",
+        "num_workers", "num_val", "num_samples", "starting_index", "class_label", "sit_ckpt_iter",
         "cache_latents", "cache_codes", "lr", "disc_lr", "weight_decay", "clip_grad", "clip_grad_max_norm",
         "warmup_epoch", "prior_lr_mult", "emb_lr_mult", "lpips_loss_scale", "pixel_weight", "perceptual_weight",
         "loss_q_weight", "loss_q_warmup_from", "loss_q_warmup_epoch", "loss_latent_ce_weight", "temperature_epoch",
@@ -175,8 +175,7 @@ def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> N
                      help="name of this run's folder")
     run.add_argument("--resume", "--ckpt", dest="resume", nargs="?", const="auto", metavar="auto|CKPT",
                      help="go on from the newest whole checkpoint of this run, or from the one named")
-    run.add_argument("--keep_checkpoints", type=int, default=3,
-                     help="how many of the newest checkpoints to keep; 0: all")
+    run.add_argument("--keep_checkpoints", type=int, default=3, help="how many of the newest checkpoints to keep")
     run.add_argument("--seed", "--global_seed", "--manualSeed", dest="seed", type=int, default=0,
                      help="seeds weights and all draws")
     run.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="log to wandb too")

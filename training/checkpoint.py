@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.usage import ArgumentParser
+from models.released import check_finite
 from training import distributed, sharding
 
 FORMAT = 1
@@ -109,7 +110,8 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     """A checkpoint of this project on the CPU; of a folder of them, the newest whole one.
 
     A sharded one comes without its sharded tensors: "shards" is its folder, for `sharding.fill` and `select_weights`.
-    mmap: leave tensors in the file until they are used. Raises FileNotFoundError, or ValueError where it is not ours.
+    mmap: leave tensors in the file until they are used, and do not look whether they are damaged. Raises
+    FileNotFoundError, or ValueError where it is not ours or damaged.
     """
     path = Path(path)
     if path.is_dir() and not is_sharded(path):
@@ -121,6 +123,8 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        if not mmap:
+            sharding.verify(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         if path.is_dir():
             sharding.check(path)
@@ -131,6 +135,11 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
+    if not mmap:
+        averages = state.get("ema") or {}
+        nested = any(isinstance(value, dict) for value in averages.values())
+        for weights in (state.get("model") or {}, *(averages.values() if nested else [averages])):
+            check_finite(weights, path)
     if path.is_dir():
         state["shards"] = path
     return state

@@ -3,11 +3,14 @@ share of each weight, with its gradient, moving average and optimizer states, an
 
 A sharded tensor is a DTensor. All processes must call these functions, but for `check` and `read_whole`.
 """
+import io
 import pathlib
 import pickle
 import warnings
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -18,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.larp_ar import LARPGenerator
+from models.released import check_finite
 from training import distributed
 from training.optim import DTYPES
 
@@ -86,6 +90,13 @@ def write(folder: Path, shards: dict[str, DTensor]) -> None:
     dcp.save(shards, checkpoint_id=folder)
 
 
+def verify(file: BinaryIO | Path) -> None:
+    """ValueError where what torch.save wrote is not what was written: it is a zip, which holds checksums."""
+    with zipfile.ZipFile(file) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it is not what was written")
+
+
 class _IndexUnpickler(pickle.Unpickler):
     """Admits what `write` puts into an index and nothing else, so that reading one runs no code that it carries.
     Tensors alone: torch would unpickle other entries with whatever they name."""
@@ -126,6 +137,26 @@ class IndexReader(dcp.FileSystemReader):
         found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
         return found
 
+    def _slice_file(self, file, entry) -> io.BytesIO:
+        """One tensor's part of a file, whose checksum is right."""
+        file.seek(entry.offset)
+        part = io.BytesIO(file.read(entry.length))
+        try:
+            verify(part)
+        except (ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{entry.relative_path} is damaged: {error}") from error
+        part.seek(0)
+        return part
+
+
+def _load(tensors: dict[str, Tensor], folder: Path, **options) -> None:
+    """Read tensors in place. ValueError, in one line, where they are damaged."""
+    try:
+        dcp.load(tensors, storage_reader=IndexReader(folder), **options)
+    except dcp.api.CheckpointException as error:
+        reasons = [str(reason) for reason, _ in error.failures.values()]
+        raise ValueError(f"{folder} cannot be read as a checkpoint: {reasons[0]}") from error
+
 
 def check(folder: Path) -> None:
     """Raises ValueError where a file of shards is missing or cut short, OSError where their index is."""
@@ -148,7 +179,7 @@ def fill(state: dict, like: dict) -> None:
     if missing := [name for name in shards if name not in held]:
         raise ValueError(f"{folder} has no {missing[0]}, one of {len(missing)} tensors that this run needs: give the "
                          "flags that it was saved with")
-    dcp.load(shards, storage_reader=IndexReader(folder))
+    _load(shards, folder)
     _place(state, like)
 
 
@@ -168,5 +199,6 @@ def read_whole(folder: Path, path: str) -> dict[str, Tensor]:
                for name, entry in held.items() if name.startswith(path)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
-        dcp.load(tensors, storage_reader=IndexReader(folder), no_dist=True)
+        _load(tensors, folder, no_dist=True)
+    check_finite(tensors, folder)
     return {name.removeprefix(path): tensor for name, tensor in tensors.items()}
