@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.usage import ArgumentParser
-from models.released import check_finite
+from models.released import PRETRAINED, check_finite, read_pretrained
 from training import distributed, sharding
 
 FORMAT = 1
@@ -114,6 +114,8 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     FileNotFoundError, or ValueError where it is not ours or damaged.
     """
     path = Path(path)
+    if is_export(path):
+        return load_export(path)
     if path.is_dir() and not is_sharded(path):
         state = newest(path)
         if state is None:
@@ -147,6 +149,8 @@ def load(path: str | Path, mmap: bool = False) -> dict:
 
 def is_ours(path: str | Path) -> bool:
     """Whether `path` is a checkpoint of this project, rather than a file the papers' authors released."""
+    if is_export(Path(path)):
+        return True
     try:
         load(path, mmap=True)
     except ValueError:
@@ -193,19 +197,62 @@ def select_weights(state: dict, version: str = "sd") -> dict[str, Tensor]:
     return found[version] | sharding.read_whole(state["shards"], f"{path}/")
 
 
-def export(state: dict, folder: Path, version: str = "sd") -> None:
-    """Weights alone: `folder`/model.safetensors and config.json."""
-    weights = select_weights(state, version)
+# What an exported model needs beside its architecture. Kinds that are not here have a layout of their own, the released
+# one, which their from_pretrained reads.
+EXPORTED = {
+    "coordtok": (),
+    "sit": ("interpolant", "statistics", "classes", "tokenizer", "args"),
+}
+
+
+def export(state: dict, folder: Path, version: str | None = None) -> None:
+    """Weights alone, without what training needs: `folder`/model.safetensors and config.json, which `load` reads.
+
+    version: as `select_weights` takes it; None: those that are sampled from, a SiT's average and else the live ones.
+    """
+    kind = state.get("kind")
+    weights = select_weights(state, version or ("ema" if kind == "sit" else "sd"))
+    config = state["config"]
+    if kind in EXPORTED:
+        config = {"kind": kind, "config": config, **{name: state[name] for name in EXPORTED[kind]}}
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(state["config"], indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=as_plain) + "\n")
+
+
+def as_plain(value) -> list | str:
+    """What JSON lacks: tensors as lists of numbers, and paths as text."""
+    return value.tolist() if isinstance(value, Tensor) else str(value)
+
+
+def is_export(path: Path) -> bool:
+    return all((path / name).is_file() for name in PRETRAINED)
+
+
+def load_export(folder: Path) -> dict:
+    """What `export` wrote of a CoordTok or a SiT, as a checkpoint of it whose "model" and "ema" are these weights.
+    ValueError where the files are damaged, or of something else."""
+    config, weights, path = read_pretrained(folder)
+    kind = config.get("kind") if isinstance(config, dict) else None
+    if kind not in EXPORTED:
+        raise ValueError(f"{folder / 'config.json'} is not of an exported {' or '.join(EXPORTED)}: kind {kind!r}")
+    if missing := [name for name in ("config", *EXPORTED[kind]) if name not in config]:
+        raise ValueError(f"{folder / 'config.json'} is damaged: it lacks {', '.join(missing)}")
+    check_finite(weights, path)
+    if kind == "sit":
+        config["statistics"] = {name: torch.tensor(values) for name, values in config["statistics"].items()}
+    return {"format": FORMAT, **config, "model": weights, "ema": weights}
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Export a checkpoint's weights to safetensors and config.json.")
+    parser = ArgumentParser(
+        prog="python -m training.checkpoint",
+        description="Export a checkpoint's weights to safetensors and config.json, a folder that all scripts take.",
+    )
     parser.add_argument("checkpoint", help="checkpoint, or a folder of them (the newest)")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--version", default="sd", metavar="sd|ema|ema_DECAY", help="live weights, or an average")
+    parser.add_argument("--version", metavar="sd|ema|ema_DECAY",
+                        help="live weights, or an average (default: ema of a SiT, else sd)")
     args = parser.parse_args()
     try:
         export(load(args.checkpoint), args.folder, args.version)
