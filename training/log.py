@@ -1,5 +1,6 @@
 """A run's folder and what it says: arguments, metrics.jsonl, the console, wandb where asked; the guards of the loop."""
 import collections
+import hashlib
 import itertools
 import json
 import os
@@ -22,6 +23,11 @@ def say(*words) -> None:
     if distributed.is_main():
         tqdm.write(" ".join(map(str, words)), file=sys.stdout)
         sys.stdout.flush()
+
+
+def wandb_id(folder: Path) -> str:
+    """What wandb knows a run by: the same each time that it goes on, and another for each folder."""
+    return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
 
 
 class RunLog:
@@ -59,8 +65,8 @@ class RunLog:
             import wandb
 
             self.wandb = wandb.init(
-                project="video-tokenizers", name=folder.name, dir=folder, config=args, mode=wandb_mode, id=folder.name,
-                resume="allow",
+                project="video-tokenizers", name=folder.name, dir=folder, config=args, mode=wandb_mode,
+                id=wandb_id(folder), resume="allow",
             )
 
     def waited(self, seconds: float) -> None:

@@ -41,7 +41,7 @@ def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
     with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
         for start in range(0, len(order), 256):
             part = order[start : start + 256]
-            lengths = pool.map(lambda video: length(clips.files[video], clips.quarantine), part)
+            lengths = pool.map(lambda video: length(clips.files[video], clips.quarantine, clips.timeout), part)
             chosen += [video for video, frames in zip(part, lengths) if frames >= clips.num_frames]
             if len(chosen) >= total:
                 break
@@ -74,7 +74,7 @@ def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
         known = json.loads(path.read_text()) if path.exists() else {}
         if unknown := [file for file in clips.files if file.path not in known]:
             with ThreadPoolExecutor(8) as pool:
-                found = pool.map(lambda file: length(file, clips.quarantine), unknown)
+                found = pool.map(lambda file: length(file, clips.quarantine, clips.timeout), unknown)
                 known |= zip((file.path for file in unknown), tqdm(found, "lengths", len(unknown), leave=False))
             write_whole(path, json.dumps(known, indent=0))
     return [known[file.path] for file in clips.files]
