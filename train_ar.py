@@ -88,7 +88,7 @@ def parse_args():
     logs.add_argument("--val_batch_size", type=int, default=8, help="validation clips at once in each process")
     logs.add_argument("--num_samples", type=int, default=32, help="samples, of or after the first validation clips")
     logs.add_argument("--sample_batch_size", type=int, default=32, help="samples at once in each process")
-    logs.add_argument("--cfg_scale", type=float, default=1.0, help="guidance of the samples; 1: none")
+    logs.add_argument("--cfg_scale", type=float, default=1.0, help="guidance of the samples; 1: none, 0: no condition")
     logs.add_argument("--temperature", type=float, default=1.0, help="of the samples' codes")
     logs.add_argument("--top_k", type=int, default=0, help="draw among the K likeliest codes; 0: among all")
     logs.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest codes up to this probability")
@@ -119,7 +119,7 @@ def main():
     if state and ("shards" in state) != args.fsdp:
         raise ValueError(f"the run in {folder} was saved {'without' if args.fsdp else 'with'} --fsdp: go on likewise")
     options, num_cond_frames = larp_ar_config(args, clip_config, state, f"the run in {folder}")
-    if num_cond_frames and args.cfg_scale > 1:
+    if num_cond_frames and args.cfg_scale != 1:
         raise ValueError(f"--cfg_scale is {args.cfg_scale}, but frame prediction has no guidance: leave it out")
     generator = LARPGenerator(**options).train()
     set_checkpointing(generator, args.gradient_checkpointing)

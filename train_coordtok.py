@@ -105,7 +105,7 @@ def main():
     if args.num_val:
         validation = Validation(
             list_folder(validation_source(args)), args.num_val, config.video_shape[0], size, "coordtok", device,
-            args.val_batch_size, args.num_workers, quarantine, args.lpips_weights,
+            args.val_batch_size, args.num_workers, quarantine, args.lpips_weights, args.decode_timeout,
         )
 
     # Optimiser: weight decay on everything, as published.

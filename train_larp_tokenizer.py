@@ -162,7 +162,7 @@ def main():
         held_out = list_folder(held_out) if args.video_name else list_csv(held_out)
         validation = Validation(
             held_out, args.num_val, config.frame_num, config.input_size, "larp", device, args.val_batch_size,
-            args.num_workers, quarantine, args.lpips_weights,
+            args.num_workers, quarantine, args.lpips_weights, args.decode_timeout,
         )
 
     if args.compile:

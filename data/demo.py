@@ -26,6 +26,9 @@ import numpy as np
 import skimage.data
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder, data/ included
+from data.usage import ArgumentParser  # noqa: E402
+
 # Direction of the camera's way: right, down (in view widths and heights), zoom in (log), clockwise turn (radians).
 MOTIONS = {
     "PanLeft": (-1, 0, 0, 0),
@@ -151,7 +154,7 @@ def make_demo(root: str | os.PathLike, config: DemoConfig | None = None, replace
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder to hold UCF-101/")
     parser.add_argument("--classes", nargs="+", default=DemoConfig.classes, metavar="CLASS", help=", ".join(MOTIONS))
     parser.add_argument("--groups", type=int, nargs="+", default=DemoConfig.groups, help="of 1 to 25; 1 to 7 are test")

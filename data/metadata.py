@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # runs from any folder, data/ included
+from data.usage import ArgumentParser  # noqa: E402
+
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif")
 UCF101_CLASSES = 101
 UCF101_COUNTS = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}  # split: (train, test), 13,320 in all
@@ -212,7 +215,7 @@ def k600(annotations: Sequence[Path], root: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     ucf = commands.add_parser("ucf101", help="lists from the files of UCF-101")
     ucf.add_argument("--split", type=int, choices=UCF101_COUNTS, default=1)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder, data/ included
 from data.metadata import VideoName, find_ucf, find_videos, first_few, in_train, parse_name, ucf_note  # noqa: E402
+from data.usage import ArgumentParser  # noqa: E402
 
 
 def check_list(file: Path, videos: dict[Path, VideoName], split: int) -> None:
@@ -81,7 +82,7 @@ def split_ucf(data_root: Path, data_name: str, split: int = 1, copy: bool = Fals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", type=Path, default=Path("/data"), help="folder that holds DATA_NAME")
     parser.add_argument("--data_name", default="UCF101", help="folder with CLASS/v_CLASS_gGG_cCC.avi")
     parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1)

@@ -32,6 +32,7 @@ TIMEOUT = 60.0  # seconds for one file: ten seconds of 1080p take two on a busy 
 PATIENCE = 60.0  # seconds for which a file that the system does not give is tried again
 NULL = "null:"  # paths that start so are random clips without files, for trying a training loop
 NULL_SHAPE = (256, 128, 128, 3)
+QUICKTIME = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # first atoms of an mp4 or mov file
 CHUNK = 2**26  # values resized at a time: 256 MiB in floating point
 
 # decord raises the first four, Pillow and the file system the others.
@@ -55,7 +56,8 @@ class StorageError(OSError):
 
 
 class VideoInfo(NamedTuple):
-    """`num_frames` counts the packets in the file, whatever its header says; sizes are after rotation."""
+    """`num_frames` counts the packets in the file, whatever its header says, without those that an edit list hides;
+    sizes are after rotation."""
 
     num_frames: int
     height: int
@@ -224,10 +226,18 @@ def _open(path: str) -> _Source:
         raise VideoError(f"{path}: the file is empty")
     if head.startswith(b"GIF8"):
         return _open_gif(path)
-    # A frame that decord cannot decode it replaces by its neighbour. One in a window is let pass: an XviD stream with
-    # packed B-frames ends on an empty packet. More are an error.
-    reader = decord.VideoReader(path, num_threads=1, fault_tol=1)
-    return _Source(len(reader), reader.get_avg_fps(), lambda indices: _read(reader, indices))
+    # A frame that decord cannot decode it replaces by its neighbour, which is an error. In AVI one in a window is let
+    # pass, as an XviD stream with packed B-frames ends on an empty packet; a tolerance below 1 allows none.
+    quicktime = head[4:8] in QUICKTIME
+    reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9 if quicktime else 1)
+    num_frames = len(reader)
+    if quicktime:
+        # Packets before the start of the edit list have negative times: they are decoded, but never shown. A cut that
+        # was made without re-encoding starts with them, at the keyframe before it.
+        num_frames = int((reader.get_frame_timestamp(range(num_frames))[:, 0] >= 0).sum())
+        if not num_frames:
+            raise VideoError(f"{path}: its edit list shows none of its frames")
+    return _Source(num_frames, reader.get_avg_fps(), lambda indices: _read(reader, indices))
 
 
 def _read(reader: decord.VideoReader, indices: np.ndarray) -> Tensor:

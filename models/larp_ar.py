@@ -301,7 +301,8 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         """Draw clips. The host never waits for the device between two codes.
 
         cond: as in `forward`.
-        cfg_scale: classifier-free guidance where > 1: logits are uncond + cfg_scale * (cond - uncond).
+        cfg_scale: classifier-free guidance: logits are uncond + cfg_scale * (cond - uncond); 1 is none, 0 is without
+            the condition.
         cfg_interval: guide only the first cfg_interval + 2 codes; -1: all of them.
         temperature, top_k, top_p: see `decoding.sampling_probs`.
         seeds: (B,), what each clip's draws come from: an int >= 0, or a sequence of them such as (seed, i). A clip
@@ -312,7 +313,7 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
             model (no guidance, temperature 1): what `forward` and a cross-entropy would give.
         Returns codes (B, max_seq_len) long, and nll (B,) float32 if asked for.
         """
-        guide = cfg_scale > 1
+        guide = cfg_scale != 1
         if guide and self.config.frame_prediction:
             raise ValueError(f"cfg_scale is {cfg_scale}, but frame prediction has no unconditional row; leave it at 1")
         if guide and self.config.class_dropout_prob == 0:

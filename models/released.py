@@ -84,6 +84,14 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
+def check_finite(weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """ValueError where a weight is NaN or infinite. path: of the file, for the error."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite: the file is damaged, or of a run that has diverged; give "
+                             "another")
+
+
 def load_state(
     model: nn.Module, state: Mapping[str, Tensor], path: str | Path, flags: Mapping[str, str] | None = None
 ) -> None:
@@ -98,6 +106,7 @@ def load_state(
         if name in state and state[name].shape != expected[name].shape
     ]
     if not differences:
+        check_finite(state, path)
         model.load_state_dict(state)
         return
     behind = [

@@ -114,6 +114,30 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         checkpoint.load(tmp_path / "x.pt")
 
 
+def test_a_flipped_byte_is_found(tmp_path):
+    """In any tensor, and with the checkpoint before it to go on from."""
+    checkpoint.save(tmp_path, 1, state(1))
+    path = checkpoint.save(tmp_path, 2, {**state(2), "optimizer": {"moment": torch.rand(1000)}})
+    whole = path.read_bytes()
+    for place in (len(whole) // 2, whole.index(torch.full((3,), 2.0).numpy().tobytes()) + 5):
+        flipped = bytearray(whole)
+        flipped[place] ^= 4
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="step_0000002.pt cannot be read .* is not what was written"):
+            checkpoint.load(path)
+        with pytest.warns(UserWarning, match="step_0000002.pt cannot be read"):
+            assert checkpoint.find(tmp_path, "auto")["step"] == 1
+
+
+@pytest.mark.parametrize("place", ["model", "ema", "one of ema"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, place):
+    bad = {"w": torch.tensor([1.0, torch.nan])}
+    averages = {"ema": bad, "one of ema": {"0.9": {"w": torch.ones(1)}, "0.99": bad}}.get(place, {})
+    path = checkpoint.save(tmp_path, 1, {"model": bad if place == "model" else {}, "ema": averages})
+    with pytest.raises(ValueError, match="step_0000001.pt: w is not finite: the file is damaged, or of a run that has"):
+        checkpoint.load(path)
+
+
 def test_export(tmp_path):
     checkpoint.save(tmp_path, 1, state(5))
     checkpoint.export(checkpoint.load(tmp_path), tmp_path / "weights")

@@ -2,6 +2,7 @@ import copy
 import io
 import pickle
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -253,6 +254,50 @@ def test_a_pickle_runs_no_code(monkeypatch, capsys):
     with pytest.raises(WeightsError, match=r"builtins\.print"):
         i3d._from_pickle(data)
     assert "never" not in capsys.readouterr().out
+
+
+class Marking(torch.nn.Module):
+    """Scripted, it writes a file when it is loaded."""
+
+    def __init__(self, marker):
+        super().__init__()
+        self.marker, self.training = marker, False
+
+    def forward(self, x):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.marker, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.marker, self.training = state
+        torch.save(torch.zeros(1), self.marker)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_an_archive_runs_no_code(random_network, tmp_path):
+    """Neither its own, nor what its pickle names."""
+    marker, archive = tmp_path / "marker", tmp_path / "evil.pt"
+    module = Torchscripted(random_network.state_dict())
+    module.add_module("mark", Marking(str(marker)))
+    torch.jit.save(torch.jit.script(module), archive)
+    torch.jit.load(archive)
+    marker.unlink()  # it was written
+    assert torch.equal(I3D.from_weights(archive).logits.conv3d.bias, module.logits.conv3d.bias)
+    assert not marker.exists()
+
+    class Opens:
+        def __reduce__(self):
+            return open, (str(marker), "w")
+
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(tmp_path / "pickle.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickle.dumps(Opens()) if name.endswith("/data.pkl") else old.read(name))
+    with pytest.raises(WeightsError, match=r"names (_io|io)\.open; expected a TorchScript module"):
+        I3D.from_weights(tmp_path / "pickle.pt")
+    assert not marker.exists()
 
 
 def test_passwords_of_an_index_are_not_shown():

@@ -144,6 +144,57 @@ def test_what_cannot_be_read_is_named(results, monkeypatch, capsys):
     assert "2 reports, 1 runs" in said and "3,333.3" in page.text and "1,111.1" not in page.text
 
 
+def change(path: Path, place: tuple, value) -> None:
+    """Put a value into a JSON file, or the first line of one; without the checksum, as a file from elsewhere."""
+    first, newline, rest = path.read_text().partition("\n" if path.suffix == ".jsonl" else "\0")
+    content = json.loads(first)
+    content.pop("sha256", None)
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(content) + newline + rest)
+
+
+PLACES = [
+    *(("one/report.json", ("record", name)) for name in (
+        "title", "description", "dataset", "num_frames", "size", "num_real", "num_generated", "model", "lpips",
+        "deviations", "sampler", "seed")),
+    *(("one/report.json", ("results", name)) for name in ("rfvd", "psnr_frame", "rfvd_rank_deficient", "other")),
+    ("one/report.json", ("results",)), ("one/report.json", ("record",)),
+    *(("run/metrics.jsonl", (name,)) for name in ("step", "kind", "loss")),
+    ("run/args.json", ("data_root",)), ("run/args.json", ("lpips_weights",)),
+]
+
+
+@pytest.mark.parametrize(("file", "place"), PLACES, ids=lambda part: part if isinstance(part, str) else ".".join(part))
+def test_whatever_the_files_hold_the_page_is_made(results, monkeypatch, capsys, file, place):
+    """Text is escaped, and what cannot stand where it is leaves its file out; the others are shown."""
+    path = results / file
+    whole = path.read_text()
+    for value in ("<script>alert(1)</script>", ["<script>"], {"<script>": "<script>"}, None, 10**400, -1, True, 1e308):
+        path.write_text(whole)
+        change(path, place, value)
+        make_page(monkeypatch, results)
+        text = (results / "index.html").read_text()
+        assert "<script" not in text and "2,222.2" in text and "3,333.3" in text
+        page, said = Page(results / "index.html"), capsys.readouterr().out
+        left_out = [line for line in said.splitlines() if line.startswith("left out")]
+        assert len(left_out) <= 1 and all(file.partition("/")[0] in line for line in left_out)
+        assert ("Left out" in page.text) == bool(left_out)
+    assert {path.name for path in results.iterdir()} >= {"index.html"} and not list(results.glob(".index*"))
+
+
+def test_pictures_that_cannot_be_read_are_named(results, monkeypatch, capsys):
+    (results / "one" / "sheet.png").unlink()
+    (results / "one" / "sheet.png").mkdir()
+    (results / "samples" / "ar" / "sampled_videos" / "000000.mp4").unlink()
+    (results / "samples" / "ar" / "sampled_videos" / "000000.mp4").symlink_to("nowhere")
+    make_page(monkeypatch, results)
+    said = capsys.readouterr().out
+    assert "left out: one/sheet.png" in said and "left out: samples/ar/sampled_videos/000000.mp4" in said
+
+
 def test_nothing_there(tmp_path, monkeypatch):
     done = run("scripts/report.py", tmp_path, fails=True)
     assert done.returncode == 1 and "holds no report.json and no metrics.jsonl" in error_line(done)

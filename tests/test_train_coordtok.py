@@ -11,6 +11,7 @@ import torch
 from helpers import ROOT, TINY_COORDTOK, error_line, losses, num_lines, run, start, wait
 
 from data.video import write_video
+from training import checkpoint
 
 PIXELS = ("--point_per_vid", 16, "--lpips_loss_scale", "0.0")
 
@@ -72,10 +73,12 @@ def test_a_signal_saves_and_leaves(data, tmp_path, number, name, code):
 
 
 def test_second_step_validation_and_evaluation(data, coordtok, tmp_path):
-    """The published command of step 2 with two processes; then the evaluation script on what it wrote."""
+    """The published command of step 2 with two processes, from the export of step 1; then the evaluation script on what
+    it wrote, and on its export."""
+    checkpoint.export(checkpoint.load(coordtok / "checkpoints"), tmp_path / "first")
     done = train(
         data, tmp_path, "--exp_name", "run", "--num_iters", 2, "--point_per_vid", 32, "--num_val", 2,
-        "--is_second_step", "--first_step_ckpt", coordtok / "checkpoints", "--lpips_loss_scale", "1.0",
+        "--is_second_step", "--first_step_ckpt", tmp_path / "first", "--lpips_loss_scale", "1.0",
         "--lpips_weights", "random", processes=2,
     )
     folder = tmp_path / "run_second"
@@ -86,15 +89,18 @@ def test_second_step_validation_and_evaluation(data, coordtok, tmp_path):
     assert {"psnr_frame", "ssim", "lpips", "psnr_mean_frame"} <= validation[0].keys()
     assert {path.suffix for path in (folder / "samples").iterdir()} == {".png", ".mp4"}
 
-    evaluate = ["--tokenizer", folder / "checkpoints", "--data_root", data, "--protocol", "larp_rfvd", "--no_fvd",
+    checkpoint.export(checkpoint.load(folder / "checkpoints"), tmp_path / "second")
+    evaluate = ["--data_root", data, "--protocol", "larp_rfvd", "--no_fvd",
                 "--lpips_weights", "random", "--num_workers", "1", "--batch_size"]
     reports = []
-    for batch, processes in ((1, 0), (3, 2)):
+    for tokenizer, batch, processes in ((folder / "checkpoints", 1, 0), (tmp_path / "second", 3, 2)):
         out = tmp_path / f"evaluation{batch}"
-        run("eval/eval_coordtok.py", *evaluate, batch, "--output_dir", out, processes=processes)
+        run("eval/eval_coordtok.py", *evaluate, batch, "--output_dir", out, "--tokenizer", tokenizer,
+            processes=processes)
         assert (out / "sheet.png").exists()
         reports.append(json.loads((out / "report.json").read_text()))
     one, two = reports
+    assert [each["record"]["model"].split()[-1] for each in reports] == [one["record"]["model"].split()[-1]] * 2
     assert one["results"] == pytest.approx(two["results"], rel=1e-5), "neither batches nor processes change a number"
     assert one["results"]["clips"] == 6
     assert one["record"]["title"] == "larp_rfvd*"

@@ -272,12 +272,13 @@ def test_every_option_of_the_released_config_has_a_flag():
         "learned_decoder_latent_pe": True,
     }
     with pytest.raises(SystemExit):
-        parser.parse_args(["--no_dropout", "yes"])
+        parser.parse_args(["--no_dropout", "maybe"])
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="the script would set up .venv")
 def test_set_datasets_links_and_lists(data, tmp_path):
-    for name in ("scripts/set_datasets.sh", "scripts/setup.sh", "data/metadata.py", "requirements.txt"):
+    code = ("scripts/set_datasets.sh", "scripts/setup.sh", "data/metadata.py", "data/usage.py")
+    for name in (*code, "requirements.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / name)
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")

@@ -73,6 +73,60 @@ def test_windows_are_exact_wherever_they_start(tmp_path, name, codec, options):
         assert torch.equal(read_frames(path, indices), frames[indices])
 
 
+def ffmpeg(*arguments) -> bytes:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
+def shown(path: Path) -> torch.Tensor:
+    """The frames that ffmpeg shows, (T, 48, 64, 3) uint8."""
+    frames = ffmpeg("-i", path, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+    return torch.frombuffer(bytearray(frames), dtype=torch.uint8).view(-1, 48, 64, 3)
+
+
+OPEN_GOP = ["libx264", "-bf", "3", "-g", "24", "-x264opts", "open_gop=1:scenecut=0:b-adapt=0"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+@pytest.mark.parametrize("codec", [["libx264", "-bf", "3"], ["libx264", "-bf", "0", "-g", "25"], OPEN_GOP],
+                         ids=["b_frames", "no_b_frames", "open_gop"])
+def test_cuts_without_reencoding_have_the_frames_that_are_shown(tmp_path, codec, suffix):
+    """Their packets begin at the keyframe before the cut; an edit list hides those before it."""
+    whole = encode(tmp_path / f"whole{suffix}", moving_frames(90), *codec)
+    hidden = 0
+    for start in (0, 0.5, 0.53, 1.2, 1.234, 2.5):
+        cut = tmp_path / f"cut{suffix}"
+        ffmpeg("-ss", start, "-i", whole, "-t", 1, "-c", "copy", cut)
+        frames = shown(cut)
+        hidden += len(decord.VideoReader(str(cut))) - len(frames)
+        assert probe(str(cut)).num_frames == len(frames), start
+        assert torch.equal(read_frames(str(cut), range(len(frames))), frames), start
+        last = len(frames) - 1
+        assert torch.equal(read_frames(str(cut), [0, last]), frames[[0, last]]), start
+        with pytest.raises(FrameError, match=f"it has {len(frames)} frames"):
+            read_frames(str(cut), [len(frames)])
+    assert hidden > 20, "packets, that were counted as frames once"
+
+
+def test_no_frame_of_a_cut_is_a_repetition(tmp_path):
+    """A cut at the B-frames before an open keyframe lacks what they refer to: decoders leave them out, so that the file
+    has fewer frames than its packets say. Those that are there are right, and the end is an error."""
+    whole, cut = encode(tmp_path / "whole.mp4", moving_frames(90), *OPEN_GOP), tmp_path / "cut.mp4"
+    for start in (0.88, 0.9, 0.92):
+        ffmpeg("-ss", start, "-i", whole, "-t", 1, "-c", "copy", cut)
+        frames, counted = shown(cut), probe(str(cut)).num_frames
+        assert counted > len(frames), "else it was cut at the wrong place"
+        assert torch.equal(read_frames(str(cut), range(len(frames))), frames)
+        with pytest.raises(FrameError):
+            read_frames(str(cut), range(counted))
+
+
+def test_avi_keeps_its_count(tmp_path, xvid):
+    """Its packets have no times of their own."""
+    ffmpeg("-ss", 1, "-i", xvid, "-c", "copy", tmp_path / "cut.avi")
+    assert probe(str(tmp_path / "cut.avi")).num_frames == len(decord.VideoReader(str(tmp_path / "cut.avi"))) > 30
+
+
 def test_real_files(clips):
     found = {name: probe(str(clips / name)) for name in (
         "nasa.mp4", "pancake.mkv", "video_90.mov", "unordered.mov", "v_CricketShot_g04_c01.gif")}

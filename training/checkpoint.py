@@ -1,6 +1,5 @@
 """Checkpoints: dicts of plain values and tensors, written whole or not at all. One with sharded tensors is a folder:
 state.pt holds the dict without them, and each process writes its share of them to a file of its own."""
-import argparse
 import json
 import os
 import shutil
@@ -13,6 +12,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from data.files import of_system, write_whole, writing
+from data.usage import ArgumentParser
+from models.released import PRETRAINED, check_finite, read_pretrained
 from training import distributed, sharding
 
 FORMAT = 1
@@ -112,10 +113,13 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     """A checkpoint of this project on the CPU; of a folder of them, the newest whole one.
 
     A sharded one comes without its sharded tensors: "shards" is its folder, for `sharding.fill` and `select_weights`.
-    mmap: leave tensors in the file until they are used. Raises FileNotFoundError; DamagedError; ValueError where it is
-    not ours, or of another version; OSError where the system does not give it, which says nothing of the file.
+    mmap: leave tensors in the file until they are used, and do not look whether they are damaged. Raises
+    FileNotFoundError; DamagedError; ValueError where it is not ours, or of another version; OSError where the system
+    does not give it, which says nothing of the file.
     """
     path = Path(path)
+    if is_export(path):
+        return load_export(path)
     if path.is_dir() and not is_sharded(path):
         state = newest(path)
         if state is None:
@@ -125,6 +129,8 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        if not mmap:
+            sharding.verify(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         if path.is_dir():
             sharding.check(path)
@@ -137,6 +143,11 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
+    if not mmap:
+        averages = state.get("ema") or {}
+        nested = any(isinstance(value, dict) for value in averages.values())
+        for weights in (state.get("model") or {}, *(averages.values() if nested else [averages])):
+            check_finite(weights, path)
     if path.is_dir():
         state["shards"] = path
     return state
@@ -144,6 +155,8 @@ def load(path: str | Path, mmap: bool = False) -> dict:
 
 def is_ours(path: str | Path) -> bool:
     """Whether `path` is a checkpoint of this project, rather than a file the papers' authors released."""
+    if is_export(Path(path)):
+        return True
     try:
         load(path, mmap=True)
     except ValueError:
@@ -196,21 +209,64 @@ def select_weights(state: dict, version: str = "sd") -> dict[str, Tensor]:
     return found[version] | sharding.read_whole(state["shards"], f"{path}/")
 
 
-def export(state: dict, folder: Path, version: str = "sd") -> None:
-    """Weights alone: `folder`/model.safetensors and config.json."""
-    weights = select_weights(state, version)
+# What an exported model needs beside its architecture. Kinds that are not here have a layout of their own, the released
+# one, which their from_pretrained reads.
+EXPORTED = {
+    "coordtok": (),
+    "sit": ("interpolant", "statistics", "classes", "tokenizer", "args"),
+}
+
+
+def export(state: dict, folder: Path, version: str | None = None) -> None:
+    """Weights alone, without what training needs: `folder`/model.safetensors and config.json, which `load` reads.
+
+    version: as `select_weights` takes it; None: those that are sampled from, a SiT's average and else the live ones.
+    """
+    kind = state.get("kind")
+    weights = select_weights(state, version or ("ema" if kind == "sit" else "sd"))
+    config = state["config"]
+    if kind in EXPORTED:
+        config = {"kind": kind, "config": config, **{name: state[name] for name in EXPORTED[kind]}}
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder / "model.safetensors") as file:
         file.write(serialize({name: tensor.contiguous() for name, tensor in weights.items()}))
     with write_whole(folder / "config.json", "w") as file:
-        file.write(json.dumps(state["config"], indent=2) + "\n")
+        file.write(json.dumps(config, indent=2, default=as_plain) + "\n")
+
+
+def as_plain(value) -> list | str:
+    """What JSON lacks: tensors as lists of numbers, and paths as text."""
+    return value.tolist() if isinstance(value, Tensor) else str(value)
+
+
+def is_export(path: Path) -> bool:
+    return all((path / name).is_file() for name in PRETRAINED)
+
+
+def load_export(folder: Path) -> dict:
+    """What `export` wrote of a CoordTok or a SiT, as a checkpoint of it whose "model" and "ema" are these weights.
+    ValueError where the files are damaged, or of something else."""
+    config, weights, path = read_pretrained(folder)
+    kind = config.get("kind") if isinstance(config, dict) else None
+    if kind not in EXPORTED:
+        raise ValueError(f"{folder / 'config.json'} is not of an exported {' or '.join(EXPORTED)}: kind {kind!r}")
+    if missing := [name for name in ("config", *EXPORTED[kind]) if name not in config]:
+        raise ValueError(f"{folder / 'config.json'} is damaged: it lacks {', '.join(missing)}")
+    check_finite(weights, path)
+    if kind == "sit":
+        config["statistics"] = {name: torch.tensor(values) for name, values in config["statistics"].items()}
+    return {"format": FORMAT, **config, "model": weights, "ema": weights}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Export a checkpoint's weights to safetensors and config.json.")
+    parser = ArgumentParser(
+        prog="python -m training.checkpoint",
+        description="Export a checkpoint's weights to safetensors and config.json, a folder that all scripts take.",
+    )
     parser.add_argument("checkpoint", help="checkpoint, or a folder of them (the newest)")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--version", default="sd", metavar="sd|ema|ema_DECAY", help="live weights, or an average")
+    parser.add_argument("--version", metavar="sd|ema|ema_DECAY",
+                        help="live weights, or an average (default: ema of a SiT, else sd)")
     args = parser.parse_args()
     try:
         export(load(args.checkpoint), args.folder, args.version)

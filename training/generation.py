@@ -36,7 +36,8 @@ def add_sit(parser: Parser) -> None:
     """Flags of a SiT to sample from."""
     group = parser.add_argument_group("SiT", "what follows --sit_log, our checkpoints carry")
     group.add_argument("--sit_model", "--sit_ckpt_path", dest="sit_model", metavar="CKPT",
-                       help="checkpoint or folder of them, ours; or the authors' run folder or .pt file")
+                       help="checkpoint or folder of them, or its export, ours; or the authors' run folder or "
+                       ".pt file")
     group.add_argument("--first_model_ckpt", metavar="CKPT", help="the CoordTok that it was trained on")
     group.add_argument("--sit_ckpt_iter", type=int, default=600000, help="which checkpoint of the authors' run folder")
     group.add_argument("--sit_log", metavar="PATH", help="log.txt of the authors' run (default: beside the checkpoint)")
@@ -60,7 +61,7 @@ def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
     """
     path = Path(args.sit_model)
     path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if path.is_dir() and not list(path.glob("step_*.pt")):
+    if path.is_dir() and not checkpoint.is_export(path) and not list(path.glob("step_*.pt")):
         path = path / f"{args.sit_ckpt_iter:07d}.pt"
     given = {name: getattr(args, name) for name in SIT_FLAGS if hasattr(args, name)}
     if path.exists() and checkpoint.is_ours(path):

@@ -1,5 +1,6 @@
 """A run's folder and what it says: arguments, metrics.jsonl, the console, wandb where asked; the guards of the loop."""
 import collections
+import hashlib
 import itertools
 import json
 import resource
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from data.clips import Quarantine
 from data.files import claim, write_whole
-from eval.protocols import git_revision
+from eval.protocols import as_json, git_revision
 from training import distributed
 
 
@@ -46,6 +47,9 @@ def open_quarantine(folder: Path, timeout: float) -> Quarantine:
         quarantine.review(timeout)
     distributed.barrier()
     return quarantine
+def wandb_id(folder: Path) -> str:
+    """What wandb knows a run by: the same each time that it goes on, and another for each folder."""
+    return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
 
 
 class RunLog:
@@ -83,8 +87,8 @@ class RunLog:
             import wandb
 
             self.wandb = wandb.init(
-                project="video-tokenizers", name=folder.name, dir=folder, config=args, mode=wandb_mode, id=folder.name,
-                resume="allow",
+                project="video-tokenizers", name=folder.name, dir=folder, config=args, mode=wandb_mode,
+                id=wandb_id(folder), resume="allow",
             )
 
     def waited(self, seconds: float) -> None:
@@ -115,7 +119,7 @@ class RunLog:
         """Append {"step", "kind", values...} to metrics.jsonl and wandb."""
         if not self.main:
             return
-        self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self.file.write(json.dumps({"step": step, "kind": kind, **as_json(values)}, allow_nan=False) + "\n")
         if self.wandb:
             self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
 
