@@ -116,7 +116,7 @@ def write_list(file: Path, actions: dict[Path, str], labels: dict[str, int]) -> 
     """Write one list: `actions` maps the path of each video to its class, `labels` each class to its label."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = sorted((list_path(path), action) for path, action in actions.items())
-    with open(file, "w", newline="", encoding="utf-8") as f:
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(["id", "path", "action", "label"])
         writer.writerows((i, path, action, labels[action]) for i, (path, action) in enumerate(rows))
