@@ -1,6 +1,7 @@
 """Errors in one line: of files that cannot be read, and of a run that ends, under torchrun too."""
 import contextlib
 import datetime
+import errno
 import json
 import multiprocessing
 import os
@@ -32,11 +33,11 @@ def reading(path: str | Path, expected: str, advice: str) -> Iterator[None]:
         raise
     except BaseException as error:  # torch's CheckpointException is none of Exception
         text = str(error)
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to before its start
             raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
         if isinstance(error, MemoryError) or "annot allocate memory" in text or "can't allocate memory" in text:
             raise MemoryError(f"{shown(path)}: not enough memory to read it") from error
-        raise DamagedFile(f"{shown(path)} cannot be read as {expected}: {_found(path, error)}; {advice}") from error
+        raise DamagedFile(f"{shown(path)} cannot be read as {expected}: {found(path, error)}; {advice}") from error
 
 
 def read_json(path: str | Path, expected: str, advice: str, kind: type = dict) -> Any:
@@ -48,7 +49,7 @@ def read_json(path: str | Path, expected: str, advice: str, kind: type = dict) -
     return content
 
 
-def _found(path: str | Path, error: BaseException) -> str:
+def found(path: str | Path, error: BaseException) -> str:
     """What is wrong with a file, in a few words."""
     with contextlib.suppress(OSError):
         if os.path.isfile(path) and not os.path.getsize(path):
@@ -60,6 +61,7 @@ def _found(path: str | Path, error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"line {error.lineno} is not JSON"
     text = (str(error).strip() or "it is cut short").splitlines()[0]
+    text = "it is cut short" if isinstance(error, OSError) and error.errno == errno.EINVAL else text
     own = isinstance(error, ValueError | EOFError | OSError | RuntimeError)
     return text if own else f"{type(error).__name__}: {text}"
 

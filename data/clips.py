@@ -166,14 +166,16 @@ class Quarantine:
         with contextlib.ExitStack() as stack:
             if self.path:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(self.path.open("a", errors="surrogateescape"))
+                file = stack.enter_context(self.path.open("ab+"))
                 fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
             worse = video not in self and not reason.startswith(self.PARTIAL)
             if worse or video not in self.read():
                 log.warning("damaged video: %s: %s", shown(video), reason)
                 self._reasons[video] = reason
                 if self.path:
-                    file.write(f"{escaped(video)}\t{escaped(reason)}\n")
+                    line = f"{escaped(video)}\t{escaped(reason)}\n".encode(errors="surrogateescape")
+                    file.seek(max(file.tell() - 1, 0))
+                    file.write(line if file.read() in (b"", b"\n") else b"\n" + line)  # after one that a kill cut short
 
     def add_error(self, video: str, error: VideoError) -> str:
         """`add` for what decoding raised. Returns the reason."""

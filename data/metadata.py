@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # runs from any folder, data/ included
+from common.errors import reading  # noqa: E402
+
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 UCF101_CLASSES = 101
 UCF101_COUNTS = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}  # split: (train, test), 13,320 in all
@@ -142,11 +145,13 @@ def read_annotations(files: Iterable[Path]) -> tuple[dict[str, dict[str, str]], 
     """Kinetics annotations as {"train": {file name: action}, "val": {...}}; rows of other splits are only counted."""
     actions, others = {"train": {}, "val": {}}, Counter()
     for file in files:
-        with open(file, newline="", encoding="utf-8-sig") as f:  # -sig: some copies begin with a byte order mark
+        # -sig: some copies begin with a byte order mark
+        with (reading(file, "annotations of Kinetics", "give the csv files as Kinetics-600 ships them"),
+              open(file, newline="", encoding="utf-8-sig") as f):
             reader = csv.DictReader(f)
             lacking = {"label", "youtube_id", "time_start", "time_end", "split"} - set(reader.fieldnames or ())
             if lacking:
-                raise ValueError(f"{file} lacks the columns {', '.join(sorted(lacking))}; it has {reader.fieldnames}")
+                raise ValueError(f"it lacks the columns {', '.join(sorted(lacking))}; it has {reader.fieldnames}")
             for row in reader:
                 if row["split"] not in K600_SPLITS:
                     others[row["split"]] += 1

@@ -293,8 +293,6 @@ def one_line(error: Exception) -> str | None:
         return last or "out of memory: lower the batch size or --num_workers"
     if isinstance(error, ValueError | OSError | FloatingPointError | VideoError):
         return last or type(error).__name__
-    if re.match(r"DataLoader worker \(pid.*\) (is killed|exited)", text):
-        return f"{last}: out of memory, perhaps; lower --num_workers"
     if broken := re.search(r"Connection (closed|reset) by peer|[Ss]ocket closed|remote process exited", text):
         return f"another process of this run has ended without a word, killed perhaps ({broken[0]})"
     return None

@@ -4,14 +4,16 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.errors import DamagedFile, found, reading
+from models.released import load_state
 from training import distributed, sharding
 
 FORMAT = 1
@@ -125,15 +127,43 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         if path.is_dir():
             sharding.check(path)
     except Exception as error:
-        reason = (str(error) or "it is empty").splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        reason = found(file, error)
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}; give another, or take it away") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
     if path.is_dir():
         state["shards"] = path
-    return state
+    return State(state, path)
+
+
+class State(dict):
+    """A checkpoint's content, whose dicts raise a DamagedFile for what they lack. path: the checkpoint."""
+
+    def __init__(self, content: dict, path: Path):
+        # One level is enough: architectures and arguments lie under "config" and "args".
+        super().__init__({key: State(value, path) if type(value) is dict and key in ("config", "disc_config", "args")
+                          else value for key, value in content.items()})
+        self.path = path
+        for key in ("config", "disc_config", "args"):
+            if not isinstance(self.get(key, {}), dict):
+                raise DamagedFile(f"{path} is damaged: its {key} is a {type(self[key]).__name__}; give another")
+
+    def __missing__(self, key: str):
+        raise DamagedFile(f"{self.path} has no {key!r}, but {', '.join(map(str, list(self)[:12])) or 'nothing'}: it is "
+                          "of another model or version, or damaged; give another checkpoint")
+
+
+def restore(parts: dict[str, Any], state: State) -> None:
+    """Load into models, optimizers, ... what a checkpoint holds under their names. Raises DamagedFile."""
+    for name, part in parts.items():
+        content = select_weights(state, name.replace("/", "_")) if name.startswith("ema/") else state[name]
+        with reading(state.path, "the state of this run", f"its {name} does not fit the flags, or is damaged"):
+            if isinstance(part, nn.Module):
+                load_state(part, content, state.path)
+            else:
+                part.load_state_dict(content)
 
 
 def is_ours(path: str | Path) -> bool:
@@ -198,10 +228,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--version", default="sd", metavar="sd|ema|ema_DECAY", help="live weights, or an average")
     args = parser.parse_args()
-    try:
+    from training.arguments import one_line_errors
+
+    with one_line_errors():
         export(load(args.checkpoint), args.folder, args.version)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import reading
 from eval.protocols import git_revision
 from training import distributed
 
@@ -49,8 +50,11 @@ class RunLog:
         kept = []
         if start and path.exists():
             # A line cut short by a kill is dropped with the rest.
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            for number, line in enumerate(lines, 1):
+                with reading(path, "a run's metrics", f"delete or mend line {number}, or move the file away"):
+                    if json.loads(line)["step"] <= start:
+                        kept.append(line.decode())
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         os.replace(partial, path)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import DamagedFile, read_json, reading
 from data.clips import ClipDataset, ClipKey, make_loader
 from data.video import to_video, write_video
 from eval.protocols import write_record
 from eval.reconstruction import length
 from training.generation import differences
 from training.log import say
+
+REMAKE = "delete it, and it is made again"
 
 # --- real clips beside the samples ---
 
@@ -68,7 +72,9 @@ def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
     """Frames of each video, 0 where it cannot be decoded; kept in `folder`/lengths.json."""
     path = folder / "lengths.json"
     with FileLock(folder / ".lengths.lock"):
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path, "lengths of videos", REMAKE) if path.exists() else {}
+        if not all(type(frames) is int and frames >= 0 for frames in known.values()):
+            raise DamagedFile(f"{path} holds lengths that are not numbers of frames: {REMAKE}")
         if unknown := [file for file in clips.files if file.path not in known]:
             with ThreadPoolExecutor(8) as pool:
                 found = pool.map(lambda file: length(file, clips.quarantine), unknown)
@@ -123,7 +129,14 @@ class SampleStore:
         is dropped. ValueError where the folder holds samples of other settings."""
         path = self.folder / "settings.json"
         with self.lock:
-            there = json.loads(path.read_text()) if path.exists() else self.settings
+            there = self.settings
+            if path.exists():
+                try:
+                    there = read_json(path, "settings of samples", "choose another --output_dir, or --replace them")
+                except DamagedFile:
+                    if not replace:
+                        raise
+                    there = {}
             if there != self.settings and not replace:
                 raise ValueError(f"{self.folder} holds samples of other settings: {differences(there, self.settings)}; "
                                  "choose another --output_dir, or --replace them")
@@ -186,11 +199,11 @@ class SampleStore:
     def previews(self) -> dict[int, list[Tensor]]:
         """A few frames (3, 8, H, W) in [0, 1] of each of the first samples, after those of the clip given, if kept."""
         paths = {i: self.chunks / f"preview_{i:02d}.npy" for i in range(min(NUM_PREVIEWS, self.total))}
-        return {i: list(torch.from_numpy(np.load(path)) / 255) for i, path in paths.items() if path.exists()}
+        return {i: list(torch.from_numpy(load_array(path)) / 255) for i, path in paths.items() if path.exists()}
 
     def collect(self) -> dict[str, np.ndarray]:
         """All rows, in the order of their indices."""
-        chunks = [dict(np.load(path)) for path in sorted(set(self.done().values()))]
+        chunks = [load_chunk(path) for path in sorted(set(self.done().values()))]
         left_out = sum(len(chunk.pop("left_out")) for chunk in chunks)
         chunks = [chunk for chunk in chunks if len(chunk["index"])]
         if not chunks:
@@ -226,8 +239,25 @@ def chunk_indices(path: Path) -> list[int]:
     """The samples in a chunk, made or left out; none in other files."""
     if path.suffix != ".npz":
         return []
-    with np.load(path) as chunk:
-        return [*chunk["index"].tolist(), *chunk["left_out"].tolist()]
+    chunk = load_chunk(path)
+    return [*chunk["index"].tolist(), *chunk["left_out"].tolist()]
+
+
+def load_chunk(path: Path) -> dict[str, np.ndarray]:
+    """A chunk's values by name. Raises DamagedFile; the zip that it is holds checksums."""
+    with reading(path, "a chunk of samples", REMAKE), np.load(path) as file:
+        chunk = dict(file)
+        for name in ("index", "left_out"):
+            if chunk[name].ndim != 1 or chunk[name].dtype.kind != "i":
+                raise ValueError(f"its {name} is {chunk[name].shape} {chunk[name].dtype}")
+        if any(len(values) != len(chunk["index"]) for name, values in chunk.items() if name != "left_out"):
+            raise ValueError("its values are of different lengths")
+    return chunk
+
+
+def load_array(path: Path) -> np.ndarray:
+    with reading(path, "frames of a sample", REMAKE):
+        return np.load(path)
 
 
 def write_frames(folder: Path, video: Tensor) -> None:
@@ -289,8 +319,7 @@ def append_report(path: Path, row: dict) -> None:
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = []
         if path.exists():
-            with open(path, newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_report(path)
         names = dict.fromkeys(name for each in (*rows, row) for name in each)
         names = [*(name for name in COLUMNS if name in names), *(name for name in names if name not in COLUMNS)]
         rows = [{name: each.get(name, "") for name in names} for each in (*rows, row)]
@@ -302,6 +331,23 @@ def append_report(path: Path, row: dict) -> None:
             writer.writeheader()
             writer.writerows(rows)
         os.replace(partial_path, path)
+
+
+def read_report(path: Path) -> list[dict]:
+    """The rows of a csv table of results, also one saved by a spreadsheet. Raises DamagedFile."""
+    with (reading(path, "a table of results", "mend it, move it away, or name another with --report"),
+          open(path, newline="", encoding="utf-8-sig") as file):
+        reader = csv.DictReader(file, strict=True)
+        if lacking := {"num_samples", "fvd"} - {*(reader.fieldnames or ())}:
+            raise ValueError(f"it has no column {' and '.join(sorted(lacking))}")
+        rows = list(reader)
+        for number, row in enumerate(rows, 1):
+            if None in row or None in row.values():
+                raise ValueError(f"row {number} has not as many values as there are columns")
+            if not re.fullmatch(r"\d*", row["num_samples"]):
+                raise ValueError(f"row {number} has num_samples {row['num_samples']!r}")
+            float(row["fvd"] or 0)
+    return rows
 
 
 def write_whole(path: Path, text: str) -> None:
