@@ -135,20 +135,19 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         raise ValueError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
     if path.is_dir():
         state["shards"] = path
+    for key in {"config", "disc_config", "args"} & state.keys():
+        if not isinstance(state[key], dict):
+            raise DamagedFile(f"{path} is damaged: its {key} is a {type(state[key]).__name__}; give another")
+        state[key] = State(state[key], path)
     return State(state, path)
 
 
 class State(dict):
-    """A checkpoint's content, whose dicts raise a DamagedFile for what they lack. path: the checkpoint."""
+    """What a checkpoint holds. A key that it lacks raises DamagedFile. path: the checkpoint."""
 
     def __init__(self, content: dict, path: Path):
-        # One level is enough: architectures and arguments lie under "config" and "args".
-        super().__init__({key: State(value, path) if type(value) is dict and key in ("config", "disc_config", "args")
-                          else value for key, value in content.items()})
+        super().__init__(content)
         self.path = path
-        for key in ("config", "disc_config", "args"):
-            if not isinstance(self.get(key, {}), dict):
-                raise DamagedFile(f"{path} is damaged: its {key} is a {type(self[key]).__name__}; give another")
 
     def __missing__(self, key: str):
         raise DamagedFile(f"{self.path} has no {key!r}, but {', '.join(map(str, list(self)[:12])) or 'nothing'}: it is "
