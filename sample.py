@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from data.clips import ClipDataset, VideoFile, class_names, list_csv, list_folder
+from data.clips import ClipDataset, VideoFile, class_names, find_lists, list_csv, list_folder
 from data.video import to_bytes
 from eval import fvd
 from eval.i3d import I3D
@@ -209,7 +209,8 @@ def main():
             results |= fvd.report(real, fake, protocol.divisor)
         if num_made < total:
             say(f"{total - num_made} samples are left out: their clips cannot be decoded (quarantine.txt)")
-        name = "+".join(Path(part).name for part in dataset.split("+")) if files else "none"
+        parts = find_lists(dataset) if args.dataset_csv and not dataset.startswith("null") else [Path(dataset)]
+        name = "+".join(part.name for part in parts) if files else "none"
         known = "UCF-101" if is_ucf101(name, len(files)) else name
         if name in ("k600_train.csv", "k600_val.csv") and len(files) > 20_000:  # every copy lacks some of its videos
             known = "Kinetics-600"

@@ -28,6 +28,7 @@ from data.clips import (
 )
 from models.larp_ar import LARPGenerator, code_loss
 from models.layers import compile_blocks, set_checkpointing
+from models.released import build
 from training import checkpoint, distributed, sharding
 from training.arguments import Parser, add_data, add_larp_ar, add_run, larp_ar_config, one_line_errors
 from training.codes import (
@@ -121,7 +122,7 @@ def main():
     options, num_cond_frames = larp_ar_config(args, clip_config, state, f"the run in {folder}")
     if num_cond_frames and args.cfg_scale != 1:
         raise ValueError(f"--cfg_scale is {args.cfg_scale}, but frame prediction has no guidance: leave it out")
-    generator = LARPGenerator(**options).train()
+    generator = build(LARPGenerator, options, state.path if state else None).train()
     set_checkpointing(generator, args.gradient_checkpointing)
     config, class_cond = generator.config, not generator.config.frame_prediction
     emas = {str(decay): EMA(generator, decay) for decay in args.ema_decays}
@@ -142,10 +143,7 @@ def main():
         if args.fsdp:  # each process reads its share, into tensors that must be there
             sharding.allocate(optimizer)
             sharding.fill(state, trained())
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        for decay, ema in emas.items():
-            ema.model.load_state_dict(checkpoint.select_weights(state, f"ema_{decay}"))
+        checkpoint.restore({**parts, **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}, state)
         checkpoint.set_rng_state(state["rng"])
         start, best = state["step"], state["best"]
         del state  # frees a copy of it all

@@ -16,6 +16,7 @@ from models.coordtok import CoordTok
 from models.layers import compile_blocks, set_checkpointing
 from models.losses import Perceptual, coordtok_loss
 from models.planes import gather_patches
+from models.released import build
 from training import checkpoint, distributed
 from training.arguments import Parser, add_clip_cache, add_coordtok, add_data, add_run, coordtok_config, one_line_errors
 from training.clip_cache import clip_cache
@@ -66,8 +67,8 @@ def main():
     claim_run(folder)
     state = checkpoint.find(folder / "checkpoints", args.resume)
     if state:
-        tokenizer = CoordTok(**coordtok_config(args, state["config"], f"the run in {folder}"))
-        tokenizer.load_state_dict(state["model"])
+        tokenizer = build(CoordTok, coordtok_config(args, state["config"], f"the run in {folder}"), state.path)
+        checkpoint.restore({"model": tokenizer}, state)
     elif args.is_second_step:
         if args.first_step_ckpt is None:
             raise ValueError("--is_second_step needs --first_step_ckpt, the checkpoint that step 1 wrote")
@@ -113,8 +114,7 @@ def main():
     optimizer = adamw(tokenizer.parameters(), lr=args.lr, weight_decay=1e-3)
     best = float("-inf")
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        precision.scaler.load_state_dict(state["scaler"])
+        checkpoint.restore({"optimizer": optimizer, "scaler": precision.scaler}, state)
         checkpoint.set_rng_state(state["rng"])
         best = state["best"]
         state = None  # frees a copy of the model

@@ -20,6 +20,7 @@ from models.interpolant import sample_generators
 from models.larp_tokenizer import LARPTokenizer
 from models.layers import compile_blocks, set_checkpointing
 from models.losses import Perceptual
+from models.released import build
 from training import checkpoint, distributed
 from training.arguments import (
     Parser,
@@ -102,9 +103,11 @@ def main():
     claim_run(folder)
     state = checkpoint.find(folder / "checkpoints", args.resume)
     carried, source = state or {}, f"the run in {folder}"
-    tokenizer = LARPTokenizer(**larp_config(args, carried.get("config"), source)).to(device).train()
+    path = state.path if state else None
+    tokenizer = build(LARPTokenizer, larp_config(args, carried.get("config"), source), path).to(device).train()
     config = tokenizer.config
-    discriminator = Discriminator(**disc_config(args, config, carried.get("disc_config"), source)).to(device)
+    disc_options = disc_config(args, config, carried.get("disc_config"), source)
+    discriminator = build(Discriminator, disc_options, path).to(device)
     perceptual = Perceptual(weights=args.lpips_weights).to(device) if args.perceptual_weight > 0 else None
     start_temperature = config.bottleneck.args.regularizer.args.stochastic_temperature
     if args.temperature_to is not None and start_temperature < 0:
@@ -130,10 +133,7 @@ def main():
     }
     start, best = 0, float("-inf")
     if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        for decay, ema in emas.items():
-            ema.model.load_state_dict(checkpoint.select_weights(state, f"ema_{decay}"))
+        checkpoint.restore({**parts, **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}, state)
         checkpoint.set_rng_state(state["rng"])
         start, best = state["step"], state["best"]
         del state, carried  # frees a copy of it all

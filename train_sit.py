@@ -99,15 +99,13 @@ def main():
         if state["tokenizer"] != tokenizer_hash:
             raise ValueError(f"the run in {folder} was trained on another tokenizer than {args.first_model_ckpt}: give "
                              f"{state['args']['first_model_ckpt']}, which it names, or what became of it")
-        sit.load_state_dict(state["model"])
+        checkpoint.restore({"model": sit}, state)
     ema = EMA(sit, args.ema_decay)
     precision = Precision(args.precision, device)
     optimizer = adamw(sit.parameters(), lr=args.lr)
     start = 0
     if state:
-        ema.model.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        precision.scaler.load_state_dict(state["scaler"])
+        checkpoint.restore({"ema": ema.model, "optimizer": optimizer, "scaler": precision.scaler}, state)
         checkpoint.set_rng_state(state["rng"])
         start = state["step"]
 

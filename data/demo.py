@@ -27,6 +27,7 @@ import skimage.data
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder, data/ included
+from common.errors import read_json  # noqa: E402
 from data.usage import ArgumentParser  # noqa: E402
 
 # Direction of the camera's way: right, down (in view widths and heights), zoom in (log), clockwise turn (radians).
@@ -130,7 +131,7 @@ def make_demo(root: str | os.PathLike, config: DemoConfig | None = None, replace
         manifest = folder / "demo.json"
         if not manifest.is_file():
             raise FileExistsError(f"{folder} is there and is no demo data set; name another --root")
-        found = json.loads(manifest.read_text())
+        found = read_json(manifest, "the settings of a demo data set", f"delete {folder}, and it is made again")
         if found == settings and not replace:
             return folder
         if not replace:

@@ -7,6 +7,7 @@ Proof of an installation, against the value that TensorFlow's own implementation
 """
 import argparse
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import shown
 from data.clips import ClipDataset, ClipKey, VideoFile, list_csv, list_folder, make_loader
 from data.video import TIMEOUT, to_video
 from eval.i3d import I3D, MIN_FRAMES, RESIZE_RULES
@@ -190,11 +192,16 @@ def list_videos(source: str) -> list[VideoFile]:
     """Videos of a folder, of a csv list, or of a text file with one path a line; sorted by path."""
     if Path(source).is_dir():
         return list_folder(source)
-    if source.endswith(".csv") or "+" in source:
+    if source.endswith(".csv") or "+" in source and not Path(source).is_file():
         return list_csv(source)
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source}: no such folder or list of videos")
-    return sorted(VideoFile(line) for line in Path(source).read_text().splitlines() if line.strip())
+    text = Path(source).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    paths = sorted(line for line in text.split("\n") if line.strip())
+    if not any(map(os.path.isfile, paths)):
+        raise ValueError(f"{shown(source)} cannot be read as a list of videos: none of its {len(paths)} lines is the "
+                         "path of a file; give a folder, a csv list, or a text file with one path a line")
+    return [VideoFile(path) for path in paths]
 
 
 @torch.inference_mode()

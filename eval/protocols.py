@@ -226,7 +226,8 @@ def manifest_sha256(paths: Iterable[str | Path], root: str | Path | None = None)
     """SHA-256 of a list of files in its order, one POSIX path a line; relative to `root` where given, so that the same
     data set in another folder has the same value. ValueError where a path is not under `root`."""
     lines = (path if root is None else path.relative_to(root) for path in map(Path, paths))
-    return hashlib.sha256("".join(f"{line.as_posix()}\n" for line in lines).encode()).hexdigest()
+    text = "".join(f"{line.as_posix()}\n" for line in lines)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def git_revision() -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models import decoding
 from models.decoding import KVCache, Linear, Window, attend_one
 from models.layers import Blocks, sincos_1d
-from models.released import load_state, read_pretrained, read_released, strip_prefix
+from models.released import build, load_state, read_pretrained, read_released, strip_prefix
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,7 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         """In evaluation mode, from a folder with config.json and model.safetensors, or a Hugging Face hub id. hub:
         revision, cache_dir, token, local_files_only, ... as huggingface_hub.snapshot_download takes them."""
         config, weights, path = read_pretrained(pretrained_model_name_or_path, **hub)
-        try:
-            generator = cls(**config)
-        except TypeError as error:  # unknown keys, or none
-            raise ValueError(f"{path.parent}: its config.json is not a LARP generator's ({error})") from error
+        generator = build(cls, config, path.with_name("config.json"))
         load_state(generator, weights, path)
         return generator.to(map_location).eval()
 
@@ -243,7 +240,7 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         config = SIZES.get(model["name"], {}) | model["args"] | config
         if config.get("frame_prediction"):
             config = {"cls_token_num": config.get("max_seq_len", 1024) + 1} | config
-        generator = cls(**config)
+        generator = build(cls, config, path)
         load_state(generator, strip_prefix(strip_prefix(versions[version], "module."), "_orig_mod."), path)
         return generator.eval()
 

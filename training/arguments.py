@@ -2,17 +2,21 @@
 import argparse
 import contextlib
 import dataclasses
+import io
 import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import configargparse
+import torch
 import yaml
 
+from common.errors import end
 from data.usage import usage_error
 from data.video import VideoError
 from models.coordtok import CoordTokConfig
@@ -370,28 +374,46 @@ def check_carried(flag: str, given: Any, held: Any, source: str) -> None:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """End with exit code 1 and one line for errors a user can mend; VT_TRACEBACK=1 shows where they arose."""
+    """End with one line, the last that is printed, for whatever ends a run; VT_TRACEBACK=1 shows where it arose.
+
+    Errors that a user can mend, exit code 1; Ctrl-C, 130; and mistakes of this code, whose traceback comes before.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, VideoError) as error:
+    except Exception as error:
         if os.environ.get("VT_TRACEBACK"):
             raise
-        # An error that crossed a loader worker carries its traceback: the message is the last line.
-        line = str(error).strip().splitlines()[-1]
-        line = re.sub(r"^[\w.]*(Error|Exception): ", "", line)
-        where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-        print(f"error{where}: {line}", file=sys.stderr, flush=True)
-        # os._exit would lose what other threads hold; a plain exit lets loaders close.
-        sys.exit(1)
+        where = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        line = one_line(error)
+        if line is None:
+            text = (str(error).strip() or "no text").splitlines()[-1]
+            end(f"error{where}: {type(error).__name__}: {text} (not foreseen; see the traceback above)",
+                before=traceback.format_exc())
+        end(f"error{where}: {line}")
     except KeyboardInterrupt:
-        print("error: interrupted by Ctrl-C", file=sys.stderr, flush=True)
-        sys.exit(130)
-    except (MemoryError, RuntimeError) as error:
-        lines = [line for line in str(error).splitlines() if re.search("out of memory|allocate memory", line)]
-        if os.environ.get("VT_TRACEBACK") or not (lines or isinstance(error, MemoryError)):
+        if os.environ.get("VT_TRACEBACK"):
             raise
-        print(f"error: not enough memory: {lines[-1] if lines else error}: lower the batch size or --num_workers",
-              file=sys.stderr, flush=True)
-        sys.exit(1)
+        end("error: interrupted by Ctrl-C", 130)
     else:
         distributed.teardown()  # not after an error: by NCCL it would wait for processes that wait for this one
+
+
+def one_line(error: Exception) -> str | None:
+    """What to say of an error that a user can mend; None for any other."""
+    text = str(error).strip()
+    # An error that crossed a loader worker carries its traceback: the message is the last line.
+    last = re.sub(r"^[\w.]*(Error|Exception|DamagedFile): ", "", text.splitlines()[-1]) if text else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{text.splitlines()[0].split('. ')[0]}: lower the batch size, or try --gradient_checkpointing"
+    if found := re.search(r".*allocate memory.*", text):  # a RuntimeError of torch's
+        return f"not enough memory: {found[0]}: lower the batch size or --num_workers"
+    if isinstance(error, MemoryError):
+        return last or "out of memory: lower the batch size or --num_workers"
+    if isinstance(error, ValueError | OSError | FloatingPointError | VideoError):
+        return last or type(error).__name__
+    if broken := re.search(r"Connection (closed|reset) by peer|[Ss]ocket closed|remote process exited", text):
+        return f"another process of this run has ended without a word, killed perhaps ({broken[0]})"
+    return None

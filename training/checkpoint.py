@@ -3,24 +3,21 @@ state.pt holds the dict without them, and each process writes its share of them 
 import json
 import os
 import shutil
-import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save as serialize
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.errors import DamagedFile, found, reading
 from data.files import of_system, write_whole, writing
 from data.usage import ArgumentParser
-from models.released import PRETRAINED, check_finite, read_pretrained
+from models.released import PRETRAINED, check_finite, load_state, read_pretrained
 from training import distributed, sharding
 
 FORMAT = 1
-
-
-class DamagedError(ValueError):
-    """A file that should hold a checkpoint and does not, or not all of it."""
 
 
 def rng_state() -> dict:
@@ -114,7 +111,7 @@ def load(path: str | Path, mmap: bool = False) -> dict:
 
     A sharded one comes without its sharded tensors: "shards" is its folder, for `sharding.fill` and `select_weights`.
     mmap: leave tensors in the file until they are used, and do not look whether they are damaged. Raises
-    FileNotFoundError; DamagedError; ValueError where it is not ours, or of another version; OSError where the system
+    FileNotFoundError; DamagedFile; ValueError where it is not ours, or of another version; OSError where the system
     does not give it, which says nothing of the file.
     """
     path = Path(path)
@@ -135,10 +132,10 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         if path.is_dir():
             sharding.check(path)
     except Exception as error:
-        reason = (str(error) or "it is empty").splitlines()[0]
+        reason = found(file, error)
         if of_system(error):
             raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or reason}") from error
-        raise DamagedError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        raise DamagedFile(f"{path} cannot be read as a checkpoint: {reason}; give another, or take it away") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:
@@ -150,7 +147,34 @@ def load(path: str | Path, mmap: bool = False) -> dict:
             check_finite(weights, path)
     if path.is_dir():
         state["shards"] = path
-    return state
+    for key in {"config", "disc_config", "args"} & state.keys():
+        if not isinstance(state[key], dict):
+            raise DamagedFile(f"{path} is damaged: its {key} is a {type(state[key]).__name__}; give another")
+        state[key] = State(state[key], path)
+    return State(state, path)
+
+
+class State(dict):
+    """What a checkpoint holds. A key that it lacks raises DamagedFile. path: the checkpoint."""
+
+    def __init__(self, content: dict, path: Path):
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str):
+        raise DamagedFile(f"{self.path} has no {key!r}, but {', '.join(map(str, list(self)[:12])) or 'nothing'}: it is "
+                          "of another model or version, or damaged; give another checkpoint")
+
+
+def restore(parts: dict[str, Any], state: State) -> None:
+    """Load into models, optimizers, ... what a checkpoint holds under their names. Raises DamagedFile."""
+    for name, part in parts.items():
+        content = select_weights(state, name.replace("/", "_")) if name.startswith("ema/") else state[name]
+        with reading(state.path, "the state of this run", f"its {name} does not fit the flags, or is damaged"):
+            if isinstance(part, nn.Module):
+                load_state(part, content, state.path)
+            else:
+                part.load_state_dict(content)
 
 
 def is_ours(path: str | Path) -> bool:
@@ -165,17 +189,17 @@ def is_ours(path: str | Path) -> bool:
 
 
 def newest(folder: Path) -> dict | None:
-    """The newest whole checkpoint in `folder`, or None where there is none. Raises DamagedError where all are damaged,
+    """The newest whole checkpoint in `folder`, or None where there is none. Raises DamagedFile where all are damaged,
     and what `load` raises for other reasons than damage."""
     there = written(folder)
     for path in reversed(there):
         try:
             return load(path)
-        except (DamagedError, FileNotFoundError) as error:  # a folder without its state.pt is damaged too
+        except (DamagedFile, FileNotFoundError) as error:  # a folder without its state.pt is damaged too
             warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
     if there:
         names = ", ".join(path.name for path in there)
-        raise DamagedError(f"none of the {len(there)} checkpoints in {folder} is whole ({names}): put a whole one in "
+        raise DamagedFile(f"none of the {len(there)} checkpoints in {folder} is whole ({names}): put a whole one in "
                            "their place, or move them away to start anew")
     return None
 
@@ -255,7 +279,7 @@ def load_export(folder: Path) -> dict:
     check_finite(weights, path)
     if kind == "sit":
         config["statistics"] = {name: torch.tensor(values) for name, values in config["statistics"].items()}
-    return {"format": FORMAT, **config, "model": weights, "ema": weights}
+    return State({"format": FORMAT, **config, "model": weights, "ema": weights}, folder)
 
 
 def main() -> None:
@@ -268,10 +292,10 @@ def main() -> None:
     parser.add_argument("--version", metavar="sd|ema|ema_DECAY",
                         help="live weights, or an average (default: ema of a SiT, else sd)")
     args = parser.parse_args()
-    try:
+    from training.arguments import one_line_errors
+
+    with one_line_errors():
         export(load(args.checkpoint), args.folder, args.version)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

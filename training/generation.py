@@ -17,7 +17,7 @@ from eval.pictures import contact_sheet
 from models.coordtok import CoordTok
 from models.interpolant import Interpolant, draw_noise, noise_stream, sample_generators
 from models.planes import Planes
-from models.released import read_sit_statistics
+from models.released import build, load_state, read_sit_statistics
 from models.sit import SIT_SIZES, SiT
 from training import checkpoint, distributed
 from training.arguments import Parser, check_carried
@@ -70,8 +70,8 @@ def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
             raise ValueError(f"{path} holds a {state.get('kind')} model, expected a sit checkpoint (--sit_model)")
         for name, value in given.items():
             check_carried(name, value, state["args"][name], path)
-        sit, interpolant = SiT(**state["config"]), Interpolant(**state["interpolant"])
-        sit.load_state_dict(state["ema"])
+        sit, interpolant = build(SiT, state["config"], state.path), Interpolant(**state["interpolant"])
+        load_state(sit, state["ema"], state.path)
         stats, names = LatentStats.from_state_dict(state["statistics"]), state["classes"]
         if state["tokenizer"] != weights_sha256(tokenizer):
             raise ValueError(f"{path} was not trained on the tokenizer {args.first_model_ckpt}: --first_model_ckpt was "

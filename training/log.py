@@ -3,6 +3,7 @@ import collections
 import hashlib
 import itertools
 import json
+import os
 import resource
 import signal
 import sys
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import reading
 from data.clips import Quarantine
 from data.files import claim, write_whole
 from eval.protocols import as_json, git_revision
@@ -78,8 +80,11 @@ class RunLog:
         kept = []
         if start and path.exists():
             # A line cut short by a kill is dropped with the rest.
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            for number, line in enumerate(lines, 1):
+                with reading(path, "a run's metrics", f"delete or mend line {number}, or move the file away"):
+                    if json.loads(line)["step"] <= start:
+                        kept.append(line.decode())
         with write_whole(path, "w") as file:
             file.write("".join(kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import DamagedFile, read_json, reading
 from data.clips import ClipDataset, ClipKey, make_loader
 from data.files import claim, release, remove_partials, write_whole
 from data.video import to_video, write_video
@@ -26,6 +27,8 @@ from eval.protocols import read_record, write_record
 from eval.reconstruction import length
 from training.generation import differences
 from training.log import say
+
+REMAKE = "delete it, and it is made again"
 
 # --- real clips beside the samples ---
 
@@ -70,7 +73,9 @@ def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
     """Frames of each video, 0 where it cannot be decoded; kept in `folder`/lengths.json."""
     path = folder / "lengths.json"
     with FileLock(folder / ".lengths.lock"):
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path, "lengths of videos", REMAKE) if path.exists() else {}
+        if not all(type(frames) is int and frames >= 0 for frames in known.values()):
+            raise DamagedFile(f"{path} holds lengths that are not numbers of frames: {REMAKE}")
         if unknown := [file for file in clips.files if file.path not in known]:
             with ThreadPoolExecutor(8) as pool:
                 found = pool.map(lambda file: length(file, clips.quarantine, clips.timeout), unknown)
@@ -127,7 +132,14 @@ class SampleStore:
         these."""
         path = self.folder / "settings.json"
         with self.lock:
-            there = json.loads(path.read_text()) if path.exists() else self.settings
+            there = self.settings
+            if path.exists():
+                try:
+                    there = read_json(path, "settings of samples", "choose another --output_dir, or --replace them")
+                except DamagedFile:
+                    if not replace:
+                        raise
+                    there = {}
             if there != self.settings and not replace:
                 raise ValueError(f"{self.folder} holds samples of other settings: {differences(there, self.settings)}; "
                                  "choose another --output_dir, or --replace them")
@@ -223,11 +235,11 @@ class SampleStore:
     def previews(self) -> dict[int, list[Tensor]]:
         """A few frames (3, 8, H, W) in [0, 1] of each of the first samples, after those of the clip given, if kept."""
         paths = {i: self.chunks / f"preview_{i:02d}.npy" for i in range(min(NUM_PREVIEWS, self.total))}
-        return {i: list(torch.from_numpy(load_whole(path)) / 255) for i, path in paths.items() if path.exists()}
+        return {i: list(torch.from_numpy(load_array(path)) / 255) for i, path in paths.items() if path.exists()}
 
     def collect(self) -> dict[str, np.ndarray]:
         """All rows, in the order of their indices."""
-        chunks = [load_whole(path) for path in sorted(set(self.done().values()))]
+        chunks = [load_chunk(path) for path in sorted(set(self.done().values()))]
         left_out = sum(len(chunk.pop("left_out")) for chunk in chunks)
         chunks = [chunk for chunk in chunks if len(chunk["index"])]
         if not chunks:
@@ -268,23 +280,25 @@ def chunk_indices(path: Path) -> list[int]:
     """The samples in a chunk, made or left out; none in other files."""
     if path.suffix != ".npz":
         return []
-    chunk = load_whole(path, ("index", "left_out"))
+    chunk = load_chunk(path)
     return [*chunk["index"].tolist(), *chunk["left_out"].tolist()]
 
 
-def load_whole(path: Path, names: Sequence[str] | None = None) -> np.ndarray | dict[str, np.ndarray]:
-    """The array in a .npy file, or those in a .npz file (names: only these), whose zip format carries checksums.
-    ValueError where they are damaged."""
-    try:
-        content = np.load(path)
-        if path.suffix == ".npy":
-            return content
-        with content:
-            return {name: content[name] for name in names or content.files}
-    except OSError:
-        raise
-    except Exception as error:  # numpy and zipfile fail on damaged bytes in too many ways to list
-        raise ValueError(f"{path} is damaged ({error}): delete it, and its samples are made again") from error
+def load_chunk(path: Path) -> dict[str, np.ndarray]:
+    """A chunk's values by name. Raises DamagedFile; the zip that it is holds checksums."""
+    with reading(path, "a chunk of samples", REMAKE), np.load(path) as file:
+        chunk = dict(file)
+        for name in ("index", "left_out"):
+            if chunk[name].ndim != 1 or chunk[name].dtype.kind != "i":
+                raise ValueError(f"its {name} is {chunk[name].shape} {chunk[name].dtype}")
+        if any(len(values) != len(chunk["index"]) for name, values in chunk.items() if name != "left_out"):
+            raise ValueError("its values are of different lengths")
+    return chunk
+
+
+def load_array(path: Path) -> np.ndarray:
+    with reading(path, "frames of a sample", REMAKE):
+        return np.load(path)
 
 
 def write_frames(folder: Path, video: Tensor) -> None:
@@ -356,8 +370,7 @@ def append_report(path: Path, row: dict) -> None:
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = []
         if path.exists():
-            with open(path, newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_report(path)
         names = dict.fromkeys(name for each in (*rows, row) for name in each)
         names = [*(name for name in COLUMNS if name in names), *(name for name in names if name not in COLUMNS)]
         rows = [{name: as_text(each.get(name) or "") for name in names} for each in (*rows, row)]
@@ -367,6 +380,23 @@ def append_report(path: Path, row: dict) -> None:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
+
+
+def read_report(path: Path) -> list[dict]:
+    """The rows of a csv table of results, also one saved by a spreadsheet. Raises DamagedFile."""
+    with (reading(path, "a table of results", "mend it, move it away, or name another with --report"),
+          open(path, newline="", encoding="utf-8-sig") as file):
+        reader = csv.DictReader(file, strict=True)
+        if lacking := {"num_samples", "fvd"} - {*(reader.fieldnames or ())}:
+            raise ValueError(f"it has no column {' and '.join(sorted(lacking))}")
+        rows = list(reader)
+        for number, row in enumerate(rows, 1):
+            if None in row or None in row.values():
+                raise ValueError(f"row {number} has not as many values as there are columns")
+            if not re.fullmatch(r"\d*", row["num_samples"]):
+                raise ValueError(f"row {number} has num_samples {row['num_samples']!r}")
+            float(row["fvd"] or 0)
+    return rows
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from data.video import to_video
 from models.coordtok import CoordTok, CoordTokConfig, released_padding
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
+from models.released import build, load_state
 from training import checkpoint
 from training.arguments import coordtok_config
 
@@ -22,8 +23,8 @@ def load_coordtok(path: str, args: argparse.Namespace) -> CoordTok:
     state = checkpoint.load(path)
     if state.get("kind") != "coordtok":
         raise ValueError(f"{path} holds a {state.get('kind')} model, expected a coordtok checkpoint")
-    tokenizer = CoordTok(**coordtok_config(args, state["config"], path))
-    tokenizer.load_state_dict(state["model"])
+    tokenizer = build(CoordTok, coordtok_config(args, state["config"], path), state.path)
+    load_state(tokenizer, state["model"], state.path)
     return tokenizer
 
 
@@ -71,8 +72,8 @@ def _load_larp(kind: str, source: str, version: str) -> tuple[LARPTokenizer | LA
     state = checkpoint.load(path)
     if state.get("kind") != kind:
         raise ValueError(f"{source} holds a {state.get('kind')} model, expected a {kind} checkpoint")
-    model = model_class(**state["config"])
-    model.load_state_dict(checkpoint.select_weights(state, version))
+    model = build(model_class, state["config"], state.path)
+    load_state(model, checkpoint.select_weights(state, version), state.path)
     return model.eval(), state
 
 
