@@ -241,8 +241,8 @@ def main():
         max(1, round(epochs * epoch_steps)) for epochs in (args.eval_every, args.sample_every, args.save_every)
     )
     for step in range(start + 1, num_iters + 1):
-        # The schedule is a pure function of the steps done.
-        multiplier = cosine_with_warmup(step - 1, round(args.warmup_epoch * epoch_steps), num_iters, args.min_lr_mult)
+        # The schedule is a pure function of the step, counted from 1 as the released trainer does.
+        multiplier = cosine_with_warmup(step, round(args.warmup_epoch * epoch_steps), num_iters, args.min_lr_mult)
         set_rates(optimizer, [args.lr, args.lr], multiplier)
         means = 0
         for micro in range(args.accum_iter):

@@ -41,6 +41,8 @@ def parse_args():
     train.add_argument("--first_step_ckpt", help="step 2 starts from this checkpoint, ours or the authors'")
     train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="weight of LPIPS; step 2 only")
     train.add_argument("--lpips_weights", default="auto", metavar="auto|random|PATH", help="LPIPS's VGG16 backbone")
+    train.add_argument("--lpips_dropout", action="store_true",
+                       help="LPIPS's own dropout of 0.5 in training, as released; else it is off")
     train.add_argument("--world_size", type=int, help="ignored: torchrun says it")
     logs = parser.add_argument_group("logging")
     logs.add_argument("--log_every", type=int, default=50, help="steps between lines of metrics.jsonl")
@@ -77,7 +79,7 @@ def main():
     tokenizer.to(device).train()
     set_checkpointing(tokenizer, args.gradient_checkpointing)
     use_lpips = args.is_second_step and args.lpips_loss_scale > 0
-    perceptual = Perceptual(weights=args.lpips_weights).to(device) if use_lpips else None
+    perceptual = Perceptual(weights=args.lpips_weights, dropout=args.lpips_dropout).to(device) if use_lpips else None
 
     # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
     size, patch_t, patch = config.video_shape[1], config.dec_patch_size_t, config.dec_patch_size_xy

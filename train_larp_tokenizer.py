@@ -203,16 +203,15 @@ def main():
     eval_steps, save_steps = (max(1, round(n * epoch_steps)) for n in (args.eval_every, args.save_every))
     logs = {}
     for step in range(start + 1, num_iters + 1):
-        # Schedules are pure functions of the steps done.
-        done = step - 1
-        multiplier = cosine_with_warmup(done, round(args.warmup_epoch * epoch_steps), num_iters, args.min_lr_mult)
+        # Schedules are pure functions of the step, counted from 1 as the released trainer does.
+        multiplier = cosine_with_warmup(step, round(args.warmup_epoch * epoch_steps), num_iters, args.min_lr_mult)
         set_rates(optimizer, rates, multiplier)
         set_rates(disc_optimizer, [args.disc_lr], multiplier)
-        q_mult = ramp(done, round(args.loss_q_warmup_epoch * epoch_steps), args.loss_q_warmup_from, 1.0)
+        q_mult = ramp(step, round(args.loss_q_warmup_epoch * epoch_steps), args.loss_q_warmup_from, 1.0)
         temperature = None if args.temperature_to is None else ramp(
-            done, round(args.temperature_epoch * epoch_steps), start_temperature, args.temperature_to
+            step, round(args.temperature_epoch * epoch_steps), start_temperature, args.temperature_to
         )
-        adversarial = args.disc_weight > 0 and done >= args.disc_start * epoch_steps
+        adversarial = args.disc_weight > 0 and step - 1 >= args.disc_start * epoch_steps
 
         waiting = time.perf_counter()
         batch = next(batches)
@@ -222,12 +221,12 @@ def main():
         video = flip_half(video, args.seed, positions) if args.flip else video
         generators = sample_generators(args.seed, positions, device)
         with precision.autocast():
-            ratio = config.prior_model.sampling_ratio(done, num_iters)
+            ratio = config.prior_model.sampling_ratio(step, num_iters)
             output = model(video, ratio, temperature=temperature, generator=generators)
         fake = output.video.float()
 
         # The discriminator goes first, on detached reconstructions; the generator then sees the updated one.
-        if adversarial and done % args.d_update_freq == 0:
+        if adversarial and step % args.d_update_freq == 0:
             noise = torch.stack([torch.randn(2, generator=one, device=device) for one in generators], dim=1)  # (2, B)
             with precision.autocast():
                 real_logits, fake_logits = disc_model(torch.cat([video, fake.detach()])).chunk(2)

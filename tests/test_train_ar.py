@@ -179,8 +179,8 @@ del K600["num_classes"], K600["class_dropout_prob"]
 
 @pytest.mark.parametrize(
     ("config", "recipe"),
-    [("larp_ar", UCF), ("larp_ar_reproduce", {**UCF, "precision": "bf16"}),
-     ("larp_ar_fp", K600), ("larp_ar_fp_reproduce", {**K600, "precision": "bf16"})],
+    [("larp_ar", UCF), ("larp_ar_reproduce", {**UCF, "precision": "bf16", "allow_tf32": True}),
+     ("larp_ar_fp", K600), ("larp_ar_fp_reproduce", {**K600, "precision": "bf16", "allow_tf32": True})],
 )
 def test_configs_hold_the_published_recipes(monkeypatch, config, recipe):
     args = vars(parse(monkeypatch, "--config", f"scripts/configs/{config}.yaml"))
