@@ -380,11 +380,8 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         Returns codes (B, max_seq_len) long, and nll (B,) float32 if asked for.
         """
         guide = cfg_scale > 1
-        if guide and self.config.frame_prediction:
-            raise ValueError(f"cfg_scale is {cfg_scale}, but frame prediction has no unconditional row; leave it at 1")
-        if guide and self.config.class_dropout_prob == 0:
-            raise ValueError(f"cfg_scale {cfg_scale} needs a model trained with --class_dropout_prob above 0, this one "
-                             "has 0: leave it at 1")
+        if guide:
+            self.check_guidance(cfg_scale)
         num_samples, num_codes, device = len(cond), self.config.max_seq_len, cond.device
         num_guided = 0 if not guide else num_codes if cfg_interval < 0 else cfg_interval + 2
         uniform = _uniform(seeds, num_samples, num_codes).to(device, non_blocking=True)
@@ -410,6 +407,14 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
                     p = self.config.cls_token_num + i
                     logits = decode(self, cache, code, cache.positions[p : p + 1], cache.length(p + 1))
         return (codes, nll / num_codes) if return_nll else codes
+
+    def check_guidance(self, cfg_scale: float) -> None:
+        """ValueError where the model cannot be guided by this scale: it never learned to predict without a label."""
+        if cfg_scale > 1 and self.config.frame_prediction:
+            raise ValueError(f"cfg_scale is {cfg_scale}, but frame prediction has no unconditional row; leave it at 1")
+        if cfg_scale > 1 and self.config.class_dropout_prob == 0:
+            raise ValueError(f"cfg_scale {cfg_scale} needs a model trained with --class_dropout_prob above 0, this one "
+                             "has 0: leave it at 1")
 
     def _cache_of(self, rows: int) -> "KVCache":
         """The cache of the last call where it is large enough, else a new one."""
