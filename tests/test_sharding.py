@@ -143,7 +143,7 @@ def test_whole_is_what_was_sharded(alone):
 def test_a_kill_while_writing_leaves_the_old_checkpoint(alone, monkeypatch, tmp_path):
     generator, original = tiny_generator(), tiny_generator()
     sharding.shard(generator, torch.device("cpu"), "fp32")
-    state = {"config": {}, "model": generator.state_dict()}
+    state = {"kind": "larp_ar", "config": {}, "model": generator.state_dict()}
     checkpoint.save(tmp_path, 1, state)
 
     def killed(*_):
