@@ -156,7 +156,8 @@ class I3D(nn.Module):
         Raises WeightsError.
         """
         state, sha256 = read_weights(cached_weights() if path is None else Path(path))
-        model = cls(eps)
+        with torch.random.fork_rng(devices=[]):  # its first weights must not draw from the run's generator
+            model = cls(eps)
         expected = model.state_dict()
         wrong = [name for name, tensor in state.items() if tensor.shape != expected[name].shape]
         if wrong:
