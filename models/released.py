@@ -87,7 +87,7 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def check_finite(weights: Mapping[str, Tensor], path: str | Path) -> None:
     """ValueError where a weight is NaN or infinite. path: of the file, for the error."""
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} is not finite: the file is damaged, or of a run that has diverged; give "
                              "another")
 

@@ -56,13 +56,6 @@ def test_unknown_and_abbreviated_flags_are_errors(capsys):
         assert line == f"error: unrecognized arguments: {flag} 8 (--help lists the flags)"
 
 
-def test_under_torchrun_one_process_names_the_mistake(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as stopped:
-        parse("--nothing")
-    assert stopped.value.code == 2 and not capsys.readouterr().err
-
-
 def parser_of(script, monkeypatch) -> Parser:
     """The parser that a script makes, of which no flag is required."""
     made = []

@@ -407,11 +407,12 @@ def one_line(error: Exception) -> str | None:
     # An error that crossed a loader worker carries its traceback: the message is the last line.
     last = re.sub(r"^[\w.]*(Error|Exception|DamagedFile): ", "", text.splitlines()[-1]) if text else ""
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{text.splitlines()[0].split('. ')[0]}: lower the batch size, or try --gradient_checkpointing"
+        what = text.splitlines()[0].split(". ")[0]
+        return f"not enough memory: {what}: lower the batch size, or try --gradient_checkpointing"
     if found := re.search(r".*allocate memory.*", text):  # a RuntimeError of torch's
         return f"not enough memory: {found[0]}: lower the batch size or --num_workers"
     if isinstance(error, MemoryError):
-        return last or "out of memory: lower the batch size or --num_workers"
+        return f"not enough memory: {last or 'the system has none left'}: lower the batch size or --num_workers"
     if isinstance(error, ValueError | OSError | FloatingPointError | VideoError):
         return last or type(error).__name__
     if broken := re.search(r"Connection (closed|reset) by peer|[Ss]ocket closed|remote process exited", text):

@@ -172,7 +172,8 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         averages = state.get("ema") or {}
         nested = any(isinstance(value, dict) for value in averages.values())
         for weights in (state.get("model") or {}, *(averages.values() if nested else [averages])):
-            check_finite(weights, path)
+            if isinstance(weights, dict):  # else `restore` says so
+                check_finite(weights, path)
     if path.is_dir():
         state["shards"] = path
     for key in {"config", "disc_config", "args"} & state.keys():
