@@ -300,8 +300,8 @@ def test_a_disk_that_is_away_quarantines_nothing(folder, tmp_path, monkeypatch):
     expected = data[ClipKey(0)]
     root.rename(away)
     whole = WholeVideos(data.files, 16, "coordtok", quarantine, 60)
-    for read in (lambda: data[ClipKey(0)], lambda: reconstruction.length(data.files[0], quarantine), lambda: whole[0],
-                 lambda: files_sha256(data.files), lambda: next(iter(make_loader(data, [[ClipKey(0)]], 1)))):
+    for read in (lambda: data[ClipKey(0)], lambda: reconstruction.length(data.files[0], quarantine, 60),
+                 lambda: whole[0], lambda: files_sha256(data.files), lambda: next(iter(make_loader(data, [[ClipKey(0)]], 1)))):
         with pytest.raises(StorageError, match="[012].mp4 cannot be read: No such file or directory"):
             read()
     assert len(quarantine) == 0
@@ -452,6 +452,7 @@ def test_ctrl_c_while_workers_start_leaves_nothing_half_made(folder):
     code = f"""
 import os, signal
 from data import clips
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this behind it
 real = clips.DataLoader._get_iterator
 clips.DataLoader._get_iterator = lambda self: (os.kill(os.getpid(), signal.SIGINT), real(self))[1]
 files = clips.list_folder({str(folder)!r})
