@@ -7,6 +7,7 @@ number is printed and saved with the record of how it was made. `PROTOCOLS` hold
 import dataclasses
 import hashlib
 import json
+import math
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_whole
+from eval.features import FEATURE_METRICS_RECORD
 
 NOT_OURS = "published, not reproduced here"
 
@@ -198,7 +200,8 @@ def record(protocol: Protocol, **facts: Any) -> dict[str, Any]:
     deviations = [f"{name}: {full[name]} instead of {planned[name]}" for name in changed]
     title = protocol.name + ("*" if deviations else "")
     # Through JSON, so that a fresh record equals one read from a file.
-    return json.loads(json.dumps({"title": title, **full, "deviations": deviations}))
+    full = {"title": title, **full, "feature_metrics": FEATURE_METRICS_RECORD, "deviations": deviations}
+    return json.loads(strict_json(full))
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -239,8 +242,21 @@ def git_revision() -> str:
 
 
 def write_record(path: str | Path, record: dict[str, Any], results: dict[str, Any]) -> None:
-    """Save the numbers with their record as JSON, whole or not at all."""
+    """Save the numbers with their record as JSON, whole or not at all; null where a number is not finite."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_whole(path, "w") as file:
-        file.write(json.dumps({"results": results, "record": record}, indent=1) + "\n")
+        file.write(strict_json({"results": results, "record": record}, indent=1) + "\n")
+
+
+def strict_json(content: Any, **options: Any) -> str:
+    """JSON text in which numbers that are not finite are null, since JSON has no others. options: of json.dumps."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), allow_nan=False, **options)

@@ -31,6 +31,12 @@ COLUMNS = {  # {heading: (names in results, decimals)}; other results are in the
     "FVD": (("fvd", "rfvd"), 1),
     "floor": (("fvd_floor", "rfvd_floor"), 1),
     "spread": (("fvd_spread", "rfvd_spread"), 1),
+    "at ∞": (("fvd_infinity", "rfvd_infinity"), 1),
+    "KVD": (("kvd", "rkvd"), 3),
+    "precision": (("precision",), 3),
+    "recall": (("recall",), 3),
+    "density": (("density",), 3),
+    "coverage": (("coverage",), 3),
     "PSNR clip": (("psnr_clip",), 2),
     "PSNR frame": (("psnr_frame",), 2),
     "SSIM": (("ssim",), 3),
@@ -104,7 +110,7 @@ def read_run(folder: Path) -> Run:
     for line in lines:
         for chart, names in CHARTS.items():
             for name in names:
-                if math.isfinite(line.get(name, math.nan)):
+                if line.get(name) is not None and math.isfinite(line[name]):
                     curves[chart].setdefault(f"{line['kind']} {name}", []).append((line["step"], line[name]))
     args = folder / "args.json"
     args = read_json(args.read_text(), "args.json") if args.exists() else {}
@@ -159,11 +165,9 @@ def pictures_of_run(folder: Path) -> list[Path]:
 # --- the page ---
 
 def number(value: float | None, decimals: int) -> str:
-    if value is None:
-        return ""
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "n/a"
-    return f"{value:,.{decimals}f}"
+    if value is None or math.isnan(value):
+        return "n/a"
+    return f"{value:,.{decimals}f}" if math.isfinite(value) else "∞"
 
 
 def details(title: str, content: dict) -> str:
@@ -209,9 +213,12 @@ def row(report: Report, columns: dict, root: Path) -> str:
              f"{details('All numbers, settings', {'results': results, **own})}</td>",
              f'<td data-name="Clips">{clips}</td>']
     for title, (names, decimals) in columns.items():
-        value = next((results[name] for name in names if name in results), None)
-        note = f" <small>{notes[title]}</small>" if title in notes and value is not None else ""
-        cells.append(f'<td data-name="{title}">{number(value, decimals)}{note}</td>')
+        name = next((name for name in names if name in results), None)
+        note = f" <small>{notes[title]}</small>" if title in notes and name else ""
+        # Where all clips are reconstructed without an error, PSNR is infinite, which JSON writes as null.
+        infinite = name and results[name] is None and f"{name}_infinite" in results
+        text = "∞" if infinite else number(results[name], decimals) if name else ""
+        cells.append(f'<td data-name="{title}">{text}{note}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -322,9 +329,11 @@ svg { width: 100%; border: 1px solid var(--line); border-radius: .3rem; } figcap
   td[data-name]::before { content: attr(data-name) ": "; color: var(--dim); } td small { display: inline; } }
 """
 LEGEND = """<p><small>Floor: the FVD between two halves of the real clips. Spread: its deviation over resamples of the
-clips. PSNR in dB, of a clip's mean squared error or the mean of its frames'; of the mean frame: what a clip's own mean
-picture would reach; given: of the frames that the model continues. NLL: of the samples under the model that drew them,
-in nats: LARP's of a code, without guidance; SiT's of a clip's latents.</small></p>"""
+clips. At ∞: extrapolated to infinitely many clips. KVD: a distance of the same features that is not biased by the
+number of clips. Precision and density: how many generated clips lie near real ones; recall and coverage: how many
+real ones lie near generated ones. PSNR in dB, of a clip's mean squared error or the mean of its frames'; of the mean
+frame: what a clip's own mean picture would reach; given: of the frames that the model continues. NLL: of the samples
+under the model that drew them, in nats: LARP's of a code, without guidance; SiT's of a clip's latents.</small></p>"""
 
 
 def page(root: Path, reports: list[Report], runs: list[Run], problems: list[str]) -> str:

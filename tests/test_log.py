@@ -33,6 +33,14 @@ def test_resuming_drops_what_a_killed_run_wrote_beyond_its_checkpoint(tmp_path):
     assert json.loads((tmp_path / "args.json").read_text())["lr"] == 1
 
 
+def test_metrics_are_valid_json(tmp_path):
+    log = RunLog(tmp_path, {}, start=0, total=9, samples_per_step=2, wandb_mode="disabled")
+    log.write(1, "val", psnr_frame=float("inf"), rfvd_floor=float("nan"), rfvd=3.5)
+    log.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"step": 1, "kind": "val", "psnr_frame": None, "rfvd_floor": None, "rfvd": 3.5}
+
+
 def test_guard_names_the_first_bad_step_and_its_files():
     guard = NonFiniteGuard(CPU)
     guard.watch(1, torch.tensor(1.0), ["a.avi"])

@@ -106,3 +106,10 @@ def test_write_record(tmp_path):
     protocols.write_record(tmp_path / "new" / "fvd.json", full, {"fvd": 57.0})
     assert json.loads((tmp_path / "new" / "fvd.json").read_text()) == {"results": {"fvd": 57.0}, "record": full}
     assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_records_hold_no_nan(tmp_path):
+    numbers = {"psnr": float("inf"), "psnr_infinite": 3, "lists": [float("nan"), (1.5, -float("inf"))], "flag": True}
+    protocols.write_record(tmp_path / "report.json", record(PROTOCOLS["larp_gfvd10k"], **FACTS), numbers)
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)["results"]
+    assert read == {"psnr": None, "psnr_infinite": 3, "lists": [None, [1.5, None]], "flag": True}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.clips import Quarantine
 from data.files import claim, write_whole
-from eval.protocols import git_revision
+from eval.protocols import git_revision, strict_json
 from training import distributed
 
 
@@ -112,10 +112,10 @@ class RunLog:
         self.write(step, "train", **values, **speed)
 
     def write(self, step: int, kind: str, **values) -> None:
-        """Append {"step", "kind", values...} to metrics.jsonl and wandb."""
+        """Append {"step", "kind", values...} to metrics.jsonl, null where a value is not finite, and to wandb."""
         if not self.main:
             return
-        self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self.file.write(strict_json({"step": step, "kind": kind, **values}) + "\n")
         if self.wandb:
             self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
 
