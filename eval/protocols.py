@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_whole
+from eval.features import FEATURE_METRICS_RECORD
 
 NOT_OURS = "published, not reproduced here"
 
@@ -199,7 +200,8 @@ def record(protocol: Protocol, **facts: Any) -> dict[str, Any]:
     deviations = [f"{name}: {full[name]} instead of {planned[name]}" for name in changed]
     title = protocol.name + ("*" if deviations else "")
     # Through JSON, so that a fresh record equals one read from a file.
-    return json.loads(json.dumps({"title": title, **full, "deviations": deviations}))
+    full = {"title": title, **full, "feature_metrics": FEATURE_METRICS_RECORD, "deviations": deviations}
+    return nulls(full)
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -253,11 +255,20 @@ def write_record(path: str | Path, record: dict[str, Any], results: dict[str, An
         file.write(text + "\n")
 
 
+def nulls(value: Any) -> Any:
+    """The same with null for every number that is not finite, since JSON has no others."""
+    if isinstance(value, dict):
+        return {name: nulls(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def as_json(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity: such a number becomes null, and NAME_note beside it says why."""
     notes = {f"{name}_note": why_not_finite(name, value) for name, value in values.items()
              if isinstance(value, float) and not math.isfinite(value)}
-    return {name: None if f"{name}_note" in notes else value for name, value in values.items()} | notes
+    return nulls(values) | notes
 
 
 def why_not_finite(name: str, value: float) -> str:

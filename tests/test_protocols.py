@@ -138,3 +138,8 @@ def test_a_damaged_record_is_named(tmp_path):
     del content["sha256"]  # as earlier versions wrote it
     path.write_text(json.dumps(content))
     assert protocols.read_record(path) == content
+def test_records_hold_no_nan(tmp_path):
+    numbers = {"psnr": float("inf"), "psnr_infinite": 3, "lists": [float("nan"), (1.5, -float("inf"))], "flag": True}
+    protocols.write_record(tmp_path / "report.json", record(PROTOCOLS["larp_gfvd10k"], **FACTS), numbers)
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)["results"]
+    assert read == {"psnr": None, "psnr_infinite": 3, "lists": [None, [1.5, None]], "flag": True}

@@ -161,7 +161,7 @@ class RunLog:
         return values
 
     def write(self, step: int, kind: str, **values) -> None:
-        """Append {"step", "kind", values...} to metrics.jsonl and wandb."""
+        """Append {"step", "kind", values...} to metrics.jsonl, null where a value is not finite, and to wandb."""
         if not self.main:
             return
         self.file.write(json.dumps({"step": step, "kind": kind, **as_json(values)}, allow_nan=False) + "\n")
