@@ -7,6 +7,7 @@ Runs are written to SAVE_DIR/EXP_NAME and go on with --resume auto.
 """
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from training.arguments import (
 )
 from training.clip_cache import clip_cache
 from training.codes import flip_half
-from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due, open_quarantine, say
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.validation import CodeStats, Validation, validation_source
 
@@ -100,7 +101,7 @@ def main():
     # The tokenizer with its prior, the discriminator, and what each keeps beside its weights.
     folder = Path(args.save_dir) / args.exp_name
     claim_run(folder)
-    state = checkpoint.find(folder / "checkpoints", args.resume)
+    state = checkpoint.find(folder / "checkpoints", args.resume, "larp_tokenizer")
     carried, source = state or {}, f"the run in {folder}"
     tokenizer = LARPTokenizer(**larp_config(args, carried.get("config"), source)).to(device).train()
     config = tokenizer.config
@@ -123,19 +124,17 @@ def main():
     rates = [group["lr"] for group in optimizer.param_groups]
     precision = Precision(args.precision, device)
     disc_scaler = precision.make_scaler()
-    torch.manual_seed(args.seed + rank)  # each process drops out units of its own; all other draws are per clip
     parts = {
         "model": tokenizer, "discriminator": discriminator, "lecam": lecam, "optimizer": optimizer,
         "disc_optimizer": disc_optimizer, "scaler": precision.scaler, "disc_scaler": disc_scaler,
     }
-    start, best = 0, float("-inf")
+    start, rng, best = 0, None, float("-inf")
     if state:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         for decay, ema in emas.items():
             ema.model.load_state_dict(checkpoint.select_weights(state, f"ema_{decay}"))
-        checkpoint.set_rng_state(state["rng"])
-        start, best = state["step"], state["best"]
+        start, rng, best = state["step"], state["rng"], state["best"]
         del state, carried  # frees a copy of it all
 
     # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
@@ -143,19 +142,11 @@ def main():
     quarantine = open_quarantine(folder, args.decode_timeout)
     on_gpu = device.type == "cuda"
     resize = args.resize if args.resize != "auto" else "device" if on_gpu else "worker"
-    cache = clip_cache(
-        args.cache_dir, files, config.input_size, "larp", quarantine, args.num_workers, args.decode_timeout
-    ) if args.cache_clips else None
-    clips = ClipDataset(
-        files, config.frame_num, config.input_size, "larp", resize=resize, seed=args.seed, short="repeat",
-        quarantine=quarantine, timeout=args.decode_timeout, cache=cache,
-    )
     epoch_steps = len(files) // args.batch_size
     num_iters = args.num_iters or args.max_epoch * epoch_steps
     sampler = GlobalBatchSampler(
         len(files), args.batch_size, num_iters, rank, world_size, seed=args.seed, start_step=start, order="epoch",
     )
-    batches = iter(make_loader(clips, sampler, args.num_workers, args.prefetch_factor, pin_memory=on_gpu))
     validation = None
     if args.num_val != 0:
         held_out = validation_source(args)
@@ -164,6 +155,15 @@ def main():
             held_out, args.num_val, config.frame_num, config.input_size, "larp", device, args.val_batch_size,
             args.num_workers, quarantine, args.lpips_weights,
         )
+    check_writable(folder)
+    cache = clip_cache(  # after all that a flag may have wrong: it may take hours
+        args.cache_dir, files, config.input_size, "larp", quarantine, args.num_workers, args.decode_timeout
+    ) if args.cache_clips else None
+    clips = ClipDataset(
+        files, config.frame_num, config.input_size, "larp", resize=resize, seed=args.seed, short="repeat",
+        quarantine=quarantine, timeout=args.decode_timeout, cache=cache,
+    )
+    batches = iter(make_loader(clips, sampler, args.num_workers, args.prefetch_factor, pin_memory=on_gpu))
 
     if args.compile:
         compile_blocks(tokenizer)
@@ -174,16 +174,16 @@ def main():
     model = distributed.wrap(tokenizer, device, static_graph=True)
     disc_model = distributed.wrap(discriminator, device, static_graph=False)  # it is frozen in between
 
-    def save(step: int, is_best: bool = False) -> None:
+    def save(step: int) -> None:
         guard.check()
         checkpoint.save(folder / "checkpoints", step, {
             "kind": "larp_tokenizer", "config": asdict(config), "disc_config": asdict(discriminator.config),
             **{name: part.state_dict() for name, part in parts.items()},
             "ema": {decay: ema.model.state_dict() for decay, ema in emas.items()}, "best": best,
             "data": {"position": step * args.batch_size, "files": len(files)}, "args": vars(args),
-        }, keep=args.keep_checkpoints, best=is_best)
+        }, keep=args.keep_checkpoints)
 
-    def validate(net: LARPTokenizer, pictures: Path) -> dict[str, float]:
+    def score(net: LARPTokenizer, pictures: Path) -> dict[str, float]:
         codes = CodeStats(config.bottleneck.args.regularizer.args.codebook_size, device)
 
         def reconstruct(video: Tensor, positions: list[int]) -> Tensor:
@@ -197,6 +197,14 @@ def main():
         net.train(net is tokenizer)
         return scores
 
+    def validate(step: int) -> None:
+        nonlocal best
+        for kind, net in {"val": tokenizer, **{f"val_ema_{d}": ema.model for d, ema in emas.items()}}.items():
+            scores = log.scores(step, kind, partial(score, net, folder / "samples" / kind / f"step_{step:07d}"))
+            if net is tokenizer and scores["psnr_clip"] > best:
+                best = scores["psnr_clip"]
+                checkpoint.mark_best(folder / "checkpoints", step)
+
     parameters, disc_parameters = (sum(p.numel() for p in net.parameters()) for net in (tokenizer, discriminator))
     say(f"LARP tokenizer, {parameters:,} parameters, discriminator {disc_parameters:,}, {precision.name}; "
         f"{len(files):,} videos; {world_size} processes x {args.batch_size // world_size} clips; step {start} of "
@@ -204,18 +212,21 @@ def main():
     log = RunLog(folder, vars(args), start, num_iters, args.batch_size, args.wandb)
     guard, stop = NonFiniteGuard(device), StopSignal()
     eval_steps, save_steps = (max(1, round(n * epoch_steps)) for n in (args.eval_every, args.save_every))
+    # Each process drops out units of its own; all other draws are per clip.
+    checkpoint.start_rng(args.seed, rng)
+    if validation and due(start, eval_steps, num_iters):  # by a run that was stopped before
+        validate(start)
     logs = {}
     for step in range(start + 1, num_iters + 1):
-        # Schedules are pure functions of the steps done.
-        done = step - 1
-        multiplier = cosine_with_warmup(done, round(args.warmup_epoch * epoch_steps), num_iters, args.min_lr_mult)
+        # Schedules are pure functions of the step, counted from 1 as the released trainer does.
+        multiplier = cosine_with_warmup(step, round(args.warmup_epoch * epoch_steps), num_iters, args.min_lr_mult)
         set_rates(optimizer, rates, multiplier)
         set_rates(disc_optimizer, [args.disc_lr], multiplier)
-        q_mult = ramp(done, round(args.loss_q_warmup_epoch * epoch_steps), args.loss_q_warmup_from, 1.0)
+        q_mult = ramp(step, round(args.loss_q_warmup_epoch * epoch_steps), args.loss_q_warmup_from, 1.0)
         temperature = None if args.temperature_to is None else ramp(
-            done, round(args.temperature_epoch * epoch_steps), start_temperature, args.temperature_to
+            step, round(args.temperature_epoch * epoch_steps), start_temperature, args.temperature_to
         )
-        adversarial = args.disc_weight > 0 and done >= args.disc_start * epoch_steps
+        adversarial = args.disc_weight > 0 and step - 1 >= args.disc_start * epoch_steps
 
         waiting = time.perf_counter()
         batch = stop.next(batches, step, save)
@@ -225,12 +236,12 @@ def main():
         video = flip_half(video, args.seed, positions) if args.flip else video
         generators = sample_generators(args.seed, positions, device)
         with precision.autocast():
-            ratio = config.prior_model.sampling_ratio(done, num_iters)
+            ratio = config.prior_model.sampling_ratio(step, num_iters)
             output = model(video, ratio, temperature=temperature, generator=generators)
         fake = output.video.float()
 
         # The discriminator goes first, on detached reconstructions; the generator then sees the updated one.
-        if adversarial and done % args.d_update_freq == 0:
+        if adversarial and step % args.d_update_freq == 0:
             noise = torch.stack([torch.randn(2, generator=one, device=device) for one in generators], dim=1)  # (2, B)
             with precision.autocast():
                 real_logits, fake_logits = disc_model(torch.cat([video, fake.detach()])).chunk(2)
@@ -272,21 +283,15 @@ def main():
             means = distributed.all_mean(torch.stack([value.float() for value in logs.values()]))
             log.train(step, device, **dict(zip(logs, means.tolist())), lr=rates[-1] * multiplier)
             logs = {}  # so that the discriminator's values are of its newest step since the last line, or absent
-        is_best = False
-        if validation and (step % eval_steps == 0 or step == num_iters):
-            guard.check()
-            for kind, net in {"val": tokenizer, **{f"val_ema_{d}": ema.model for d, ema in emas.items()}}.items():
-                scores = validate(net, folder / "samples" / kind / f"step_{step:07d}")
-                log.write(step, kind, **scores)
-                say(f"step {step}, {kind}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-                if net is tokenizer:
-                    is_best, best = scores["psnr_clip"] > best, max(best, scores["psnr_clip"])
         stopping = stop.anywhere()
-        if is_best or stopping or step % save_steps == 0 or step == num_iters:
-            save(step, is_best)
+        to_validate = validation and due(step, eval_steps, num_iters)
+        if stopping or to_validate or due(step, save_steps, num_iters):
+            save(step)
         if stopping:
             log.close()
             stop.leave(step)
+        if to_validate:
+            validate(step)
     log.close()
     if len(quarantine):
         say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")

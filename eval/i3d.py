@@ -154,12 +154,14 @@ class I3D(nn.Module):
         Raises WeightsError.
         """
         state, sha256 = read_weights(cached_weights() if path is None else Path(path))
-        model = cls(eps)
+        with torch.device("meta"):  # random weights would be drawn from the global generator
+            model = cls(eps)
         expected = model.state_dict()
         wrong = [name for name, tensor in state.items() if tensor.shape != expected[name].shape]
         if wrong:
             raise WeightsError(f"{path}: shapes are not I3D's at {', '.join(wrong[:3])}; expected Kinetics-400 weights")
-        model.load_state_dict(state, strict=False)  # read_weights checked the names; some files lack batch counters
+        # read_weights checked the names; some files lack batch counters, which nothing reads
+        model.to_empty(device="cpu").load_state_dict(state, strict=False)
         model.weights_sha256 = sha256
         return model.requires_grad_(False)
 

@@ -313,17 +313,23 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         Returns codes (B, max_seq_len) long, and nll (B,) float32 if asked for.
         """
         guide = cfg_scale > 1
-        if guide and self.config.frame_prediction:
-            raise ValueError(f"cfg_scale is {cfg_scale}, but frame prediction has no unconditional row; leave it at 1")
-        if guide and self.config.class_dropout_prob == 0:
-            raise ValueError(f"cfg_scale {cfg_scale} needs a model trained with --class_dropout_prob above 0, this one "
-                             "has 0: leave it at 1")
+        if guide:
+            self.check_guidance(cfg_scale)
         num_codes = self.config.max_seq_len
         num_guided = 0 if not guide else num_codes if cfg_interval < 0 else min(cfg_interval + 2, num_codes)
         sampling = decoding.Sampling(cfg_scale, num_guided, temperature, top_k, top_p, return_nll)
         draws = decoding.generate(self, cond, sampling, decoding.uniform_numbers(seeds, len(cond), num_codes))
         codes = draws.codes.clone()
         return (codes, draws.nll / num_codes) if return_nll else codes
+
+    def check_guidance(self, cfg_scale: float) -> None:
+        """ValueError where the model cannot be guided by this scale: it never learned to predict without a label."""
+        if cfg_scale > 1 and self.config.frame_prediction:
+            raise ValueError(f"cfg_scale is {cfg_scale}, but frame prediction has no unconditional row; leave it at 1")
+        if cfg_scale > 1 and self.config.class_dropout_prob == 0:
+            raise ValueError(f"cfg_scale {cfg_scale} needs a model trained with --class_dropout_prob above 0, this one "
+                             "has 0: leave it at 1")
+
 
 def code_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the codes, mean over all of them.

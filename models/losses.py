@@ -23,11 +23,13 @@ class Perceptual(nn.Module):
     net: "vgg" or "alex"; the two differ fourfold. weights: of the ImageNet backbone that the `lpips` package's linear
     layers stand on. "auto" is torchvision's download, kept in torch.hub's cache; a path is a copy of that file;
     "random" is a fixed random backbone, good for trying a pipeline and not for numbers.
-    `description` names both, for records. Always frozen and in eval mode.
+    `description` names both, for records. Always frozen and in eval mode, but for `dropout`: that keeps the dropout of
+    0.5 that `lpips` has before its linear layers on, as CoordTok's released training does.
     """
 
-    def __init__(self, net: str = "vgg", weights: str = "auto"):
+    def __init__(self, net: str = "vgg", weights: str = "auto", dropout: bool = False):
         super().__init__()
+        self.dropout = dropout
         if net not in BACKBONES:
             raise ValueError(f"net is one of {', '.join(BACKBONES)}, got {net!r}: change --lpips_net")
         with torch.device("meta"), warnings.catch_warnings():  # no 550 MB of classifier that lpips then throws away
@@ -55,9 +57,11 @@ class Perceptual(nn.Module):
         self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Perceptual":
-        """Stays in eval mode: lpips's own dropout of 0.5, active in CoordTok's released training, only adds noise to
-        the loss."""
-        return super().train(False)
+        """Stays in eval mode, but for the dropout where it was asked for."""
+        super().train(False)
+        for lin in self.lpips.lins:
+            lin.train(self.dropout)
+        return self
 
     def per_frame(self, pred: Tensor, target: Tensor, chunk: int = 128) -> Tensor:
         """pred, target: (B, 3, T, H, W) float in [0, 1], H and W from 32 on. chunk: frames computed at a time, which

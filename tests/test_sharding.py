@@ -143,7 +143,7 @@ def test_whole_is_what_was_sharded(alone):
 def test_a_kill_while_writing_leaves_the_old_checkpoint(alone, monkeypatch, tmp_path):
     generator, original = tiny_generator(), tiny_generator()
     sharding.shard(generator, torch.device("cpu"), "fp32")
-    state = {"config": {}, "model": generator.state_dict()}
+    state = {"kind": "larp_ar", "config": {}, "model": generator.state_dict()}
     checkpoint.save(tmp_path, 1, state)
 
     def killed(*_):
@@ -154,12 +154,14 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(alone, monkeypatch, tmp_
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(tmp_path, 2, state)
     assert (tmp_path / "step_0000002.partial").exists()
-    found = checkpoint.find(tmp_path, "auto")
+    found = checkpoint.find(tmp_path, "auto", "larp_ar")
     assert found["step"] == 1
     weights = checkpoint.select_weights(found)
     assert all(torch.equal(value, weights[name]) for name, value in original.state_dict().items())
     for step in (3, 3, 4):  # the same one again, as after going on from an older one
-        checkpoint.save(tmp_path, step, state, keep=2, best=step == 3)
+        checkpoint.save(tmp_path, step, state, keep=2)
+        if step == 3:
+            checkpoint.mark_best(tmp_path, 3)
     assert {path.name for path in tmp_path.iterdir()} == {"best", "step_0000003", "step_0000004"}
     assert checkpoint.load(tmp_path / "best")["step"] == 3
 

@@ -4,12 +4,15 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, TINY_COORDTOK, error_line, losses, num_lines, run, start, wait
 
+import train_coordtok
 from data.video import write_video
 
 PIXELS = ("--point_per_vid", 16, "--lpips_loss_scale", "0.0")
@@ -148,6 +151,26 @@ def test_a_folder_of_damaged_files_ends_the_run_and_its_workers(tmp_path):
 def test_mistakes_get_one_line(data, tmp_path, flags, message):
     done = train(data, tmp_path, "--exp_name", "run", "--num_iters", 1, *flags, fails=True)
     assert message in error_line(done)
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="the script would set up .venv")
+def test_the_reproducing_script_has_the_released_settings(monkeypatch, tmp_path):
+    """What it gives to torchrun, for which a function stands in here."""
+    monkeypatch.setenv("BASH_FUNC_torchrun%%", '() { printf "%s\\n" "$@" -- ; }')
+    monkeypatch.setenv("DATA_ROOT", "/a b")
+    command = ["bash", "scripts/train_coordtok_reproduce.sh", "--num_val", "0"]
+    lines, steps = subprocess.check_output(command, cwd=ROOT, text=True), []
+    for words in lines.removesuffix("--\n").split("--\n"):
+        monkeypatch.setattr(sys, "argv", words.splitlines()[2:])
+        assert sys.argv[0] == "train_coordtok.py"
+        steps.append(vars(train_coordtok.parse_args()))
+    common = {"padding": "released", "precision": "fp16", "allow_tf32": True, "num_views": 256, "lr": 1e-4,
+              "data_root": "/a b", "num_val": 0, "exp_name": "coordtok_reproduce", "resume": "auto"}
+    first = {"num_iters": 1000001, "point_per_vid": 1024, "lpips_loss_scale": 0, "lpips_dropout": False}
+    second = {"num_iters": 50001, "point_per_vid": 4096, "lpips_loss_scale": 1, "lpips_dropout": True,
+              "is_second_step": True, "first_step_ckpt": "logs/coordtok_reproduce/checkpoints"}
+    for step, recipe in zip(steps, (common | first, common | second), strict=True):
+        assert {name: step[name] for name in recipe} == recipe
 
 
 def test_a_foreign_architecture_flag_names_both_values(data, coordtok, tmp_path):

@@ -18,7 +18,8 @@ from models.larp_tokenizer import LARPTokenizerConfig
 from training import distributed
 
 FROM_ONE = ("accum_iter", "batch_size", "global_batch_size", "num_views", "sample_batch_size", "val_batch_size",
-            "slices", "log_every", "steps_til_save", "steps_til_summary", "ckpt_every", "prefetch_factor")
+            "slices", "log_every", "steps_til_save", "steps_til_summary", "ckpt_every", "prefetch_factor",
+            "keep_checkpoints")
 
 
 class Parser(configargparse.ArgumentParser):

@@ -3,6 +3,7 @@ state.pt holds the dict without them, and each process writes its share of them 
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -16,6 +17,7 @@ from data.files import of_system, write_whole, writing
 from training import distributed, sharding
 
 FORMAT = 1
+NAME = re.compile(r"step_(\d+)(\.pt)?")  # of a file, or of a folder where the state has sharded tensors
 
 
 class DamagedError(ValueError):
@@ -39,12 +41,24 @@ def set_rng_state(states: list[dict]) -> None:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-def save(folder: Path, step: int, state: dict, keep: int = 3, best: bool = False) -> Path:
-    """Write `folder`/step_0001000.pt, a folder step_0001000 where the state has sharded tensors, and drop all but the
-    newest `keep`; every process must call it.
+def start_rng(seed: int, states: list[dict] | None) -> None:
+    """The generators as training begins: those of the checkpoint that it goes on from, else each process draws its own.
 
-    It appears under its name only when complete. `best` also keeps it as best.pt, or best.
+    Call it last: whatever is built after it would draw from them, and a resumed run would not go on as it was.
     """
+    torch.manual_seed(seed + distributed.rank())
+    if states is not None:
+        set_rng_state(states)
+
+
+def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
+    """Write `folder`/step_0001000.pt, a folder step_0001000 where the state has sharded tensors, and drop all but the
+    newest `keep` (from 1 on); every process must call it.
+
+    It appears under its name only when complete.
+    """
+    if keep < 1:
+        raise ValueError(f"--keep_checkpoints is {keep}, expected 1 or more")
     rng = distributed.gather(rng_state())
     state, shards = sharding.split({"format": FORMAT, "step": step, "rng": rng, **state})
     suffix = "" if shards else ".pt"
@@ -61,17 +75,27 @@ def save(folder: Path, step: int, state: dict, keep: int = 3, best: bool = False
         with writing(partial / "state.pt" if shards else partial, path) as file:
             torch.save(state, file)
         rename(partial, path)
-        if best:
-            link = folder / "best.partial"
-            if shards:
-                shutil.copytree(path, link, copy_function=link_file)
-            else:
-                link_file(path, link)
-            rename(link, folder / f"best{suffix}")
-        for old in written(folder)[:-keep]:
+        others = [other for other in written(folder) if other != path]
+        for old in others[: max(len(others) - keep + 1, 0)]:
             remove(old)
     distributed.barrier()
     return path
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """Keep the checkpoint of `step` as best.pt, or best, too. A run that began with another folder's checkpoint has
+    none of that step."""
+    path = next((path for path in written(folder) if step_of(path) == step), None)
+    if path is None or not distributed.is_main():
+        return
+    best, link = folder / f"best{path.suffix}", folder / "best.partial"
+    remove(link)  # of a process that was killed
+    if path.is_dir():
+        shutil.copytree(path, link, copy_function=link_file)
+    elif not (best.exists() and best.samefile(path)):  # renaming one link of a file to another would do nothing
+        link_file(path, link)
+    if link.exists():
+        rename(link, best)
 
 
 def link_file(path: str | Path, link: str | Path) -> None:
@@ -96,12 +120,16 @@ def remove(path: Path) -> None:
         os.replace(path, unnamed)
         shutil.rmtree(unnamed)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
+
+
+def step_of(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[1])
 
 
 def written(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.suffix in ("", ".pt"))
+    """The checkpoints in `folder`, oldest first: by the number of their step, which may have any number of digits."""
+    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=step_of)
 
 
 def is_sharded(path: Path) -> bool:
@@ -167,12 +195,21 @@ def newest(folder: Path) -> dict | None:
     return None
 
 
-def find(folder: Path, resume: str | None) -> dict | None:
-    """What a run in `folder` starts from: None (anew), the newest whole checkpoint (`auto`), or the one at a path."""
+def expect(state: dict, kind: str, source: str | Path) -> dict:
+    """The state itself, read from `source`. ValueError where another script wrote it."""
+    if state.get("kind") != kind:
+        raise ValueError(f"{source} holds a {state.get('kind')} model, expected a {kind} checkpoint")
+    return state
+
+
+def find(folder: Path, resume: str | None, kind: str) -> dict | None:
+    """What a run in `folder` starts from: None (anew), the newest whole checkpoint (`auto`), or the one at a path.
+    kind: that the script writes and goes on from."""
     if resume == "auto":
-        return newest(folder)
+        state = newest(folder)
+        return state and expect(state, kind, folder)
     if resume is not None:
-        return load(resume)
+        return expect(load(resume), kind, f"--resume {resume}")
     if there := written(folder):
         raise ValueError(
             f"{folder} already holds {there[-1].name}: continue it with --resume auto, or choose another --exp_name"

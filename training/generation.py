@@ -64,9 +64,7 @@ def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
         path = path / f"{args.sit_ckpt_iter:07d}.pt"
     given = {name: getattr(args, name) for name in SIT_FLAGS if hasattr(args, name)}
     if path.exists() and checkpoint.is_ours(path):
-        state = checkpoint.load(path)
-        if state.get("kind") != "sit":
-            raise ValueError(f"{path} holds a {state.get('kind')} model, expected a sit checkpoint (--sit_model)")
+        state = checkpoint.expect(checkpoint.load(path), "sit", f"--sit_model {path}")
         for name, value in given.items():
             check_carried(name, value, state["args"][name], path)
         sit, interpolant = SiT(**state["config"]), Interpolant(**state["interpolant"])

@@ -19,9 +19,7 @@ def load_coordtok(path: str, args: argparse.Namespace) -> CoordTok:
     """CoordTok on the CPU. Ours carry their architecture; the authors' take it from the flags."""
     if not checkpoint.is_ours(path):
         return CoordTok.from_released(path, **coordtok_config(args))
-    state = checkpoint.load(path)
-    if state.get("kind") != "coordtok":
-        raise ValueError(f"{path} holds a {state.get('kind')} model, expected a coordtok checkpoint")
+    state = checkpoint.expect(checkpoint.load(path), "coordtok", path)
     tokenizer = CoordTok(**coordtok_config(args, state["config"], path))
     tokenizer.load_state_dict(state["model"])
     return tokenizer
@@ -68,9 +66,7 @@ def _load_larp(kind: str, source: str, version: str) -> tuple[LARPTokenizer | LA
             return LARPGenerator.from_released(path, version), {}
         ema = None if version == "sd" else version.removeprefix("ema_")
         return LARPTokenizer.from_released_checkpoint(path, ema), {}
-    state = checkpoint.load(path)
-    if state.get("kind") != kind:
-        raise ValueError(f"{source} holds a {state.get('kind')} model, expected a {kind} checkpoint")
+    state = checkpoint.expect(checkpoint.load(path), kind, source)
     model = model_class(**state["config"])
     model.load_state_dict(checkpoint.select_weights(state, version))
     return model.eval(), state
