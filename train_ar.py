@@ -43,10 +43,10 @@ from training.codes import (
     held_out_keys,
 )
 from training.generation import SampleCheck
-from training.latents import prefetch
+from training.latents import prefetch, to_device
 from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due, open_quarantine, say
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
-from training.tokenizers import load_larp_tokenizer, weights_sha256
+from training.tokenizers import load_larp_tokenizer, on_device, weights_sha256
 from training.validation import validation_source
 
 
@@ -106,7 +106,9 @@ def main():
     torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
     # The frozen tokenizer, and the generator of its codes.
-    tokenizer = load_larp_tokenizer(args.tokenizer, args.tokenizer_version).to(device).requires_grad_(False)
+    tokenizer = load_larp_tokenizer(args.tokenizer, args.tokenizer_version).requires_grad_(False)
+    if not args.cache_codes:  # else it comes to the device only to encode what is kept, and to decode samples
+        tokenizer.to(device)
     tokenizer_hash, clip_config = weights_sha256(tokenizer), tokenizer.config
     folder = Path(args.save_dir) / args.exp_name
     claim_run(folder)
@@ -182,7 +184,8 @@ def main():
         if class_cond and args.video_name:
             check_classes(files, val_files, source, val_source)
         keys, val_clips = held_out_keys(len(val_files), args.num_val, args.seed), make_clips(val_files)
-        held_out = HeldOut(val_clips, keys, encode, args.val_batch_size, args.num_workers, device)
+        with on_device(tokenizer, device):
+            held_out = HeldOut(val_clips, keys, encode, args.val_batch_size, args.num_workers, device)
         keys = keys[: args.num_samples]
         given = f": {num_cond_frames} frames given" if num_cond_frames else ""
         captions = [caption(val_files[key.index]) + given for key in keys]
@@ -192,7 +195,8 @@ def main():
     if args.cache_codes:
         cache = CodeCache(Path(args.cache_dir), make_clips(files, damaged="skip"), clip_config, args.cache_codes,
                           num_cond_frames, args.flip, {"tokenizer": tokenizer_hash, "precision": precision.name})
-        cache.fill(encode, args.batch_size // world_size, args.num_workers, device)
+        with on_device(tokenizer, device):
+            cache.fill(encode, args.batch_size // world_size, args.num_workers, device)
         numbered = cache.good_files()
     epoch_steps = len(numbered) // args.batch_size
     num_iters = args.num_iters or args.max_epoch * epoch_steps
@@ -246,9 +250,10 @@ def main():
 
     def sample(step: int) -> None:
         pictures = folder / "samples" / f"step_{step:07d}"
-        log.scores(step, "samples", lambda: check.run(
-            partial(generate, sharding.whole(averaged)), captions, pictures
-        ))
+        with on_device(tokenizer, device):
+            log.scores(step, "samples", lambda: check.run(
+                partial(generate, sharding.whole(averaged)), captions, pictures
+            ))
         averaged.cache = None  # gives back the memory of its keys and values
 
     say(f"LARP generator, {sum(p.numel() for p in generator.parameters()):,} parameters, {precision.name}, "
@@ -276,7 +281,7 @@ def main():
             batch = stop.next(batches, step, save)
             log.waited(time.perf_counter() - waiting)
             # Whether a clip's label is hidden depends on its position in the run alone, not on how clips are shared.
-            drop = draw_drops(args.seed, batch.positions, config.class_dropout_prob).to(device, non_blocking=True)
+            drop = to_device(draw_drops(args.seed, batch.positions, config.class_dropout_prob), device)
             with distributed.sync_gradients(model, micro == args.accum_iter - 1):
                 loss, logs = score(model, batch.codes, batch.cond, drop)
                 precision.scaler.scale(loss / args.accum_iter).backward()

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from data.video import to_video
 from models.discriminator import Discriminator
 from models.gan import GAN_LOSSES, LeCam, discriminator_loss, frozen, generator_loss, r1_penalty
 from models.interpolant import sample_generators
-from models.larp_tokenizer import LARPTokenizer
+from models.larp_tokenizer import LARPTokenizer, TokenizerOutput
 from models.layers import compile_blocks, set_checkpointing
 from models.losses import Perceptual
 from models.released import build
@@ -40,6 +41,22 @@ from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_n
 from training.validation import CodeStats, Validation, validation_source
 
 
+class MicroBatch(NamedTuple):
+    video: Tensor  # (B, 3, T, H, W) in [0, 1]
+    positions: list[int]  # in the run, which all draws for a clip come from
+    paths: list[str]
+
+
+def mean_logits(logits: Tensor) -> Tensor:
+    """(2 B,) of real clips and then of fakes -> (2,) float32, the mean of each."""
+    return torch.stack([part.float().mean() for part in logits.chunk(2)])
+
+
+def mean_of(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean over micro-batches of each value, detached."""
+    return {name: torch.stack([one[name].detach().float() for one in values]).mean(0) for name in values[0]}
+
+
 def parse_args():
     parser = Parser(__doc__)
     add_data(parser)
@@ -52,6 +69,7 @@ def parse_args():
     add_larp_tokenizer(parser)
     train = parser.add_argument_group("training")
     train.add_argument("-b", "--batch_size", type=int, default=128, help="clips a step, over all processes")
+    train.add_argument("--accum_iter", type=int, default=1, help="micro-batches a step; the update does not change")
     train.add_argument("--max_epoch", type=int, default=150, help="passes over the videos")
     train.add_argument("--num_iters", type=int, help="steps, instead of --max_epoch")
     train.add_argument("--lr", type=float, default=1e-4, help="highest learning rate of the tokenizer")
@@ -145,7 +163,8 @@ def main():
     epoch_steps = len(files) // args.batch_size
     num_iters = args.num_iters or args.max_epoch * epoch_steps
     sampler = GlobalBatchSampler(
-        len(files), args.batch_size, num_iters, rank, world_size, seed=args.seed, start_step=start, order="epoch",
+        len(files), args.batch_size, num_iters, rank, world_size, accum=args.accum_iter, seed=args.seed,
+        start_step=start, order="epoch",
     )
     validation = None
     if args.num_val != 0:
@@ -171,7 +190,7 @@ def main():
         if perceptual is not None:
             compile_blocks(perceptual)
     # Frozen tables are equal everywhere, and need not be sent again. Nothing is unused, so nothing is searched for.
-    model = distributed.wrap(tokenizer, device, static_graph=True)
+    model = distributed.wrap(tokenizer, device, args.accum_iter == 1)
     disc_model = distributed.wrap(discriminator, device, static_graph=False)  # it is frozen in between
 
     def save(step: int) -> None:
@@ -205,6 +224,44 @@ def main():
                 best = scores["psnr_clip"]
                 checkpoint.mark_best(folder / "checkpoints", step)
 
+    single, is_last = args.accum_iter == 1, [micro == args.accum_iter - 1 for micro in range(args.accum_iter)]
+
+    def reconstruct(
+        micro: MicroBatch, ratio: float, temperature: float | None
+    ) -> tuple[TokenizerOutput, list[torch.Generator]]:
+        # What is drawn for a clip depends on its position in the run alone, and not on how clips are shared.
+        generators = sample_generators(args.seed, micro.positions, device)
+        with precision.autocast():
+            return model(micro.video, ratio, temperature=temperature, generator=generators), generators
+
+    def update_discriminator(step: int, micros: list[MicroBatch], rounds: list) -> dict[str, Tensor]:
+        """rounds: of each micro-batch what `reconstruct` returns. Returns what is logged."""
+        pairs = [torch.cat([micro.video, output.video.detach().float()])
+                 for micro, (output, _) in zip(micros, rounds)]
+        if not single:  # LeCam is a function of the whole batch's means
+            with torch.no_grad(), precision.autocast():
+                whole = distributed.all_mean(torch.stack([mean_logits(discriminator(x)) for x in pairs]).mean(0))
+        values = []
+        for last, micro, pair, (_, generators) in zip(is_last, micros, pairs, rounds):
+            noise = torch.stack([torch.randn(2, generator=one, device=device) for one in generators], dim=1)  # (2, B)
+            with distributed.sync_gradients(disc_model, last):
+                with precision.autocast():
+                    logits = disc_model(pair)
+                disc_loss, disc_logs = discriminator_loss(*logits.chunk(2), args.disc_loss, noise)
+                means = mean_logits(logits)
+                means = distributed.all_mean(means) if single else whole + (means - means.detach())
+                disc_logs["lecam"] = lecam(*means)
+                disc_loss = disc_loss + args.lecam_weight * disc_logs["lecam"]
+                if args.r1_weight > 0:
+                    disc_logs["r1"] = r1_penalty(discriminator, micro.video)
+                    disc_loss = disc_loss + args.r1_weight * disc_logs["r1"]
+                disc_scaler.scale(disc_loss / args.accum_iter).backward()
+            guard.watch(step, disc_loss, micro.paths)
+            values.append({"disc": disc_loss, **disc_logs})
+        lecam.update(*means)
+        update(disc_optimizer, disc_scaler, args.clip_grad_max_norm)
+        return mean_of(values)
+
     parameters, disc_parameters = (sum(p.numel() for p in net.parameters()) for net in (tokenizer, discriminator))
     say(f"LARP tokenizer, {parameters:,} parameters, discriminator {disc_parameters:,}, {precision.name}; "
         f"{len(files):,} videos; {world_size} processes x {args.batch_size // world_size} clips; step {start} of "
@@ -227,60 +284,53 @@ def main():
             step, round(args.temperature_epoch * epoch_steps), start_temperature, args.temperature_to
         )
         adversarial = args.disc_weight > 0 and step - 1 >= args.disc_start * epoch_steps
+        ratio = config.prior_model.sampling_ratio(step, num_iters)
 
-        waiting = time.perf_counter()
-        batch = stop.next(batches, step, save)
-        log.waited(time.perf_counter() - waiting)
-        video, positions = to_video(batch["frames"], config.input_size, "larp", device), batch["position"].tolist()
-        # What is drawn for a clip depends on its position in the run alone, and not on how clips are shared.
-        video = flip_half(video, args.seed, positions) if args.flip else video
-        generators = sample_generators(args.seed, positions, device)
-        with precision.autocast():
-            ratio = config.prior_model.sampling_ratio(step, num_iters)
-            output = model(video, ratio, temperature=temperature, generator=generators)
-        fake = output.video.float()
+        micros = []
+        for _ in range(args.accum_iter):
+            waiting = time.perf_counter()
+            batch = stop.next(batches, step, save)
+            log.waited(time.perf_counter() - waiting)
+            video, positions = to_video(batch["frames"], config.input_size, "larp", device), batch["position"].tolist()
+            video = flip_half(video, args.seed, positions) if args.flip else video
+            micros.append(MicroBatch(video, positions, batch["path"]))
 
-        # The discriminator goes first, on detached reconstructions; the generator then sees the updated one.
+        # The discriminator goes first, on detached reconstructions; the generator then sees the updated one. Only a
+        # single micro-batch's graph is kept for that: of several, each is reconstructed again.
+        rounds = []
         if adversarial and step % args.d_update_freq == 0:
-            noise = torch.stack([torch.randn(2, generator=one, device=device) for one in generators], dim=1)  # (2, B)
-            with precision.autocast():
-                real_logits, fake_logits = disc_model(torch.cat([video, fake.detach()])).chunk(2)
-            disc_loss, disc_logs = discriminator_loss(real_logits, fake_logits, args.disc_loss, noise)
-            means = distributed.all_mean(torch.stack([real_logits.float().mean(), fake_logits.float().mean()]))
-            disc_logs["lecam"] = lecam(*means)
-            disc_loss = disc_loss + args.lecam_weight * disc_logs["lecam"]
-            if args.r1_weight > 0:
-                disc_logs["r1"] = r1_penalty(discriminator, video)
-                disc_loss = disc_loss + args.r1_weight * disc_logs["r1"]
-            disc_scaler.scale(disc_loss).backward()
-            lecam.update(*means)
-            update(disc_optimizer, disc_scaler, args.clip_grad_max_norm)
-            guard.watch(step, disc_loss, batch["path"])
-            logs |= {"disc": disc_loss.detach(), **{name: value.detach() for name, value in disc_logs.items()}}
+            with torch.set_grad_enabled(single):
+                rounds = [reconstruct(micro, ratio, temperature) for micro in micros]
+            logs |= update_discriminator(step, micros, rounds)
 
         # Each term with its weight. Gradients pass through the bare discriminator and leave none on it.
-        with frozen(discriminator):
-            with precision.autocast():
-                terms = {"l1": ((fake - video).abs().mean(), args.pixel_weight),
-                         "quantizer": (output.loss_q, args.loss_q_weight * q_mult)}
-                if perceptual is not None:
-                    terms["lpips"] = perceptual(fake, video).mean(), args.perceptual_weight
-                if adversarial:
-                    terms["generator"] = generator_loss(discriminator(fake), args.disc_loss), args.disc_weight
-                if output.loss_prior is not None:
-                    terms["prior"] = output.loss_prior, args.loss_latent_ce_weight
-                loss = sum(weight * term for term, weight in terms.values())
-            precision.scaler.scale(loss).backward()
+        values = []
+        for last, micro in zip(is_last, micros):
+            with distributed.sync_gradients(model, last), frozen(discriminator):
+                output, _ = rounds[0] if rounds and single else reconstruct(micro, ratio, temperature)
+                fake = output.video.float()
+                with precision.autocast():
+                    terms = {"l1": ((fake - micro.video).abs().mean(), args.pixel_weight),
+                             "quantizer": (output.loss_q, args.loss_q_weight * q_mult)}
+                    if perceptual is not None:
+                        terms["lpips"] = perceptual(fake, micro.video).mean(), args.perceptual_weight
+                    if adversarial:
+                        terms["generator"] = generator_loss(discriminator(fake), args.disc_loss), args.disc_weight
+                    if output.loss_prior is not None:
+                        terms["prior"] = output.loss_prior, args.loss_latent_ce_weight
+                    loss = sum(weight * term for term, weight in terms.values())
+                precision.scaler.scale(loss / args.accum_iter).backward()
+            guard.watch(step, loss, micro.paths)
+            values.append({"loss": loss, **{name: term for name, (term, _) in terms.items()}, **output.logs})
         update(optimizer, precision.scaler, args.clip_grad_max_norm)
         for ema in emas.values():
             ema.update(tokenizer)
-        guard.watch(step, loss, batch["path"])
-        logs |= {"loss": loss.detach(), **{name: term.detach() for name, (term, _) in terms.items()}, **output.logs}
+        logs |= mean_of(values)
         log.advance()
 
         if step % args.log_every == 0 or step == num_iters:
             guard.check()
-            means = distributed.all_mean(torch.stack([value.float() for value in logs.values()]))
+            means = distributed.all_mean(torch.stack([*logs.values()]))
             log.train(step, device, **dict(zip(logs, means.tolist())), lr=rates[-1] * multiplier)
             logs = {}  # so that the discriminator's values are of its newest step since the last line, or absent
         stopping = stop.anywhere()

@@ -30,7 +30,7 @@ from training.generation import SampleCheck, TrainedSiT, differences, sample_lab
 from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure, prefetch
 from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due, open_quarantine, say
 from training.optim import EMA, Precision, adamw, update
-from training.tokenizers import coordtok_clips, load_coordtok, weights_sha256
+from training.tokenizers import coordtok_clips, load_coordtok, on_device, weights_sha256
 from training.validation import spread
 
 
@@ -80,7 +80,9 @@ def main():
     torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
     # The frozen tokenizer, and the generator of its planes.
-    tokenizer = load_coordtok(args.first_model_ckpt, args).to(device).eval().requires_grad_(False)
+    tokenizer = load_coordtok(args.first_model_ckpt, args).eval().requires_grad_(False)
+    if not args.cache_latents:  # else it comes to the device only to fill the cache, and to render samples
+        tokenizer.to(device)
     config, tokenizer_hash = tokenizer.config, weights_sha256(tokenizer)
     folder = Path(args.save_dir) / args.exp_name
     claim_run(folder)
@@ -143,7 +145,8 @@ def main():
     if args.cache_latents:
         key = {"tokenizer": tokenizer_hash, "precision": precision.name}
         cache = LatentCache(Path(args.cache_dir), make_clips(damaged="skip"), config, args.cache_latents, key)
-        cache.fill(encode, args.global_batch_size // world_size, args.num_workers)
+        with on_device(tokenizer, device):
+            cache.fill(encode, args.global_batch_size // world_size, args.num_workers)
         numbered = cache.good_files()
     num_iters = args.num_iters or args.epochs * (len(numbered) // args.global_batch_size)
     sampler = GlobalBatchSampler(
@@ -190,7 +193,8 @@ def main():
 
     def sample(step: int) -> None:
         pictures = folder / "samples" / f"step_{step:07d}"
-        log.scores(step, "samples", partial(check.run, generate, captions, pictures))
+        with on_device(tokenizer, device):
+            log.scores(step, "samples", partial(check.run, generate, captions, pictures))
 
     if args.compile:
         compile_blocks(sit)

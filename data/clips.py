@@ -179,8 +179,8 @@ class Quarantine:
             mended = {video for video, good in zip(shunned, pool.map(opens, shunned)) if good}
         if mended:
             log.warning("%d of %d videos in %s can be read again", len(mended), len(shunned), self.path)
-            with write_whole(self.path, "w") as file:
-                file.write("".join(f"{video}\t{reason}\n" for video, reason in self.read().items()
+            with write_whole(self.path, "w", errors="surrogateescape") as file:
+                file.write("".join(f"{escaped(video)}\t{reason}\n" for video, reason in self.read().items()
                                    if video not in mended))
 
     def add(self, video: str, reason: str) -> None:

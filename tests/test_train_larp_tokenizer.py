@@ -121,6 +121,33 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, trained, tmp_path):
     assert lines(tmp_path / "larp_tokenizer", "val_ema_0.9") == lines(trained, "val_ema_0.9")
 
 
+def test_micro_batches_train_as_the_whole_batch(monkeypatch, tmp_path):
+    """Generator and discriminator, with R1, LeCam at a weight that shows, the noise of targets, and mirrored clips."""
+    flags = [*TINY, *NULL, "--save_dir", tmp_path, "--num_iters", 4, "--r1_weight", 0.1, "--lecam_weight", 1, "--flip",
+             "--d_update_freq", 2]
+    for accum in (1, 4):
+        run_here(monkeypatch, train_larp_tokenizer, *flags, "--accum_iter", accum, "--exp_name", accum)
+    whole, parts = lines(tmp_path / "1"), lines(tmp_path / "4")
+    assert [step for step in whole if "disc" in whole[step]] == [2, 4]
+    assert whole.keys() == parts.keys()
+    for step in whole:
+        assert parts[step] == pytest.approx(whole[step], abs=1e-5)
+    whole, parts = (checkpoint.load(tmp_path / name / "checkpoints") for name in ("1", "4"))
+    for name in ("discriminator", "lecam"):  # Adam's first steps are of one size, whatever the gradient's
+        torch.testing.assert_close(parts[name], whole[name], atol=1e-5, rtol=0)
+
+
+def test_a_run_of_micro_batches_resumes_exactly(monkeypatch, tmp_path):
+    """With the prior's dropout: a run from the checkpoint after step 3 ends at the same last bit."""
+    flags = [*TINY, "--csv_file", "null128.csv", "--num_val", 0, "--save_dir", tmp_path, "--num_iters", 4,
+             "--accum_iter", 2, "--d_update_freq", 2, "--save_every", 0.03, "--perceptual_weight", 0]
+    run_here(monkeypatch, train_larp_tokenizer, *flags, "--exp_name", "whole")
+    middle = tmp_path / "whole" / "checkpoints" / "step_0000003.pt"
+    run_here(monkeypatch, train_larp_tokenizer, *flags, "--exp_name", "resumed", "--resume", middle)
+    whole, resumed = lines(tmp_path / "whole"), lines(tmp_path / "resumed")
+    assert resumed == {4: whole[4]} and "disc" in whole[4]
+
+
 def test_the_discriminator_learns_at_its_own_steps_alone(trained):
     states = {step: checkpoint.load(trained / "checkpoints" / f"step_{step:07d}.pt") for step in (1, 4, 5, 9)}
 

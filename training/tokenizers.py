@@ -1,6 +1,8 @@
 """Trained models by the path of their checkpoint, ours or the authors', and batches of clips as CoordTok takes them."""
 import argparse
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +85,18 @@ def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) ->
         return video, None
     n_frames = batch["n_frames"].to(device, non_blocking=True)
     return released_padding(video, n_frames) if config.padding == "released" else video, n_frames
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, `model` is on `device`; afterwards it is back where it was. A frozen tokenizer that waits on the CPU
+    takes no memory of the GPU while it is not used."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
 
 
 def weights_sha256(model: nn.Module) -> str:
