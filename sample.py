@@ -20,26 +20,27 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from data.clips import ClipDataset, VideoFile, class_names, find_lists, list_csv, list_folder
+from common import distributed
+from common.cli import Parser, one_line_errors
+from common.console import print_main
+from common.files import git_revision, manifest_sha256
+from data.clips import ClipDataset, open_quarantine
+from data.lists import VideoFile, class_names, find_lists, list_csv, list_folder
 from data.video import to_bytes
 from eval import fvd
+from eval.evaluate import is_ucf101
 from eval.i3d import I3D
 from eval.pictures import contact_sheet
-from eval.protocols import LARP_RESIZE, PROTOCOLS, describe, git_revision, manifest_sha256, record
-from training import distributed
-from training.arguments import Parser, add_coordtok, add_data, one_line_errors
-from training.evaluation import is_ucf101
-from training.generation import add_sit
-from training.generators import (
-    PRECISIONS,
-    Generator,
-    add_larp_sampling,
-    add_sit_sampling,
-    larp_generator,
-    sit_generator,
-)
-from training.log import StageClock, open_quarantine, say
-from training.samples import Behind, SampleStore, drawn_clips, real_batches, segments
+from eval.protocols import LARP_RESIZE, PROTOCOLS
+from eval.report import describe, record
+from sampling.generator import PRECISIONS, Generator
+from sampling.larp import add_larp_sampling, larp_generator
+from sampling.real_clips import drawn_clips, real_batches, segments
+from sampling.sit import add_sit_sampling, sit_generator
+from sampling.store import BackgroundWriter, SampleStore
+from training.flags import add_coordtok, add_data
+from training.load import add_sit
+from training.log import StageClock
 
 
 def parse_args():
@@ -144,7 +145,7 @@ def main():
     missing = distributed.broadcast(store.open(indices, args.replace) if distributed.is_main() else None)
     batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
     batches = batches[distributed.rank() :: distributed.world_size()]
-    say(f"samples {indices[0]} to {indices[-1]} of {total} in {store.folder}: {len(missing)} to be made")
+    print_main(f"samples {indices[0]} to {indices[-1]} of {total} in {store.folder}: {len(missing)} to be made")
 
     keys, num_distinct, reals, clock = [], 0, itertools.repeat(([], None)), StageClock(device)
     if clips and missing:
@@ -154,7 +155,7 @@ def main():
         keys = distributed.broadcast(keys)
         num_distinct = len({(key.index, key.start) for key in keys})
         if num_distinct < total:
-            say(f"{dataset} has {num_distinct} clips for {total} samples: FVD compares those with these")
+            print_main(f"{dataset} has {num_distinct} clips for {total} samples: FVD compares those with these")
         if generator.needs_real and len(keys) < total:
             raise ValueError(f"samples 0 to {total - 1} need a real clip each, and there are {len(keys)}: lower "
                              "--num_samples")
@@ -170,7 +171,7 @@ def main():
         return i3d(videos, resize=protocol.i3d_resize)
 
     # While one batch is written, the next is made.
-    with Behind(device) as behind, torch.no_grad():
+    with BackgroundWriter(device) as behind, torch.no_grad():
         for batch, (places, real) in zip(tqdm(batches, "batches", disable=not distributed.is_main()), reals):
             clock.mark("waiting for real clips")
             # A model that continues real clips has nothing to start from where one is damaged.
@@ -196,7 +197,7 @@ def main():
             clock.mark("waiting for writing")
     clock.mark("waiting for writing")
     if batches:
-        say(f"time: {clock} (writing itself {behind.seconds:.1f} s, behind)")
+        print_main(f"time: {clock} (writing itself {behind.seconds:.1f} s, behind)")
 
     def make_report(rows: dict) -> tuple[dict, dict, dict | None]:
         """The record and the results of all samples, and their row of the table."""
@@ -208,7 +209,7 @@ def main():
             num_real = len(real)
             results |= fvd.report(real, fake, protocol.divisor)
         if num_made < total:
-            say(f"{total - num_made} samples are left out: their clips cannot be decoded (quarantine.txt)")
+            print_main(f"{total - num_made} samples are left out: their clips cannot be decoded (quarantine.txt)")
         parts = find_lists(dataset) if args.dataset_csv and not dataset.startswith("null") else [Path(dataset)]
         name = "+".join(part.name for part in parts) if files else "none"
         known = "UCF-101" if is_ucf101(name, len(files)) else name
@@ -239,10 +240,11 @@ def main():
         reported = store.finish(make_report, table)
         if reported:
             facts, results = reported
-            say(describe(facts))
+            print_main(describe(facts))
             for name, value in results.items():
-                say(f"{name:>20}  {value:.6g}")
-            say(f"report: {store.report}, {table}   pictures: {store.folder / 'sheet.png'}   videos: {store.videos}")
+                print_main(f"{name:>20}  {value:.6g}")
+            print_main(f"report: {store.report}, {table}   pictures: {store.folder / 'sheet.png'}   "
+                       f"videos: {store.videos}")
 
 
 def check_labels(files: list[VideoFile], generator: Generator, dataset: str) -> None:

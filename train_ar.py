@@ -17,37 +17,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.clips import (
-    ClipDataset,
-    GlobalBatchSampler,
-    class_names,
-    list_csv,
-    list_folder,
-    make_loader,
-)
+from common import distributed
+from common.cli import Parser, one_line_errors
+from common.console import print_main
+from common.distributed import on_device, prefetch, to_device
+from data.clips import ClipDataset, open_quarantine
+from data.lists import check_classes, check_labels, class_names, list_csv, list_folder
+from data.loader import GlobalBatchSampler, make_loader
 from models.larp_ar import LARPGenerator, code_loss
 from models.layers import compile_blocks, set_checkpointing
-from models.released import build
-from training import checkpoint, distributed, sharding
-from training.arguments import Parser, add_data, add_larp_ar, add_run, larp_ar_config, one_line_errors
-from training.codes import (
-    CodeCache,
-    HeldOut,
-    batches_from_cache,
-    batches_from_video,
-    caption,
-    check_classes,
-    check_labels,
-    draw_drops,
-    encode_video,
-    held_out_keys,
-)
-from training.generation import SampleCheck
-from training.latents import prefetch, to_device
-from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due, open_quarantine, say
+from models.pretrained import build
+from training import checkpoint, fsdp
+from training.codes import CodeCache, batches_from_cache, batches_from_video, draw_drops, encode_video
+from training.flags import add_data, add_larp_ar, add_run, larp_ar_config
+from training.load import load_larp_tokenizer, weights_sha256
+from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
-from training.tokenizers import load_larp_tokenizer, on_device, weights_sha256
-from training.validation import validation_source
+from training.validation import HeldOut, SampleCheck, caption, held_out_keys, validation_source
 
 
 def parse_args():
@@ -126,7 +112,7 @@ def main():
     config, class_cond = generator.config, not generator.config.frame_prediction
     emas = {str(decay): EMA(generator, decay) for decay in args.ema_decays}
     precision = Precision(args.precision, device)
-    place = partial(sharding.shard, precision=precision.name) if args.fsdp else LARPGenerator.to
+    place = partial(fsdp.shard, precision=precision.name) if args.fsdp else LARPGenerator.to
     for net in (generator, *(ema.model for ema in emas.values())):
         place(net, device)
     optimizer = adamw(decay_groups(generator, args.weight_decay), args.lr, betas=tuple(args.betas))
@@ -139,8 +125,8 @@ def main():
 
     if state:
         if args.fsdp:  # each process reads its share, into tensors that must be there
-            sharding.allocate(optimizer)
-            sharding.fill(state, trained())
+            fsdp.allocate(optimizer)
+            fsdp.fill(state, trained())
         checkpoint.restore({**parts, **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}, state)
         start, rng, best = state["step"], state["rng"], state["best"]
         del state  # frees a copy of it all
@@ -148,7 +134,7 @@ def main():
     if args.compile:
         compile_blocks(tokenizer)
         if args.fsdp:
-            for module in sharding.between_gathers(generator):
+            for module in fsdp.between_gathers(generator):
                 module.compile(dynamic=False)
         else:
             compile_blocks(generator)
@@ -191,21 +177,21 @@ def main():
         captions = [caption(val_files[key.index]) + given for key in keys]
         if keys:
             check = SampleCheck(val_clips, keys, args.sample_batch_size, args.num_workers, device, not class_cond)
-    numbered, cache = list(range(len(files))), None
+    usable_files, cache = list(range(len(files))), None
     if args.cache_codes:
         cache = CodeCache(Path(args.cache_dir), make_clips(files, damaged="skip"), clip_config, args.cache_codes,
                           num_cond_frames, args.flip, {"tokenizer": tokenizer_hash, "precision": precision.name})
         with on_device(tokenizer, device):
             cache.fill(encode, args.batch_size // world_size, args.num_workers, device)
-        numbered = cache.good_files()
-    epoch_steps = len(numbered) // args.batch_size
+        usable_files = cache.good_files()
+    epoch_steps = len(usable_files) // args.batch_size
     num_iters = args.num_iters or args.max_epoch * epoch_steps
     sampler = GlobalBatchSampler(
-        len(numbered), args.batch_size, num_iters, rank, world_size, accum=args.accum_iter, seed=args.seed,
+        len(usable_files), args.batch_size, num_iters, rank, world_size, accum=args.accum_iter, seed=args.seed,
         start_step=start, order="epoch",
     )
     if cache:
-        batches = prefetch(batches_from_cache(cache, sampler, numbered, device), device)
+        batches = prefetch(batches_from_cache(cache, sampler, usable_files, device), device)
     else:
         loader = make_loader(make_clips(files), sampler, args.num_workers, args.prefetch_factor, on_gpu)
         batches = batches_from_video(loader, encode, args.flip, device)
@@ -217,7 +203,7 @@ def main():
         checkpoint.save(folder / "checkpoints", step, {
             "kind": "larp_ar", "config": asdict(config), "num_cond_frames": num_cond_frames, "classes": names,
             "tokenizer": tokenizer_hash, **trained(), "best": best,
-            "data": {"position": step * args.batch_size, "files": len(numbered)}, "args": vars(args),
+            "data": {"position": step * args.batch_size, "files": len(usable_files)}, "args": vars(args),
         }, keep=args.keep_checkpoints)
 
     def score(net: torch.nn.Module, codes: Tensor, cond: Tensor, drop: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -241,7 +227,7 @@ def main():
         labelled = class_cond and config.class_dropout_prob > 0
         for kind, net in {"val": generator, **{f"val_ema_{d}": ema.model for d, ema in emas.items()}}.items():
             scores = log.scores(step, kind, lambda net=net: held_out.score(
-                partial(score, sharding.whole(net).eval()), labelled
+                partial(score, fsdp.unsharded(net).eval()), labelled
             ))
             net.train(net is generator)
             if net is generator and scores["loss"] < best:
@@ -252,12 +238,12 @@ def main():
         pictures = folder / "samples" / f"step_{step:07d}"
         with on_device(tokenizer, device):
             log.scores(step, "samples", lambda: check.run(
-                partial(generate, sharding.whole(averaged)), captions, pictures
+                partial(generate, fsdp.unsharded(averaged)), captions, pictures
             ))
         averaged.cache = None  # gives back the memory of its keys and values
 
-    say(f"LARP generator, {sum(p.numel() for p in generator.parameters()):,} parameters, {precision.name}, "
-        f"{'classes' if class_cond else f'{num_cond_frames} frames given'}; {len(numbered):,} videos in {source}"
+    print_main(f"LARP generator, {sum(p.numel() for p in generator.parameters()):,} parameters, {precision.name}, "
+        f"{'classes' if class_cond else f'{num_cond_frames} frames given'}; {len(usable_files):,} videos in {source}"
         f"{f', {cache.views} cached windows each' if cache else ''}; {world_size} processes x "
         f"{args.batch_size // world_size} clips; step {start} of {num_iters}, {epoch_steps} an epoch")
     log = RunLog(folder, vars(args), start, num_iters, args.batch_size, args.wandb)
@@ -310,8 +296,8 @@ def main():
             sample(step)
     log.close()
     if len(quarantine):
-        say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")
-    say(f"checkpoints: {folder / 'checkpoints'}")
+        print_main(f"{len(quarantine)} damaged files, listed in {quarantine.path}")
+    print_main(f"checkpoints: {folder / 'checkpoints'}")
 
 
 if __name__ == "__main__":

@@ -12,19 +12,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.clips import ClipDataset, GlobalBatchSampler, list_folder, make_loader
-from data.points import count_frames
-from models.coordtok import CoordTok
+from common import distributed
+from common.cli import Parser, one_line_errors
+from common.console import print_main
+from data.clips import ClipDataset, open_quarantine
+from data.lists import list_folder
+from data.loader import GlobalBatchSampler, make_loader
+from data.patch_sampling import count_frames
+from models.coordtok import CoordTok, coordtok_loss
 from models.layers import compile_blocks, set_checkpointing
-from models.losses import Perceptual, coordtok_loss
-from models.planes import gather_patches
-from models.released import build
-from training import checkpoint, distributed
-from training.arguments import Parser, add_clip_cache, add_coordtok, add_data, add_run, coordtok_config, one_line_errors
+from models.lpips import Perceptual
+from models.patches import gather_patches
+from models.pretrained import build
+from training import checkpoint
 from training.clip_cache import clip_cache
-from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due, open_quarantine, say
+from training.flags import add_clip_cache, add_coordtok, add_data, add_run, coordtok_config
+from training.load import coordtok_clips, load_coordtok
+from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due
 from training.optim import Precision, adamw, update
-from training.tokenizers import coordtok_clips, load_coordtok
 from training.validation import Validation, validation_source
 
 
@@ -154,7 +159,7 @@ def main():
             checkpoint.mark_best(folder / "checkpoints", step)
 
     parameters = sum(p.numel() for p in tokenizer.parameters())
-    say(f"CoordTok, {parameters:,} parameters, {precision.name}; {len(files):,} videos in {root}; "
+    print_main(f"CoordTok, {parameters:,} parameters, {precision.name}; {len(files):,} videos in {root}; "
         f"{world_size} processes x {args.num_views // world_size} videos; step {start} of {args.num_iters}")
     log = RunLog(folder, vars(args), start, args.num_iters, args.num_views, args.wandb)
     guard, stop = NonFiniteGuard(device), StopSignal()
@@ -197,8 +202,8 @@ def main():
             validate(step)
     log.close()
     if len(quarantine):
-        say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")
-    say(f"checkpoints: {folder / 'checkpoints'}")
+        print_main(f"{len(quarantine)} damaged files, listed in {quarantine.path}")
+    print_main(f"checkpoints: {folder / 'checkpoints'}")
 
 
 if __name__ == "__main__":

@@ -14,29 +14,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.clips import ClipDataset, GlobalBatchSampler, list_csv, list_folder, make_loader
+from common import distributed
+from common.cli import Parser, one_line_errors
+from common.console import print_main
+from common.rng import sample_generators
+from data.augment import flip_half
+from data.clips import ClipDataset, open_quarantine
+from data.lists import list_csv, list_folder
+from data.loader import GlobalBatchSampler, make_loader
 from data.video import to_video
 from models.discriminator import Discriminator
 from models.gan import GAN_LOSSES, LeCam, discriminator_loss, frozen, generator_loss, r1_penalty
-from models.interpolant import sample_generators
 from models.larp_tokenizer import LARPTokenizer, TokenizerOutput
 from models.layers import compile_blocks, set_checkpointing
-from models.losses import Perceptual
-from models.released import build
-from training import checkpoint, distributed
-from training.arguments import (
-    Parser,
-    add_clip_cache,
-    add_data,
-    add_larp_tokenizer,
-    add_run,
-    disc_config,
-    larp_config,
-    one_line_errors,
-)
+from models.lpips import Perceptual
+from models.pretrained import build
+from training import checkpoint
 from training.clip_cache import clip_cache
-from training.codes import flip_half
-from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due, open_quarantine, say
+from training.flags import add_clip_cache, add_data, add_larp_tokenizer, add_run, disc_config, larp_config
+from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.validation import CodeStats, Validation, validation_source
 
@@ -263,7 +259,7 @@ def main():
         return mean_of(values)
 
     parameters, disc_parameters = (sum(p.numel() for p in net.parameters()) for net in (tokenizer, discriminator))
-    say(f"LARP tokenizer, {parameters:,} parameters, discriminator {disc_parameters:,}, {precision.name}; "
+    print_main(f"LARP tokenizer, {parameters:,} parameters, discriminator {disc_parameters:,}, {precision.name}; "
         f"{len(files):,} videos; {world_size} processes x {args.batch_size // world_size} clips; step {start} of "
         f"{num_iters}, {epoch_steps} an epoch")
     log = RunLog(folder, vars(args), start, num_iters, args.batch_size, args.wandb)
@@ -344,8 +340,8 @@ def main():
             validate(step)
     log.close()
     if len(quarantine):
-        say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")
-    say(f"checkpoints: {folder / 'checkpoints'}")
+        print_main(f"{len(quarantine)} damaged files, listed in {quarantine.path}")
+    print_main(f"checkpoints: {folder / 'checkpoints'}")
 
 
 if __name__ == "__main__":

@@ -12,26 +12,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.clips import (
-    ClipDataset,
-    ClipKey,
-    GlobalBatchSampler,
-    class_names,
-    list_folder,
-    make_loader,
-)
+from common import distributed
+from common.cli import Parser, config_diff, one_line_errors, word_or_none
+from common.console import print_main
+from common.distributed import on_device, prefetch
+from data.clips import ClipDataset, ClipKey, open_quarantine
+from data.lists import class_names, list_folder
+from data.loader import GlobalBatchSampler, make_loader
 from models.interpolant import LOSS_WEIGHTS, PATHS, PREDICTIONS, Interpolant, check_sde
 from models.layers import compile_blocks, set_checkpointing
-from models.planes import Planes
 from models.sit import SIT_SIZES, SiT
-from training import checkpoint, distributed
-from training.arguments import Parser, add_coordtok, add_data, add_run, one_line_errors, word_or_none
-from training.generation import SampleCheck, TrainedSiT, differences, sample_labels, sample_planes
-from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure, prefetch
-from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due, open_quarantine, say
+from models.triplane import Planes
+from sampling.sit import sample_labels, sample_planes
+from training import checkpoint
+from training.flags import add_coordtok, add_data, add_run
+from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure
+from training.load import TrainedSiT, coordtok_clips, load_coordtok, weights_sha256
+from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due
 from training.optim import EMA, Precision, adamw, update
-from training.tokenizers import coordtok_clips, load_coordtok, on_device, weights_sha256
-from training.validation import spread
+from training.validation import SampleCheck, evenly_spaced
 
 
 def parse_args():
@@ -95,7 +94,7 @@ def main():
     interpolant = Interpolant(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
     if state:
         there, here = {**state["config"], **state["interpolant"]}, {**asdict(sit.config), **asdict(interpolant)}
-        if differ := differences(there, here):
+        if differ := config_diff(there, here):
             raise ValueError(f"the run in {folder} has other settings than the flags ({differ}): give the run's flags")
         if state["tokenizer"] != tokenizer_hash:
             raise ValueError(f"the run in {folder} was trained on another tokenizer than {args.first_model_ckpt}: give "
@@ -136,25 +135,25 @@ def main():
     if args.num_val:
         sit.check_guidance(args.val_cfg_scale)
         check_sde(num_steps=args.val_sampling_steps)
-        keys = [ClipKey(i, index) for i, index in enumerate(spread(len(files), args.num_val))]
+        keys = [ClipKey(i, index) for i, index in enumerate(evenly_spaced(len(files), args.num_val))]
         real = make_clips(damaged="skip", short="repeat")
         check = SampleCheck(real, keys, args.val_batch_size, args.num_workers, device)
         labels = sample_labels(range(args.num_val), args.num_classes, args.seed)
         captions = [names[label] if args.num_classes > 1 else f"sample {i}" for i, label in enumerate(labels)]
-    numbered, cache = list(range(len(files))), None
+    usable_files, cache = list(range(len(files))), None
     if args.cache_latents:
         key = {"tokenizer": tokenizer_hash, "precision": precision.name}
         cache = LatentCache(Path(args.cache_dir), make_clips(damaged="skip"), config, args.cache_latents, key)
         with on_device(tokenizer, device):
             cache.fill(encode, args.global_batch_size // world_size, args.num_workers)
-        numbered = cache.good_files()
-    num_iters = args.num_iters or args.epochs * (len(numbered) // args.global_batch_size)
+        usable_files = cache.good_files()
+    num_iters = args.num_iters or args.epochs * (len(usable_files) // args.global_batch_size)
     sampler = GlobalBatchSampler(
-        len(numbered), args.global_batch_size, num_iters, rank, world_size, accum=args.accum_iter, seed=args.seed,
+        len(usable_files), args.global_batch_size, num_iters, rank, world_size, accum=args.accum_iter, seed=args.seed,
         start_step=start, order="epoch",
     )
     if cache:
-        batches = prefetch(batches_from_cache(cache, sampler, numbered, device), device)
+        batches = prefetch(batches_from_cache(cache, sampler, usable_files, device), device)
     else:
         loader = make_loader(make_clips(), sampler, args.num_workers, args.prefetch_factor, on_gpu)
         batches = batches_from_video(loader, encode, device)
@@ -163,7 +162,8 @@ def main():
     if state:
         stats = LatentStats.from_state_dict(state["statistics"]).to(device)
     else:
-        keys = [ClipKey(numbered[i], numbered[i]) for i in spread(len(numbered), args.stat_clips)][rank::world_size]
+        chosen = [usable_files[i] for i in evenly_spaced(len(usable_files), args.stat_clips)]
+        keys = [ClipKey(index, index) for index in chosen][rank::world_size]
         few = [keys[i : i + args.val_batch_size] for i in range(0, len(keys), args.val_batch_size)]
         if cache:
             latents = (cache.read(np.array([key.index * cache.views for key in part])) for part in few)
@@ -179,7 +179,7 @@ def main():
             "tokenizer": tokenizer_hash, "statistics": stats.state_dict(), "classes": names,
             "model": sit.state_dict(), "ema": ema.model.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": precision.scaler.state_dict(), "args": vars(args),
-            "data": {"position": step * args.global_batch_size, "files": len(numbered)},
+            "data": {"position": step * args.global_batch_size, "files": len(usable_files)},
         }, keep=args.keep_checkpoints)
 
     averaged = TrainedSiT(ema.model, interpolant, stats, names)
@@ -200,9 +200,10 @@ def main():
         compile_blocks(sit)
         compile_blocks(ema.model)
     model = distributed.wrap(sit, device, args.accum_iter == 1)
-    say(f"{args.model}, {sum(p.numel() for p in sit.parameters()):,} parameters, {precision.name}; {len(numbered):,} "
-        f"videos in {root}{f', {cache.views} cached windows each' if cache else ''}; {world_size} processes x "
-        f"{args.global_batch_size // world_size} clips; step {start} of {num_iters}")
+    cached = f", {cache.views} cached windows each" if cache else ""
+    print_main(f"{args.model}, {sum(p.numel() for p in sit.parameters()):,} parameters, {precision.name}; "
+               f"{len(usable_files):,} videos in {root}{cached}; {world_size} processes x "
+               f"{args.global_batch_size // world_size} clips; step {start} of {num_iters}")
     log = RunLog(folder, vars(args), start, num_iters, args.global_batch_size, args.wandb)
     guard, stop, generator = NonFiniteGuard(device), StopSignal(), torch.Generator(device)
     checkpoint.start_rng(args.seed, rng)
@@ -222,9 +223,9 @@ def main():
             log.waited(time.perf_counter() - waiting)
             first = (rank * args.accum_iter + micro) * micro_size
             rows = slice(first, first + micro_size)
-            noise, (uniform, luck) = Planes(*(plane[rows] for plane in all_noise)), all_uniform[:, rows]
+            noise, (uniform, label_drop_uniform) = Planes(*(plane[rows] for plane in all_noise)), all_uniform[:, rows]
             y = y if args.num_classes > 1 else torch.zeros_like(y)
-            drop = luck < args.class_dropout_prob if args.class_dropout_prob else None
+            drop = label_drop_uniform < args.class_dropout_prob if args.class_dropout_prob else None
             with distributed.sync_gradients(model, micro == args.accum_iter - 1), precision.autocast():
                 losses, logs = interpolant.loss(
                     model, stats.standardise(planes), interpolant.training_times(uniform), noise, y=y, drop=drop
@@ -250,7 +251,7 @@ def main():
         if to_sample:
             sample(step)
     log.close()
-    say(f"checkpoints: {folder / 'checkpoints'}")
+    print_main(f"checkpoints: {folder / 'checkpoints'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Errors in one line: of files that cannot be read, and of a run that ends, under torchrun too."""
+import argparse
 import contextlib
 import datetime
 import errno
@@ -13,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+
 # --- files ---
+class MendableError(RuntimeError):
+    """An error whose text, one line, tells a user what to mend."""
 
 
 class DamagedFile(ValueError):
@@ -73,9 +77,11 @@ def shown(path: str | Path) -> str:
 
 
 # --- the end of a run ---
-
 FOLLOW_SECONDS = 1  # between two looks for another process's error
+
+
 EXIT_SECONDS = 10  # that a process has to end itself after its own
+
 
 # Waits until torchrun's agent has printed its report, then prints the line. The agent's store closes after the report
 # and before the agent ends; on other nodes than the store's the end itself must do.
@@ -91,6 +97,7 @@ except OSError:
     pass
 print(line, file=sys.stderr, flush=True)
 """
+
 
 _ending = threading.Event()
 
@@ -168,3 +175,16 @@ def _say_last(line: str) -> None:
                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
             return
     print(line, file=sys.stderr, flush=True)
+
+
+def usage_error(message: str) -> NoReturn:
+    """End with exit code 2 and one line. Under torchrun every process finds the same mistake, and the first says so."""
+    end(f"error: {' '.join(message.split())} (--help lists the flags)", 2)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, which shows the usage only on --help."""
+
+    def error(self, message: str) -> NoReturn:
+        usage_error(message)
+

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import reading
-from data.files import remove_partials, write_whole
+from common.files import remove_partials, write_whole
 
 REMAKE = "delete it, and it will be made again"
 
@@ -75,7 +75,6 @@ class ShardCache:
 
     def _files(self) -> dict[int, Path]:
         return {int(path.name[6:12]): path for path in self.folder.glob("shard_*.npy")}
-
 
 
 def check(shard: Path) -> None:

@@ -3,133 +3,37 @@
 Everything random is a pure function of (seed, position), position being the number of the sample in the run. So a clip
 does not depend on the number of workers, processes, or accumulation steps, and a resumed run sees what it would have.
 """
-import atexit
 import contextlib
-import csv
 import fcntl
 import itertools
 import logging
-import multiprocessing
 import os
 import re
-import resource
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset
 
-from common.errors import reading, shown
+from common import distributed
+from common.errors import shown
+from common.files import write_whole
+from common.rng import Stream, generator
 from data.cache import ClipCache
-from data.files import write_whole
-from data.metadata import VIDEO_SUFFIXES, walk_videos
-from data.points import random_frames, random_patches
-from data.shipping import ship
-from data.video import NULL, TIMEOUT, FrameError, VideoError, probe, read_chosen, resize_crop, resize_crop_8bit
-
-REPOSITORY = Path(__file__).parents[1]
-METADATA = REPOSITORY / "data" / "metadata"
-UCF_NAME = re.compile(r"v_(\w+)_g\d+_c\d+")
+from data.lists import VideoFile
+from data.patch_sampling import random_frames, random_patches
+from data.video import TIMEOUT, FrameError, VideoError, probe, read_chosen, resize_crop, resize_crop_8bit
 
 MAX_ATTEMPTS = 100  # clips tried in place of a damaged one before a data set of damaged videos is given up
+
 
 log = logging.getLogger(__name__)
 
 
-# --- lists of videos ---
-
-class VideoFile(NamedTuple):
-    path: str
-    label: int = -1  # -1: unknown
-
-
-def list_folder(root: str | Path) -> list[VideoFile]:
-    """The videos in ROOT and ROOT/CLASS, sorted by path; hidden files and folders are left out (`walk_videos`).
-
-    Classes are those that have videos, numbered in byte order. A UCF-101 name (v_CLASS_gGG_cCC) says its class itself:
-    folder HandstandPushups holds v_HandStandPushups files. Other videos take their folder's, and those directly in ROOT
-    have none (-1).
-    """
-    root = Path(root)
-    paths = sorted(map(str, walk_videos(root, depth=2))) if root.is_dir() else []
-    if not paths:
-        raise FileNotFoundError(f"no videos under {root.absolute()}: looked there and in its class folders for "
-                                f"{', '.join(VIDEO_SUFFIXES)} files (--data_root, --video_name)")
-    names = [_class_name(Path(path), root) for path in paths]
-    labels = {name: label for label, name in enumerate(sorted(set(names) - {None}))}
-    return [VideoFile(path, labels.get(name, -1)) for path, name in zip(paths, names)]
-
-
-def _class_name(path: Path, root: Path) -> str | None:
-    ucf = UCF_NAME.fullmatch(path.stem)
-    if ucf:
-        return ucf[1]
-    return path.parent.name if path.parent != root else None
-
-
-def list_csv(names: str, want_labels: bool = False) -> list[VideoFile]:
-    """The videos of "a.csv+b.csv", sorted by path.
-
-    A list is a file, or the name of one in data/metadata, with columns id, path, action, label; relative paths start at
-    the repository. Labels are those of a single list whose name starts with "ucf", or of any single list if
-    `want_labels`; otherwise they are -1. "null128...", "null...": 128 or 224,000 random clips without files.
-    """
-    if names.startswith("null"):
-        count = 128 if names.startswith("null128") else 224_000
-        return [VideoFile(f"{NULL}{i:06d}", i % 101) for i in range(count)]
-    lists = find_lists(names)
-    labelled = len(lists) == 1 and (want_labels or lists[0].name.startswith("ucf"))
-    column = "label" if labelled else None
-    return sorted(file for path in lists for file in _read_csv(path, column))
-
-
-def find_lists(names: str) -> list[Path]:
-    """The lists of "a.csv+b.csv", each a file or the name of one in data/metadata, which may have a + in its path."""
-    parts, found = names.split("+"), []
-    while parts:
-        for count in range(len(parts), 0, -1):
-            name = "+".join(parts[:count])
-            if path := next((path for path in (Path(name), METADATA / name) if path.is_file()), None):
-                break
-        else:
-            raise FileNotFoundError(f"no list {parts[0]}, neither here nor in {METADATA} (scripts/set_datasets.sh "
-                                    "makes the lists)")
-        found.append(path)
-        parts = parts[count:]
-    return found
-
-
-def _read_csv(path: Path, label_column: str | None) -> list[VideoFile]:
-    with (reading(path, "a list of videos", "expected columns id, path, action, label: make it anew "
-                  "(scripts/set_datasets.sh), or mend the line"),
-          path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file):
-        reader = csv.DictReader(file, strict=True)
-        columns = reader.fieldnames or []
-        if lacking := {"path", label_column} - {None, *columns}:
-            raise ValueError(f"it has columns {', '.join(columns) or 'none'}, without {' and '.join(sorted(lacking))}")
-        files = []
-        for row in reader:
-            label = row[label_column] if label_column else "-1"
-            if not row["path"] or not re.fullmatch(r"-?\d+", label or ""):
-                raise ValueError(f"line {reader.line_num} has path {row['path']!r} and label {label!r}")
-            files.append(VideoFile(str(REPOSITORY / row["path"]), int(label)))
-        if not files:
-            raise ValueError("it has no rows")
-    return files
-
-
-def class_names(files: Sequence[VideoFile]) -> list[str]:
-    """The folder of each label's first video, by label ("" where there is none); empty where a video has no label."""
-    names = {file.label: Path(file.path).parent.name for file in reversed(files)}
-    return [] if -1 in names else [names.get(label, "") for label in range(max(names) + 1)]
-
-
 # --- damaged videos ---
-
 class Quarantine:
     """The damaged videos of a run, one line "path<TAB>reason" each, in a file that all its processes share.
 
@@ -219,7 +123,6 @@ def unescaped(field: str) -> str:
 
 
 # --- clips ---
-
 class ClipKey(NamedTuple):
     """position: the sample's number in the run, which seeds its draws. index: which video; None draws one uniformly.
     start: its first frame; None leaves that to the data set's window rule."""
@@ -229,7 +132,7 @@ class ClipKey(NamedTuple):
     start: int | None = None
 
 
-class PointRule(NamedTuple):
+class PatchSampling(NamedTuple):
     """Which patches to decode: `num` single "patches", or those of whole "frames", of a clip of `grid` (t, h, w)."""
 
     kind: str
@@ -266,7 +169,7 @@ class ClipDataset(Dataset):
     def __init__(
         self, files: Sequence[VideoFile], num_frames: int, size: int, rule: str, *, seed: int = 0, stride: int = 1,
         resize: str = "worker", window: str = "random", short: str = "pad", damaged: str = "replace",
-        points: PointRule | tuple | None = None, quarantine: Quarantine | None = None, timeout: float = TIMEOUT,
+        points: PatchSampling | tuple | None = None, quarantine: Quarantine | None = None, timeout: float = TIMEOUT,
         cache: ClipCache | None = None,
     ):
         known = {"rule": ("coordtok", "larp"), "resize": ("worker", "device"), "window": ("random", "start", "center"),
@@ -279,7 +182,7 @@ class ClipDataset(Dataset):
             raise ValueError("the list of videos is empty")
         self.files, self.num_frames, self.size, self.rule, self.seed = files, num_frames, size, rule, seed
         self.stride, self.resize, self.window, self.short, self.damaged = stride, resize, window, short, damaged
-        self.points = PointRule(*points) if points else None
+        self.points = PatchSampling(*points) if points else None
         self.quarantine = Quarantine() if quarantine is None else quarantine
         self.timeout, self.cache = timeout, cache
 
@@ -293,7 +196,7 @@ class ClipDataset(Dataset):
         for attempt in itertools.count():
             # Each attempt has a stream of its own, so that the outcome is the same whether a damaged video was opened
             # or already known.
-            rng = np.random.default_rng((self.seed, key.position, attempt, 1))
+            rng = generator(self.seed, key.position, Stream.WINDOW, attempt)
             index, start = int(rng.integers(len(self.files))), None
             if attempt == 0:
                 index, start = index if key.index is None else key.index, key.start
@@ -344,142 +247,11 @@ class ClipDataset(Dataset):
         return sample
 
 
-def collate(samples: list[dict]) -> dict:
-    """A batch: frames (B, T, h, w, 3), or a list of clips where sizes differ; n_frames, label, position (B,) long;
-    path, start lists; index (B, N, 3) long where there are points; skipped: (path, reason) of samples left out."""
-    good = [sample for sample in samples if "error" not in sample]
-    frames = [sample["frames"] for sample in good]
-    batch = {name: torch.tensor([sample[name] for sample in good], dtype=torch.long)
-             for name in ("n_frames", "label", "position")}
-    batch |= {name: [sample[name] for sample in good] for name in ("path", "start")}
-    if good and "index" in good[0]:
-        batch["index"] = torch.stack([sample["index"] for sample in good])
-    batch["skipped"] = [(sample["path"], sample["error"]) for sample in samples if "error" in sample]
-    return deliver(batch, frames, alike=len({clip.shape for clip in frames}) == 1)
+def open_quarantine(folder: Path, timeout: float) -> Quarantine:
+    """The list of damaged videos in a run's folder, on every process; those of an earlier run are looked at again."""
+    quarantine = Quarantine(folder / "quarantine.txt")
+    if distributed.is_main():
+        quarantine.review(timeout)
+    distributed.barrier()
+    return quarantine
 
-
-def deliver(batch: dict, frames: list[torch.Tensor], alike: bool) -> dict:
-    """The batch with its frames, stacked where they are `alike` in shape; from a worker through shared memory."""
-    if get_worker_info() and hasattr(os, "memfd_create"):  # Linux has it
-        return ship(batch, frames, alike)
-    return {**batch, "frames": torch.stack(frames) if alike else frames}
-
-
-# --- order ---
-
-def check_shares(global_batch: int, world_size: int, accum: int) -> None:
-    """ValueError where a batch cannot be shared equally."""
-    if global_batch < 1 or global_batch % (world_size * accum):
-        raise ValueError(f"a global batch of {global_batch} cannot be shared by {world_size} processes x {accum} "
-                         f"accumulation steps: give a multiple of {world_size * accum}")
-
-
-class GlobalBatchSampler(Sampler):
-    """The keys of one process's micro-batches, step after step; the global batch does not depend on the process count.
-
-    Sample `slot` of step `step` has position step * global_batch + slot. Rank r of W takes the r-th W-th of the slots,
-    in `accum` micro-batches. order "replacement": each sample draws its video. "epoch": each epoch is a permutation of
-    the videos, whose last partial batch is dropped.
-    """
-
-    def __init__(self, num_files: int, global_batch: int, num_steps: int, rank: int = 0, world_size: int = 1,
-                 accum: int = 1, seed: int = 0, start_step: int = 0, order: str = "replacement"):
-        check_shares(global_batch, world_size, accum)
-        if order not in ("replacement", "epoch"):
-            raise ValueError(f"order={order!r} is neither 'replacement' nor 'epoch'")
-        if order == "epoch" and num_files < global_batch:
-            raise ValueError(f"{num_files} videos do not fill one batch of {global_batch}: lower the batch size")
-        self.num_files, self.global_batch, self.num_steps = num_files, global_batch, num_steps
-        self.rank, self.world_size, self.accum = rank, world_size, accum
-        self.seed, self.start_step, self.order = seed, start_step, order
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.num_files // self.global_batch
-
-    def __len__(self) -> int:
-        return (self.num_steps - self.start_step) * self.accum
-
-    def __iter__(self) -> Iterator[list[ClipKey]]:
-        micro = self.global_batch // self.world_size // self.accum
-        epoch = None
-        for step in range(self.start_step, self.num_steps):
-            if self.order == "epoch" and step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                permutation = np.random.default_rng((self.seed, epoch, 0, 2)).permutation(self.num_files)
-            for part in range(self.rank * self.accum, (self.rank + 1) * self.accum):
-                slots = range(part * micro, (part + 1) * micro)
-                if self.order == "epoch":
-                    offset = step % self.steps_per_epoch * self.global_batch
-                    yield [ClipKey(step * self.global_batch + slot, int(permutation[offset + slot])) for slot in slots]
-                else:
-                    yield [ClipKey(step * self.global_batch + slot) for slot in slots]
-
-
-class Loader(DataLoader):
-    """A DataLoader whose failures are an OSError of one line. Its workers start when it is first iterated over."""
-
-    def __iter__(self) -> Iterator:
-        raise_file_limit()
-        batches = reason = None
-        # torch's iterator, left half-made, complains when it is freed: Ctrl-C waits until it is whole, and an error of
-        # the system, which would keep it until the process ends, is raised anew.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            batches = super().__iter__()
-        except OSError as error:
-            reason = error.strerror
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        if batches is None:
-            raise OSError(f"{self.num_workers} loader workers cannot start: {reason}: lower --num_workers, or look at "
-                          "`df /dev/shm`, `ulimit -n`, `ulimit -u` and the memory")
-
-        def in_one_line() -> Iterator:
-            try:
-                yield from batches
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
-                    raise
-                raise ChildProcessError(f"{str(error).splitlines()[0].strip()} Lower --num_workers if memory is short; "
-                                        "a run goes on with --resume auto") from error
-
-        return in_one_line()
-
-
-def raise_file_limit(wanted: int = 2**16) -> None:
-    """Let this process and those it starts have more files open, as far as the system lets anyone: the usual limit of
-    1,024 is low for a loader of many workers."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if resource.RLIM_INFINITY != soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def make_loader(dataset: ClipDataset, batches: Sampler, num_workers: int, prefetch_factor: int = 2,
-                pin_memory: bool = False) -> Loader:
-    """Loads the batches of keys that `batches` yields, in worker processes of one thread each."""
-    return Loader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, worker_init_fn=init_worker,
-        prefetch_factor=prefetch_factor if num_workers else None, persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # else every pass over the loader would draw from the global generator
-    )
-
-
-def init_worker(worker: int) -> None:
-    torch.set_num_threads(1)
-    # Schedulers send SIGTERM to all processes of a job, and terminals send Ctrl-C: the training process saves and then
-    # ends its workers.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@atexit.register
-def end_workers() -> None:
-    """End the workers that an error has left. multiprocessing, whose turn at exit comes after this, would send them
-    SIGTERM, which they ignore, and wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch would report their end as an error
-    for process in multiprocessing.active_children():
-        if process.daemon:  # as loader workers are
-            process.kill()

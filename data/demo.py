@@ -27,8 +27,7 @@ import skimage.data
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder, data/ included
-from common.errors import read_json  # noqa: E402
-from data.usage import ArgumentParser  # noqa: E402
+from common.errors import ArgumentParser, read_json  # noqa: E402
 
 # Direction of the camera's way: right, down (in view widths and heights), zoom in (log), clockwise turn (radians).
 MOTIONS = {

@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # runs from any folder, data/ included
-from common.errors import reading  # noqa: E402
-from data.usage import ArgumentParser  # noqa: E402
+from common.errors import ArgumentParser, reading  # noqa: E402
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif")
 UCF101_CLASSES = 101

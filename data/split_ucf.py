@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder, data/ included
-from common.errors import reading  # noqa: E402
+from common.errors import ArgumentParser, reading  # noqa: E402
 from data.metadata import VideoName, find_ucf, find_videos, first_few, in_train, parse_name, ucf_note  # noqa: E402
-from data.usage import ArgumentParser  # noqa: E402
 
 
 def check_list(file: Path, videos: dict[Path, VideoName], split: int) -> None:

@@ -28,8 +28,8 @@ from einops import rearrange
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from common.errors import shown
-from data.files import of_system
+from common.errors import MendableError, shown
+from common.files import of_system
 
 TIMEOUT = 60.0  # seconds for one file: ten seconds of 1080p take two on a busy core
 PATIENCE = 60.0  # seconds for which a file that the system does not give is tried again
@@ -49,7 +49,7 @@ decord.logging.set_level(decord.logging.QUIET)
 log = logging.getLogger(__name__)
 
 
-class VideoError(RuntimeError):
+class VideoError(MendableError):
     """A video that cannot be read; its text is one line, "PATH: reason"."""
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a script from any folder
 import torch  # noqa: E402
 
-from data.clips import list_folder  # noqa: E402
-from training import distributed  # noqa: E402
-from training.arguments import Parser, add_coordtok, add_data, one_line_errors  # noqa: E402
-from training.evaluation import add_evaluation, evaluate  # noqa: E402
+from common import distributed  # noqa: E402
+from common.cli import Parser, one_line_errors  # noqa: E402
+from data.lists import list_folder  # noqa: E402
+from eval.evaluate import add_evaluation, evaluate  # noqa: E402
+from training.flags import add_coordtok, add_data  # noqa: E402
+from training.load import load_coordtok, weights_sha256  # noqa: E402
 from training.optim import Precision  # noqa: E402
-from training.tokenizers import load_coordtok, weights_sha256  # noqa: E402
 
 
 def parse_args():

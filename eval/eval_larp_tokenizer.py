@@ -13,13 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a script
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from data.clips import list_csv, list_folder  # noqa: E402
-from models.interpolant import sample_generators  # noqa: E402
-from training import distributed  # noqa: E402
-from training.arguments import Parser, add_data, one_line_errors  # noqa: E402
-from training.evaluation import add_evaluation, evaluate  # noqa: E402
+from common import distributed  # noqa: E402
+from common.cli import Parser, one_line_errors  # noqa: E402
+from common.rng import sample_generators  # noqa: E402
+from data.lists import list_csv, list_folder  # noqa: E402
+from eval.evaluate import add_evaluation, evaluate  # noqa: E402
+from training.flags import add_data  # noqa: E402
+from training.load import load_larp_tokenizer, weights_sha256  # noqa: E402
 from training.optim import Precision  # noqa: E402
-from training.tokenizers import load_larp_tokenizer, weights_sha256  # noqa: E402
 from training.validation import CodeStats  # noqa: E402
 
 AMP = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}

@@ -16,22 +16,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.cli import Parser, one_line_errors
 from common.errors import shown
-from data.clips import ClipDataset, ClipKey, VideoFile, list_csv, list_folder, make_loader
+from common.files import git_revision, manifest_sha256
+from data.clips import ClipDataset, ClipKey
+from data.lists import VideoFile, list_csv, list_folder
+from data.loader import make_loader
 from data.video import TIMEOUT, to_video
 from eval.features import feature_metrics
 from eval.i3d import I3D, MIN_FRAMES, RESIZE_RULES
-from eval.protocols import (
-    COORDTOK_RESIZE,
-    PROTOCOLS,
-    Protocol,
-    describe,
-    git_revision,
-    manifest_sha256,
-    record,
-    write_record,
-)
-from training.arguments import Parser, one_line_errors
+from eval.protocols import COORDTOK_RESIZE, PROTOCOLS, Protocol
+from eval.report import describe, record, write_record
 
 DIVISORS = ("N", "N-1")
 

@@ -24,7 +24,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from models import fetch
-from models.released import WeightsError
+from models.pretrained import WeightsError
 
 MIN_FRAMES = 10
 RESIZE_RULES = ("square", "short_side")

@@ -1,4 +1,4 @@
-"""Distances between clips, one value a clip: MSE, PSNR (two definitions), SSIM. LPIPS is `models.losses.Perceptual`.
+"""Distances between clips, one value a clip: MSE, PSNR (two definitions), SSIM. LPIPS is `models.lpips.Perceptual`.
 
 Every function takes two clips (B, 3, T, H, W), float, [0, 1], clamped here (a decoder may overshoot), and returns (B,)
 float64: a clip's value does not depend on the others in its batch.

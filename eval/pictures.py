@@ -7,7 +7,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from data.files import write_whole
+from common.files import write_whole
 
 MARGIN = 4
 TEXT = 14  # height of a line of text

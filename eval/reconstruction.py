@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.clips import ClipKey, Quarantine, VideoFile
+from data.clips import ClipKey, Quarantine
+from data.lists import VideoFile
 from data.video import VideoError, probe, to_video
 from eval import fvd
 from eval.metrics import mse_clip, psnr_clip, psnr_frame, ssim_frame
@@ -67,7 +68,7 @@ def reconstruct_rows(
 
     reconstruct: (B, 3, T, H, W) float [0, 1] and the clips' global indices -> the same, need not be clamped: it is
         here. What it draws for a clip should depend on the clip's index alone.
-    loader: batches of data.clips.collate, whose `position` is that index.
+    loader: batches of data.loader.collate, whose `position` is that index.
     Returns ({index (n,), metric (n,), real and fake I3D logits (n, 400)}, the first batch's (input, reconstruction)
     pairs), on the CPU. psnr_mean_frame is of the clip's mean frame, which a useful tokenizer must beat.
     """

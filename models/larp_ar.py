@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models import decoding
 from models.decoding import KVCache, Linear, Window, attend_one
 from models.layers import Blocks, sincos_1d
-from models.released import build, load_state, read_pretrained, read_released, strip_prefix
+from models.pretrained import build, load_state, read_pretrained, read_released, strip_prefix
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from common.cli import is_none
 from models.discriminator import xavier_linears
 from models.layers import Blocks, TubeletEmbedding, sincos_1d, sincos_3d, vit_block
-from models.planes import unpatchify
+from models.patches import unpatchify
+from models.pretrained import build, load_state, read_pretrained, read_released
 from models.prior import Prior, PriorConfig
-from models.quantizer import Bottleneck, BottleneckConfig, Generators, is_none
-from models.released import build, load_state, read_pretrained, read_released
+from models.quantizer import Bottleneck, BottleneckConfig, Generators
 
 MODEL_CARD = """---
 {{ card_data }}

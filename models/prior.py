@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from common.cli import is_none
 from models.discriminator import xavier_linears
 from models.layers import Blocks, Fused
-from models.quantizer import Generators, GumbelMax, is_none, uniform
+from models.quantizer import Generators, GumbelMax, uniform
 
 PRIOR_SIZES = {  # layers, width, heads; parameters at 16 code dimensions
     "gptc-tiny": (2, 64, 4),  # 0.1M; not one of the paper's: for trials on a CPU

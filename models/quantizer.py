@@ -1,6 +1,5 @@
 """The discrete bottleneck of LARP (arXiv 2410.21264, section 3.2): project, quantise against a codebook, project back.
 The configuration mirrors the nesting of the released config.json, whose values are the defaults."""
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,14 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.cli import is_none
 from models.layers import Fused
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-def is_none(name: str | None) -> bool:
-    """The released files spell "without" in several ways."""
-    return name is None or name.lower() in ("", "none", "no", "null")
 
 
 @dataclass(frozen=True)
@@ -212,3 +207,4 @@ class Bottleneck(nn.Module):
     def expand(self, vectors: Tensor) -> Tensor:
         """vectors: (B, N, d) -> (B, N, out_dim)."""
         return self.out_linear(vectors.to(self.out_linear.weight.dtype))  # float32, also in a model cast to half
+

@@ -16,8 +16,8 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from models.layers import Blocks, sincos_2d
-from models.planes import Planes
-from models.released import load_state, read_released
+from models.pretrained import load_state, read_released
+from models.triplane import Planes
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class SiT(nn.Module):
         """The EMA weights of the authors' .pt file, in evaluation mode. `config` as in `SiTConfig`, whose defaults are
         the released model's. Raises ValueError, naming the first tensors, where file and architecture disagree.
 
-        The statistics that its latents are standardised by stand in the run's log.txt: see `models.released`.
+        The statistics that its latents are standardised by stand in the run's log.txt: see `models.pretrained`.
         """
         state = read_released(path, "ema")["ema"]
         model = cls(**config)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.fetch import Archive, cached_weights, check_sha256
-from models.losses import Distance, FrameDistance, Perceptual
-from models.released import load_state, read_released
+from models.lpips import Distance, FrameDistance, Perceptual
+from models.pretrained import load_state, read_released
 
 WHEEL = Archive("ST-LPIPS", "stlpips-pytorch", "stlpips_pytorch-0.0.2-py3-none-any.whl", "--lpips_weights")
 WHEEL_SHA256 = "a412bf901a97c942b37af57c7c63b6e5d1aebfe8d1dfc17853d4b2f878630645"

@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs as a script from any folder
 from PIL import Image  # noqa: E402
 
-from data.files import write_whole  # noqa: E402
-from data.usage import ArgumentParser  # noqa: E402
-from eval.protocols import FACTS, Protocol, comparable, read_record  # noqa: E402
-from training.arguments import one_line_errors  # noqa: E402
+from common.cli import one_line_errors  # noqa: E402
+from common.errors import ArgumentParser  # noqa: E402
+from common.files import write_whole  # noqa: E402
+from eval.protocols import Protocol  # noqa: E402
+from eval.report import FACTS, comparable, read_record  # noqa: E402
 
 # What may differ under one heading: all else is how a number was measured.
 OF_THE_MODEL = ("model", "sampler", "git_revision", "world_size")
@@ -57,7 +58,7 @@ LARGEST_VIDEO = 500_000  # bytes
 
 
 class Report(NamedTuple):
-    """A report.json, as eval.protocols.write_record wrote it."""
+    """A report.json, as eval.report.write_record wrote it."""
 
     folder: Path
     results: dict[str, Any]

@@ -11,9 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from common import distributed
+from common.cli import one_line_errors
 from models.larp_tokenizer import LARPTokenizer
-from training import distributed
-from training.arguments import one_line_errors
 
 ROOT = Path(__file__).parents[1]
 TINY_COORDTOK = (

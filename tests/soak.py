@@ -32,10 +32,10 @@ import train_ar  # noqa: E402
 import train_coordtok  # noqa: E402
 import train_larp_tokenizer  # noqa: E402
 import train_sit  # noqa: E402
-from data.clips import end_workers  # noqa: E402
+from common.cli import one_line_errors  # noqa: E402
+from data.loader import end_workers  # noqa: E402
 from data.video import write_video  # noqa: E402
 from training import checkpoint  # noqa: E402
-from training.arguments import one_line_errors  # noqa: E402
 
 SCRIPTS = {"coordtok": train_coordtok, "sit": train_sit, "larp_tokenizer": train_larp_tokenizer, "larp_ar": train_ar,
            "sample": sample}
@@ -190,7 +190,7 @@ class Soak:
         kinds = ["metrics", "partial", *(["checkpoint", "all checkpoints"] if name != "sample" else []),
                  *(["cache"] if cached else [])]
         kind = self.rng.choice(kinds)
-        paths = checkpoint.written(run / "checkpoints")
+        paths = checkpoint.list_checkpoints(run / "checkpoints")
         if kind == "metrics" and (run / "metrics.jsonl").exists():
             with open(run / "metrics.jsonl", "a") as file:
                 file.write('{"step": 3, "ki')
@@ -210,7 +210,8 @@ class Soak:
             code, output = self.run(name, cached, out)
             if code != 1 or f"none of the {len(paths)} checkpoints" not in output or "Traceback" in output:
                 raise Lost(f"all checkpoints damaged, and it ended with {code}: {output[-300:]}")
-            if (run / "metrics.jsonl").read_bytes() != before or checkpoint.written(run / "checkpoints") != paths:
+            there = checkpoint.list_checkpoints(run / "checkpoints")
+            if (run / "metrics.jsonl").read_bytes() != before or there != paths:
                 raise Lost("all checkpoints damaged, and the run changed what was there")
             shutil.rmtree(run)
             (out / "kept").rename(run)

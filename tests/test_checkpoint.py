@@ -34,7 +34,7 @@ def test_at_least_one_is_kept(tmp_path, keep):
 def test_steps_are_numbers_of_any_length(tmp_path):
     for step in (9_999_998, 9_999_999, 10_000_000):
         checkpoint.save(tmp_path, step, state(step), keep=2)
-    assert [path.name for path in checkpoint.written(tmp_path)] == ["step_9999999.pt", "step_10000000.pt"]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_9999999.pt", "step_10000000.pt"]
     assert checkpoint.find(tmp_path, "auto", "toy")["step"] == 10_000_000
 
 
@@ -42,7 +42,7 @@ def test_what_was_just_written_is_kept(tmp_path):
     """Also by a run that has gone back to an older checkpoint."""
     for step in (7, 8, 3):
         checkpoint.save(tmp_path, step, state(step), keep=2)
-    assert [path.name for path in checkpoint.written(tmp_path)] == ["step_0000003.pt", "step_0000008.pt"]
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step_0000003.pt", "step_0000008.pt"]
 
 
 def test_a_checkpoint_that_is_gone_is_not_the_best(tmp_path):

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from data.cache import ClipCache
-from data.clips import ClipDataset, ClipKey, GlobalBatchSampler, Quarantine, VideoFile, list_folder, make_loader
+from data.clips import ClipDataset, ClipKey, Quarantine
+from data.lists import VideoFile, files_sha256, list_folder
+from data.loader import GlobalBatchSampler, make_loader
 from data.video import VideoError, to_video, write_video
 from training import clip_cache as module
-from training.clip_cache import clip_cache, files_sha256
+from training.clip_cache import clip_cache
 
 LENGTHS = (20, 5, 14, 9, 3)
 CPU = torch.device("cpu")

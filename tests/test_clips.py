@@ -18,24 +18,13 @@ import torch
 from helpers import ROOT
 
 from data import clips
-from data.clips import (
-    ClipDataset,
-    ClipKey,
-    GlobalBatchSampler,
-    Quarantine,
-    VideoFile,
-    collate,
-    find_lists,
-    list_csv,
-    list_folder,
-    make_loader,
-    num_starts,
-    window_frames,
-)
+from data.clips import ClipDataset, ClipKey, Quarantine, num_starts, window_frames
+from data.lists import VideoFile, files_sha256, find_lists, list_csv, list_folder
+from data.loader import GlobalBatchSampler, collate, make_loader
 from data.metadata import find_videos, write_list
 from data.video import StorageError, VideoError, write_video
 from eval import reconstruction
-from training.clip_cache import WholeVideos, files_sha256
+from training.clip_cache import WholeVideos
 
 LENGTHS = (20, 9, 14)
 
@@ -422,7 +411,7 @@ def test_a_batch_that_cannot_be_sent_is_an_error(folder, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("data.shipping.DupFd", refuse)
+    monkeypatch.setattr("data.shared_memory.DupFd", refuse)
     with pytest.raises(OSError, match="a batch cannot be handed over in shared memory: Too many open files: lower"):
         next(iter(make_loader(dataset(folder), [[ClipKey(0)]], 1)))
 

@@ -5,25 +5,16 @@ import pytest
 import torch
 from helpers import tiny_larp
 
-from data.clips import ClipDataset, ClipKey, GlobalBatchSampler, VideoFile, class_names, make_loader
+from data.augment import draw_flips, flip_half
+from data.clips import ClipDataset, ClipKey
+from data.lists import VideoFile, check_classes, check_labels, class_names
+from data.loader import GlobalBatchSampler, make_loader
 from data.video import VideoError, to_video, write_video
 from models.larp_ar import LARPGenerator, code_loss
 from training import codes as codes_module
 from training import latents
-from training.codes import (
-    CodeCache,
-    HeldOut,
-    batches_from_cache,
-    batches_from_video,
-    check_classes,
-    check_labels,
-    draw_drops,
-    draw_flips,
-    encode_video,
-    flip_half,
-    held_out_keys,
-    hold_last,
-)
+from training.codes import CodeCache, batches_from_cache, batches_from_video, draw_drops, encode_video, hold_last
+from training.validation import HeldOut, held_out_keys
 
 CPU = torch.device("cpu")
 GIVEN = 3  # frames

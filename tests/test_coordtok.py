@@ -7,7 +7,8 @@ import torch
 
 from models.coordtok import CoordTok, CoordTokConfig, read_plane, released_padding
 from models.layers import set_checkpointing
-from models.planes import Planes, gather_patches, patchify, unpatchify
+from models.patches import gather_patches, patchify, unpatchify
+from models.triplane import Planes
 
 TINY = {
     "video_shape": (8, 16, 24),

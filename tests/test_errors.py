@@ -6,13 +6,13 @@ import pytest
 from helpers import ROOT, environment
 
 import common.errors
-from training.arguments import one_line_errors
+from common.cli import one_line_errors
 
 SCRIPT = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 from training import distributed
-from training.arguments import one_line_errors
+from training.flags import one_line_errors
 
 with one_line_errors():
     distributed.setup("cpu")

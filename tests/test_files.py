@@ -10,13 +10,13 @@ from helpers import ROOT, mistake
 
 import train_coordtok
 import train_larp_tokenizer
+from common.files import claim, release, remove_partials, write_whole
 from data.cache import RowCache
-from data.files import claim, release, remove_partials, write_whole
 from data.video import write_video
 from eval.pictures import contact_sheet
-from eval.protocols import write_record
+from eval.report import write_record
+from sampling.store import SampleStore, append_report
 from training import checkpoint
-from training.samples import SampleStore, append_report
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_the_next_fill_removes_what_a_killed_one_left(tmp_path):
 def test_shards_that_meet_name_each_other(tmp_path):
     """Two on one range; others go side by side."""
     store = SampleStore(tmp_path, {}, 9)
-    process = other(f"from training.samples import SampleStore; SampleStore({str(tmp_path)!r}, {{}}, 9).open("
+    process = other(f"from sampling.store import SampleStore; SampleStore({str(tmp_path)!r}, {{}}, 9).open("
                     "range(0, 4), False)")
     with pytest.raises(ValueError, match=f"samples 0 to 3 in {tmp_path} are being made by process {process.pid} on "):
         store.open(range(3, 6), False)

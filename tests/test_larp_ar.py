@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.decoding import Linear, draw, sampling_probs
 from models.larp_ar import SIZES, LARPGenerator, code_loss
 from models.layers import set_checkpointing
-from models.released import WeightsError
+from models.pretrained import WeightsError
 
 TINY = {"n_layer": 3, "n_head": 4, "dim": 64, "num_classes": 7, "vocab_size": 64, "max_seq_len": 24}
 FP = TINY | {"frame_prediction": True, "cls_token_num": 25}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from models.larp_tokenizer import LARPTokenizer
 from models.layers import set_checkpointing, sincos_1d, sincos_3d
-from models.released import WeightsError
+from models.pretrained import WeightsError
 
 TINY = {
     "bottleneck": {"args": {"bottleneck_dim": 4, "regularizer": {"args": {"codebook_size": 32}}}},

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.clips import ClipDataset, GlobalBatchSampler, VideoFile
+from data.clips import ClipDataset
+from data.lists import VideoFile
+from data.loader import GlobalBatchSampler
 from data.video import VideoError, write_video
 from models.coordtok import CoordTokConfig
-from models.planes import Planes
+from models.triplane import Planes
 from training import latents
 from training.latents import LatentCache, LatentStats, batches_from_cache, measure
 

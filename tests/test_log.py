@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data.clips import Loader, init_worker
+from data.loader import Loader, init_worker
 from training.log import NonFiniteGuard, RunLog, StageClock, StopSignal
 
 CPU = torch.device("cpu")

@@ -6,7 +6,8 @@ import math
 import pytest
 
 from eval import protocols
-from eval.protocols import PROTOCOLS, comparable, describe, record
+from eval.protocols import PROTOCOLS
+from eval.report import comparable, describe, record
 
 FACTS = {
     "num_real": 10000,

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 import data.clips
-from data.clips import ClipDataset, ClipKey, Quarantine, VideoFile
+from data.clips import ClipDataset, ClipKey, Quarantine
+from data.lists import VideoFile
 from data.video import probe, write_video
 from eval import fvd
 from eval.protocols import PROTOCOLS
 from eval.reconstruction import merge, protocol_clips, reconstruct_rows, summary
-from training.samples import drawn_clips, segments
+from sampling.real_clips import drawn_clips, segments
 from training.validation import Validation
 
 

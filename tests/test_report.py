@@ -15,7 +15,8 @@ from PIL import Image
 
 from data.video import write_video
 from eval.pictures import contact_sheet
-from eval.protocols import FACTS, PROTOCOLS, record, write_record
+from eval.protocols import PROTOCOLS
+from eval.report import FACTS, record, write_record
 from scripts import report
 
 VOID = {"meta", "img"}

@@ -14,15 +14,14 @@ import train_ar
 import train_coordtok
 import train_larp_tokenizer
 import train_sit
+from common.cli import Parser
 from data.cache import RowCache
 from eval import i3d
 from models.coordtok import CoordTok
 from training import checkpoint, clip_cache
-from training.arguments import Parser, add_coordtok, coordtok_config
-from training.codes import HeldOut
-from training.generation import SampleCheck
+from training.flags import add_coordtok, coordtok_config
 from training.log import StopSignal
-from training.validation import Validation
+from training.validation import HeldOut, SampleCheck, Validation
 
 SCRIPTS = {script.__name__: script for script in (train_coordtok, train_sit, train_larp_tokenizer, train_ar)}
 COORDTOK = [*TINY_COORDTOK, "--num_frames", 16]

@@ -15,15 +15,17 @@ from PIL import Image
 
 import data.clips
 import sample
-from data.clips import ClipDataset, list_csv
+from common.cli import one_line_errors
+from data.clips import ClipDataset
+from data.lists import list_csv
 from data.video import FrameError, read_frames, to_bytes
 from eval.protocols import PROTOCOLS
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
+from sampling.real_clips import real_batches, segments
+from sampling.store import chunk_indices
 from training import checkpoint
-from training.arguments import one_line_errors
-from training.samples import chunk_indices, real_batches, segments
-from training.tokenizers import load_larp_ar, weights_sha256
+from training.load import load_larp_ar, weights_sha256
 
 FRAMES, SIZE, CODES, BOOK = 12, 32, 12, 32
 GENERATOR = {"dim": 32, "n_layer": 2, "n_head": 2, "num_classes": 2, "vocab_size": BOOK, "max_seq_len": CODES}

@@ -14,18 +14,20 @@ from helpers import error_line, run, start, wait
 from PIL import Image
 
 import sample
-from data.clips import ClipDataset, list_folder
+from data.clips import ClipDataset
+from data.lists import list_folder
 from data.video import probe, to_bytes
 from eval.i3d import I3D
 from models.coordtok import CoordTok
 from models.interpolant import Interpolant
-from models.planes import Planes
-from models.released import WeightsError
+from models.pretrained import WeightsError
 from models.sit import SIT_SIZES, SiT
+from models.triplane import Planes
+from sampling.real_clips import drawn_clips, real_batches
+from sampling.store import chunk_indices
 from training import checkpoint
 from training.latents import LatentStats
-from training.samples import chunk_indices, drawn_clips, real_batches
-from training.tokenizers import weights_sha256
+from training.load import weights_sha256
 
 TOKENIZER = {
     "video_shape": (10, 16, 16), "enc_embed_dim": 16, "enc_num_layers": 1, "enc_num_heads": 2, "enc_patch_size_xy": 8,

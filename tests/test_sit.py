@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from models.layers import set_checkpointing
-from models.planes import Planes
 from models.sit import SIT_SIZES, SiT, SiTConfig, timestep_sinusoids
+from models.triplane import Planes
 
 TINY = {"input_size": (8, 4), "in_channels": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}
 

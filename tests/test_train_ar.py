@@ -16,11 +16,12 @@ from helpers import ROOT, logged, losses, mistake, num_lines, run, run_bash, run
 from PIL import Image
 
 import train_ar
+from common.cli import Parser
 from eval.pictures import MARGIN, SMALLEST, TEXT
 from models.larp_ar import LARPGenerator
 from training import checkpoint
-from training.arguments import Parser, add_larp_ar, larp_ar_config
-from training.tokenizers import weights_sha256
+from training.flags import add_larp_ar, larp_ar_config
+from training.load import weights_sha256
 
 STEPS = 6
 CODES, CODEBOOK = 12, 64

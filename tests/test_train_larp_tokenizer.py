@@ -14,12 +14,13 @@ import torch
 from helpers import mistake, run_here
 
 import train_larp_tokenizer
+from common.cli import Parser
+from data.augment import draw_flips
 from eval import eval_larp_tokenizer
 from models.larp_tokenizer import LARPTokenizer
 from training import checkpoint
-from training.arguments import Parser, add_larp_tokenizer, larp_config
-from training.codes import draw_flips
-from training.tokenizers import load_larp_tokenizer
+from training.flags import add_larp_tokenizer, larp_config
+from training.load import load_larp_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = (

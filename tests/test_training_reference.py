@@ -14,9 +14,9 @@ import train_ar
 import train_coordtok
 import train_larp_tokenizer
 import train_sit
-from data.clips import VideoFile
+from data.lists import VideoFile
 from models.larp_tokenizer import LARPTokenizer
-from models.planes import Planes
+from models.triplane import Planes
 from training import checkpoint
 
 TOLERANCE = 5e-6  # of losses and weights

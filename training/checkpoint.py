@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from common.errors import DamagedFile, found, reading
-from data.files import of_system, write_whole, writing
-from data.usage import ArgumentParser
-from models.released import PRETRAINED, check_finite, load_state, read_pretrained
-from training import distributed, sharding
+from common import distributed
+from common.errors import ArgumentParser, DamagedFile, found, reading
+from common.files import of_system, write_whole, writing
+from models.pretrained import PRETRAINED, check_finite, load_state, read_pretrained
+from training import fsdp
 
 FORMAT = 1
 NAME = re.compile(r"step_(\d+)(\.pt)?")  # of a file, or of a folder where the state has sharded tensors
@@ -58,7 +58,7 @@ def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
     if keep < 1:
         raise ValueError(f"--keep_checkpoints is {keep}, expected 1 or more")
     rng = distributed.gather(rng_state())
-    state, shards = sharding.split({"format": FORMAT, "step": step, "rng": rng, **state})
+    state, shards = fsdp.split({"format": FORMAT, "step": step, "rng": rng, **state})
     suffix = "" if shards else ".pt"
     path = folder / f"step_{step:07d}{suffix}"
     partial = path.with_suffix(".partial")
@@ -68,12 +68,12 @@ def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
             remove(left)
     if shards:
         distributed.barrier()
-        sharding.write(partial, shards)
+        fsdp.write(partial, shards)
     if distributed.is_main():
         with writing(partial / "state.pt" if shards else partial, path) as file:
             torch.save(state, file)
         rename(partial, path)
-        others = [other for other in written(folder) if other != path]
+        others = [other for other in list_checkpoints(folder) if other != path]
         for old in others[: max(len(others) - keep + 1, 0)]:
             remove(old)
     distributed.barrier()
@@ -83,7 +83,7 @@ def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
 def mark_best(folder: Path, step: int) -> None:
     """Keep the checkpoint of `step` as best.pt, or best, too. A run that began with another folder's checkpoint has
     none of that step."""
-    path = next((path for path in written(folder) if step_of(path) == step), None)
+    path = next((path for path in list_checkpoints(folder) if step_of(path) == step), None)
     if path is None or not distributed.is_main():
         return
     best, link = folder / f"best{path.suffix}", folder / "best.partial"
@@ -125,7 +125,7 @@ def step_of(path: Path) -> int:
     return int(NAME.fullmatch(path.name)[1])
 
 
-def written(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first: by the number of their step, which may have any number of digits."""
     return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=step_of)
 
@@ -155,10 +155,10 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         if not mmap:
-            sharding.verify(file)
+            fsdp.verify(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         if path.is_dir():
-            sharding.check(path)
+            fsdp.check(path)
     except Exception as error:
         reason = found(file, error)
         if of_system(error):
@@ -220,7 +220,7 @@ def is_ours(path: str | Path) -> bool:
 def newest(folder: Path) -> dict | None:
     """The newest whole checkpoint in `folder`, or None where there is none. Raises DamagedFile where all are damaged,
     and what `load` raises for other reasons than damage."""
-    there = written(folder)
+    there = list_checkpoints(folder)
     for path in reversed(there):
         try:
             return load(path)
@@ -248,7 +248,7 @@ def find(folder: Path, resume: str | None, kind: str) -> dict | None:
         return state and expect(state, kind, folder)
     if resume is not None:
         return expect(load(resume), kind, f"--resume {resume}")
-    if there := written(folder):
+    if there := list_checkpoints(folder):
         raise ValueError(
             f"{folder} already holds {there[-1].name}: continue it with --resume auto, or choose another --exp_name"
         )
@@ -268,7 +268,7 @@ def select_weights(state: dict, version: str = "sd") -> dict[str, Tensor]:
     if "shards" not in state:
         return found[version]
     path = "model" if version == "sd" else version.replace("_", "/", 1)  # ema_0.9 lies under ema/0.9
-    return found[version] | sharding.read_whole(state["shards"], f"{path}/")
+    return found[version] | fsdp.read_whole(state["shards"], f"{path}/")
 
 
 # What an exported model needs beside its architecture. Kinds that are not here have a layout of their own, the released
@@ -330,7 +330,7 @@ def main() -> None:
     parser.add_argument("--version", metavar="sd|ema|ema_DECAY",
                         help="live weights, or an average (default: ema of a SiT, else sd)")
     args = parser.parse_args()
-    from training.arguments import one_line_errors
+    from common.cli import one_line_errors
 
     with one_line_errors():
         export(load(args.checkpoint), args.folder, args.version)

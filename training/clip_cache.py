@@ -1,5 +1,4 @@
 """Ready frames of all videos of a list, decoded once."""
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +8,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from common import distributed
+from common.console import print_main
 from data.cache import ClipCache
-from data.clips import Loader, Quarantine, VideoFile, deliver, init_worker
-from data.video import NULL, VideoError, file_size, read_chosen, resize_crop_8bit
-from eval.protocols import manifest_sha256
-from training import distributed
-from training.log import say
+from data.clips import Quarantine
+from data.lists import VideoFile, files_sha256
+from data.loader import Loader, deliver, init_worker
+from data.video import VideoError, read_chosen, resize_crop_8bit
 
 
 def clip_cache(
@@ -30,8 +30,8 @@ def clip_cache(
     cache = ClipCache(folder, {"files": files_sha256(files), "rule": rule}, len(files), size)
     fill(cache, WholeVideos(files, size, rule, quarantine, timeout), num_workers)
     lengths = cache.index[1]
-    say(f"clips of {(lengths > 0).sum():,} of {len(files):,} videos, {lengths.sum() * 3 * size**2 / 2**30:.2f} GiB, "
-        f"are cached in {cache.folder}")
+    print_main(f"clips of {(lengths > 0).sum():,} of {len(files):,} videos, "
+               f"{lengths.sum() * 3 * size**2 / 2**30:.2f} GiB, are cached in {cache.folder}")
     return cache
 
 
@@ -73,23 +73,3 @@ def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
             cache.write(shard, frames)
     distributed.wait_until(lambda: not cache.missing())
 
-
-def is_broken_link(path: str) -> bool:
-    return os.path.islink(path) and not os.path.exists(path)
-
-
-def files_sha256(files: Sequence[VideoFile]) -> str:
-    """SHA-256 of the videos' paths, relative to the folder they share, and sizes in bytes (0 for a random clip, which
-    has no file, and one that is missing): what caches of them are found by."""
-    root = os.path.commonpath([os.path.dirname(file.path) for file in files])
-    if all(is_broken_link(file.path) for file in files):
-        raise FileNotFoundError(f"all {len(files)} videos under {root} are links to nothing: is their disk there?")
-
-    def size(path: str) -> int:
-        try:
-            return 0 if path.startswith(NULL) or is_broken_link(path) else file_size(path)
-        except VideoError:
-            return 0
-
-    sizes = (size(file.path) for file in files)
-    return manifest_sha256([f"{file.path} {size}" for file, size in zip(files, sizes)], root)

@@ -17,18 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common import distributed
+from common.console import print_main
 from common.errors import reading
-from data.clips import Quarantine
-from data.files import claim, write_whole
-from eval.protocols import as_json, git_revision
-from training import distributed
-
-
-def say(*words) -> None:
-    """Print on rank 0, above the progress bar."""
-    if distributed.is_main():
-        tqdm.write(" ".join(map(str, words)), file=sys.stdout)
-        sys.stdout.flush()
+from common.files import claim, git_revision, write_whole
+from eval.report import as_json
 
 
 def claim_run(folder: Path) -> None:
@@ -41,15 +34,6 @@ def claim_run(folder: Path) -> None:
             error = caught
     if distributed.any_rank(error is not None):
         raise error or SystemExit(1)  # one line is enough
-
-
-def open_quarantine(folder: Path, timeout: float) -> Quarantine:
-    """The list of damaged videos in a run's folder, on every process; those of an earlier run are looked at again."""
-    quarantine = Quarantine(folder / "quarantine.txt")
-    if distributed.is_main():
-        quarantine.review(timeout)
-    distributed.barrier()
-    return quarantine
 
 
 def wandb_id(folder: Path) -> str:
@@ -143,7 +127,7 @@ class RunLog:
         self.step, self.waiting, self.clock = step, 0.0, now
         text = ", ".join(f"{k} {v:.4g}" for k, v in {**values, **speed}.items())
         if self.bar.disable:
-            say(f"step {step}: {text}")
+            print_main(f"step {step}: {text}")
         else:
             self.bar.set_postfix_str(text)
         self.write(step, "train", **values, **speed)
@@ -157,7 +141,7 @@ class RunLog:
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             values = compute()
         self.write(step, kind, **values)
-        say(f"step {step}, {kind}" + "".join(f", {name} {value:.4g}" for name, value in values.items()))
+        print_main(f"step {step}, {kind}" + "".join(f", {name} {value:.4g}" for name, value in values.items()))
         return values
 
     def write(self, step: int, kind: str, **values) -> None:
@@ -330,6 +314,7 @@ class StopSignal:
         """End with the exit code of the signal, so that a script does not go on with an unfinished model."""
         number = self.received or signal.SIGTERM
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        say(f"{name}: {'saved' if saved else 'left at'} step {step}; go on with --resume auto")
+        print_main(f"{name}: {'saved' if saved else 'left at'} step {step}; go on with --resume auto")
         distributed.teardown()
         sys.exit(128 + number)
+

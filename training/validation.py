@@ -6,14 +6,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.clips import ClipDataset, ClipKey, Quarantine, VideoFile, make_loader
-from data.video import write_video
+from common import distributed
+from common.console import print_main
+from common.rng import Stream, generator
+from data.clips import ClipDataset, ClipKey, Quarantine
+from data.lists import VideoFile
+from data.loader import make_loader
+from data.video import to_video, write_video
+from eval import fvd
 from eval.i3d import I3D
 from eval.pictures import contact_sheet
 from eval.reconstruction import merge, reconstruct_rows, summary
-from models.losses import Perceptual
-from training import distributed
-from training.log import say
+from models.lpips import Perceptual
+from training.codes import Encode, Score, batches_from_video
 
 
 def validation_source(args: Namespace) -> str:
@@ -28,11 +33,11 @@ def validation_source(args: Namespace) -> str:
         source = named or trained.replace("_train", "_val")
     if source == trained and not named:
         flag = "--val_name" if args.video_name else "--val_csv"
-        say(f"validation is on {trained}, what is trained on: give {flag} for other videos")
+        print_main(f"validation is on {trained}, what is trained on: give {flag} for other videos")
     return str(Path(args.data_root) / source) if args.video_name else source
 
 
-def spread(files: int, clips: int | None) -> list[int]:
+def evenly_spaced(files: int, clips: int | None) -> list[int]:
     """`clips` indices spread evenly over `files`; None: all of them."""
     clips = files if clips is None else min(clips, files)
     return [i * files // clips for i in range(clips)]
@@ -52,7 +57,7 @@ class Validation:
         timeout: float,
     ):
         self.size, self.rule, self.device = size, rule, device
-        keys = [ClipKey(position, index) for position, index in enumerate(spread(len(files), num_clips))]
+        keys = [ClipKey(position, index) for position, index in enumerate(evenly_spaced(len(files), num_clips))]
         mine = keys[distributed.rank() :: distributed.world_size()]
         clips = ClipDataset(
             files, num_frames, size, rule=rule, resize="worker", short="repeat", quarantine=quarantine, damaged="skip",
@@ -67,7 +72,7 @@ class Validation:
         try:
             return build().to(self.device)
         except (OSError, ValueError) as error:
-            say(f"validation goes without {metric}: {error}")
+            print_main(f"validation goes without {metric}: {error}")
             return None
 
     def run(self, reconstruct: Callable[[Tensor, list[int]], Tensor], folder: Path) -> dict[str, float]:
@@ -111,3 +116,112 @@ class CodeStats:
             own = self.accuracy.get(name, torch.zeros_like(counts[0]))
             numbers[name] = distributed.all_sum(own) / counts.sum()
         return {name: value.item() for name, value in numbers.items()}
+
+
+class HeldOut:
+    """Codes of a fixed clip of some held-out videos, encoded once and split over the processes: what validation scores,
+    and what samples continue.
+
+    clips: the videos; a damaged one is replaced, so that every key has its clip. keys: of all processes; this one takes
+    every world_size-th, as SampleCheck does with its samples, so that sample i can continue clip i.
+    """
+
+    def __init__(self, clips: ClipDataset, keys: list[ClipKey], encode: Encode, batch_size: int, num_workers: int,
+                 device: torch.device):
+        self.batch_size, self.device = batch_size, device
+        mine = keys[distributed.rank() :: distributed.world_size()]
+        loader = make_loader(clips, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)],
+                             min(num_workers, len(mine)))
+        batches = list(batches_from_video(loader, encode, False, device)) if mine else []
+        self.codes, self.conds = (torch.cat([part[i].cpu() for part in batches]) if mine else torch.empty(0)
+                                  for i in range(2))  # (n, N), and (n,) or (n, N)
+
+    def cond(self, indices: Sequence[int]) -> Tensor:
+        """What the clips at these indices, all of this process, continue: (B,) labels, or (B, N) codes."""
+        return self.conds[[index // distributed.world_size() for index in indices]].to(self.device)
+
+    @torch.no_grad()
+    def score(self, score: Score, labelled: bool) -> dict[str, float]:
+        """Means over the clips of all processes: loss and accuracy, with `labelled` also those of hidden labels
+        (loss_uncond, accuracy_uncond): the difference is what a label is worth."""
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        for i in range(0, len(self.codes), self.batch_size):
+            codes, cond = (values[i : i + self.batch_size].to(self.device) for values in (self.codes, self.conds))
+            hidden = torch.zeros(len(codes), dtype=torch.bool, device=self.device)
+            logs = [*score(codes, cond, hidden)[1].values()]
+            logs += [*score(codes, cond, ~hidden)[1].values()] if labelled else logs
+            sums += len(codes) * torch.stack([torch.ones_like(logs[0]), *logs]).double()
+        count, *means = distributed.all_sum(sums).tolist()
+        names = ("loss", "accuracy", "loss_uncond", "accuracy_uncond")[: 4 if labelled else 2]
+        return {"clips": int(count), **{name: mean / count for name, mean in zip(names, means)}}
+
+
+def held_out_keys(num_files: int, num_clips: int | None, seed: int) -> list[ClipKey]:
+    """`num_clips` of the videos (None: all) in a random order, so that the first few are of all classes."""
+    order = generator(seed, 0, Stream.HELD_OUT).permutation(num_files)[:num_clips]
+    return [ClipKey(position, int(index)) for position, index in enumerate(order)]
+
+
+def caption(file: VideoFile) -> str:
+    """A sample's line on the contact sheet: the class of the clip whose label it takes, or that it continues."""
+    return Path(file.path).parent.name or f"class {file.label}"
+
+
+# --- samples during training ---
+class SampleCheck:
+    """Samples during training: a contact sheet, an mp4, and the FVD of a few samples against as many fixed real clips.
+
+    clips, keys: the real ones. Too few for a number to report; good for its course. continued: sample i continues clip
+    i, which stands above it in the pictures; `clips` must then replace damaged ones.
+    """
+
+    def __init__(
+        self, clips: ClipDataset, keys: list[ClipKey], batch_size: int, num_workers: int, device: torch.device,
+        continued: bool = False,
+    ):
+        self.clips, self.num_samples, self.batch_size, self.num_workers = clips, len(keys), batch_size, num_workers
+        self.continued = continued
+        self.keys = keys[distributed.rank() :: distributed.world_size()]
+        self.real = self.i3d = None
+        if clips.num_frames >= 10 and len(keys) > 1:
+            try:
+                self.i3d = I3D.from_weights().to(device)
+            except OSError as error:
+                print_main(f"samples go without FVD: {error}")
+
+    @torch.inference_mode()
+    def run(self, generate: Callable[[list[int]], Tensor], captions: list[str], folder: Path) -> dict[str, float]:
+        """Writes folder.png and folder.mp4 and returns {"fvd": ..., ...} where I3D is to be had.
+
+        generate: sample indices -> (B, 3, T, H, W) clips. captions: by index.
+        """
+        mine = list(range(self.num_samples))[distributed.rank() :: distributed.world_size()]
+        fake, shown = [torch.empty(0, 400)], []
+        for start in range(0, len(mine), self.batch_size):
+            videos = generate(mine[start : start + self.batch_size]).clamp(0, 1)
+            shown += list(videos[: 8 - len(shown)].cpu())
+            if self.i3d is not None:
+                fake.append(self.i3d(videos).cpu())
+        if distributed.is_main():
+            captions, rows = [captions[index] for index in mine[: len(shown)]], [shown]
+            if self.continued:
+                frames = [self.clips[key]["frames"] for key in self.keys[: len(shown)]]
+                rows = [list(to_video(frames, self.clips.size, self.clips.rule, torch.device("cpu"))), shown]
+            contact_sheet(folder.with_suffix(".png"), list(zip(*rows)), captions, ("real", "generated"), len(shown))
+            write_video(folder.with_suffix(".mp4"), torch.cat([torch.cat(row, dim=3) for row in rows], dim=2))
+        if self.i3d is None:
+            return {}
+        if self.real is None:
+            device = next(self.i3d.parameters()).device
+            batches = [self.keys[i : i + self.batch_size] for i in range(0, len(self.keys), self.batch_size)]
+            videos = (to_video(batch["frames"], self.clips.size, self.clips.rule, device)
+                      for batch in make_loader(self.clips, batches, min(self.num_workers, len(batches)))
+                      if len(batch["position"]))
+            self.real = gather_rows([torch.empty(0, 400), *(self.i3d(video).cpu() for video in videos)])
+        return fvd.report(self.real, gather_rows(fake))
+
+
+def gather_rows(parts: list[Tensor]) -> Tensor:
+    """The rows of all processes' tensors, in the order of the processes."""
+    return torch.cat(distributed.gather(torch.cat(parts)))
+

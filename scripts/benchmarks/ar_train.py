@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 
-from data.clips import ClipDataset, GlobalBatchSampler, list_folder, make_loader
+from data.clips import ClipDataset
 from data.demo import DemoConfig, make_demo
+from data.lists import list_folder
+from data.loader import GlobalBatchSampler, make_loader
 from models.larp_ar import SIZES, LARPGenerator, code_loss
 from models.larp_tokenizer import LARPTokenizer
 from scripts.benchmarks.common import SMALL_AR, SMALL_LARP, add_record, alternate, device_name, record, wait

@@ -12,12 +12,12 @@ factor; but none for pixels, noise and frozen weights.
 import math
 from itertools import pairwise
 
+from common.cli import is_none
 from models.coordtok import CoordTokConfig
 from models.discriminator import DiscriminatorConfig
 from models.larp_ar import LARPGeneratorConfig
 from models.larp_tokenizer import LARPTokenizerConfig
 from models.prior import PRIOR_SIZES
-from models.quantizer import is_none
 from models.sit import SiTConfig
 
 

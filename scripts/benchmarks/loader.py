@@ -40,8 +40,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 import data.clips
 import data.video
 from data.cache import ClipCache
-from data.clips import ClipDataset, GlobalBatchSampler, Quarantine, list_folder, make_loader, num_starts
-from data.points import random_patches
+from data.clips import ClipDataset, Quarantine, num_starts
+from data.lists import list_folder
+from data.loader import GlobalBatchSampler, make_loader
+from data.patch_sampling import random_patches
 from scripts.benchmarks.common import add_record, record
 from training.clip_cache import clip_cache
 

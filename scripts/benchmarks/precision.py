@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from common.rng import sample_generators
 from models.coordtok import CoordTok
 from models.discriminator import Discriminator
-from models.interpolant import draw_noise, sample_generators
+from models.interpolant import draw_noise
 from models.larp_ar import SIZES, LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
 from models.sit import SIT_SIZES, SiT

@@ -24,11 +24,11 @@ from data.demo import DemoConfig, make_demo
 from eval.i3d import I3D
 from models.larp_ar import SIZES, LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
+from sampling import store
 from scripts.benchmarks.common import SMALL_AR, SMALL_LARP, add_record, device_name, record
-from training import samples
 
 
-class InLine(samples.Behind):
+class InLine(store.BackgroundWriter):
     def run(self, function, *args, **kwargs) -> None:
         super().run(function, *args, **kwargs)
         self.last.result()
@@ -36,8 +36,8 @@ class InLine(samples.Behind):
 
 WAYS = {  # how batches are written, and how many videos of one at once
     "one by one": (InLine, 1),
-    "several at once": (InLine, samples.NUM_WRITERS),
-    "behind as well": (samples.Behind, samples.NUM_WRITERS),
+    "several at once": (InLine, store.NUM_WRITERS),
+    "behind as well": (store.BackgroundWriter, store.NUM_WRITERS),
 }
 
 
@@ -46,7 +46,7 @@ def run(flags: list[str], folder: Path, way: str) -> str:
     behind, num_writers = WAYS[way]
     with (
         patch.object(sample, "Behind", behind),
-        patch.object(samples, "NUM_WRITERS", num_writers),
+        patch.object(store, "NUM_WRITERS", num_writers),
         patch.object(sys, "argv", ["sample.py", *flags, "--output_dir", str(folder)]),
         contextlib.redirect_stdout(io.StringIO()) as said,
         contextlib.redirect_stderr(io.StringIO()),

@@ -17,16 +17,19 @@ from pathlib import Path
 
 import torch
 
-from data.clips import ClipDataset, GlobalBatchSampler, list_folder, make_loader
+from common.rng import sample_generators
+from data.clips import ClipDataset
 from data.demo import DemoConfig, make_demo
+from data.lists import list_folder
+from data.loader import GlobalBatchSampler, make_loader
 from models.coordtok import CoordTok
-from models.interpolant import Interpolant, draw_noise, noise_stream, sample_generators
-from models.planes import Planes
+from models.interpolant import Interpolant, draw_noise, noise_stream
 from models.sit import SIT_SIZES, SiT
+from models.triplane import Planes
 from scripts.benchmarks.common import SMALL_COORDTOK, add_record, alternate, device_name, record, wait
 from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure
+from training.load import coordtok_clips
 from training.optim import EMA, Precision, adamw, update
-from training.tokenizers import coordtok_clips
 
 
 def train_step(sit: SiT, stats: LatentStats, batches, precision: Precision, seconds: dict[str, float]):

@@ -23,16 +23,17 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.points import random_frames, random_patches
-from models.coordtok import CoordTok
+from common.rng import sample_generators
+from data.patch_sampling import random_frames, random_patches
+from models.coordtok import CoordTok, coordtok_loss
 from models.discriminator import Discriminator
 from models.gan import discriminator_loss, frozen, generator_loss
-from models.interpolant import Interpolant, draw_noise, sample_generators
+from models.interpolant import Interpolant, draw_noise
 from models.larp_ar import SIZES, LARPGenerator, code_loss
 from models.larp_tokenizer import LARPTokenizer
 from models.layers import compile_blocks, set_checkpointing
-from models.losses import Perceptual, coordtok_loss
-from models.planes import gather_patches
+from models.lpips import Perceptual
+from models.patches import gather_patches
 from models.sit import SIT_SIZES, SiT
 from scripts.benchmarks import flops
 from scripts.benchmarks.common import (

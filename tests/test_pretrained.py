@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.released import load_state, read_released, read_sit_statistics, strip_prefix
+from models.pretrained import load_state, read_released, read_sit_statistics, strip_prefix
 
 
 @pytest.fixture

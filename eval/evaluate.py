@@ -7,17 +7,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.clips import ClipDataset, VideoFile, make_loader
+from common import distributed
+from common.cli import Parser
+from common.console import print_main
+from common.files import git_revision, manifest_sha256
+from data.clips import ClipDataset, open_quarantine
+from data.lists import VideoFile
+from data.loader import make_loader
 from eval.i3d import I3D
 from eval.metrics import psnr_frame
 from eval.pictures import contact_sheet
-from eval.protocols import LARP_RESIZE, PROTOCOLS, describe, git_revision, manifest_sha256, record, write_record
+from eval.protocols import LARP_RESIZE, PROTOCOLS
 from eval.reconstruction import merge, protocol_clips, reconstruct_rows, summary
-from models.losses import Perceptual
-from models.released import WeightsError
-from training import distributed
-from training.arguments import Parser
-from training.log import open_quarantine, say
+from eval.report import describe, record, write_record
+from models.lpips import Perceptual
+from models.pretrained import WeightsError
 
 
 def add_evaluation(parser: Parser, protocol: str, batch_size: int = 8) -> None:
@@ -73,7 +77,7 @@ def evaluate(
             lpips = perceptual.description
     except WeightsError as error:
         lpips = "unavailable"
-        say(f"LPIPS is left out: {error}")
+        print_main(f"LPIPS is left out: {error}")
     i3d = None if args.no_fvd else I3D.from_weights(args.i3d_weights, eps=args.i3d_eps).to(device)
 
     progress = "clips" if distributed.is_main() else None
@@ -85,7 +89,8 @@ def evaluate(
     if not distributed.is_main():
         return numbers
     if len(rows["index"]) < len(keys):
-        say(f"{len(keys) - len(rows['index'])} clips could not be decoded and are left out: see {quarantine.path}")
+        print_main(f"{len(keys) - len(rows['index'])} clips could not be decoded and are left out: see "
+                   f"{quarantine.path}")
     facts = record(
         protocol, num_real=len(rows["index"]), num_generated=len(rows["index"]), num_frames=num_frames, size=size,
         dataset="UCF-101" if is_ucf101(dataset, num_videos) else dataset, split=split,
@@ -96,9 +101,9 @@ def evaluate(
     write_record(folder / "report.json", facts, numbers)
     captions = [f"PSNR {psnr_frame(a[None], b[None]).item():.2f} dB" for a, b in examples]
     contact_sheet(folder / "sheet.png", examples, captions)
-    say(describe(facts))
-    say("\n".join(f"{name:>20}  {value:.6g}" for name, value in numbers.items()))
-    say(f"report: {folder / 'report.json'}   pictures: {folder / 'sheet.png'}")
+    print_main(describe(facts))
+    print_main("\n".join(f"{name:>20}  {value:.6g}" for name, value in numbers.items()))
+    print_main(f"report: {folder / 'report.json'}   pictures: {folder / 'sheet.png'}")
     return numbers
 
 
@@ -106,3 +111,4 @@ def is_ucf101(dataset: str, num_videos: int) -> bool:
     """Whether a folder or list that calls itself UCF-101 has as many videos as a split of it."""
     name = Path(dataset).name.upper().replace("-", "")
     return name.startswith("UCF101") and num_videos in (9537, 3783, 13320)
+

@@ -11,10 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, VGG16_Weights
 
-from models.coordtok import CoordTokConfig
 from models.layers import Fused
-from models.planes import assemble_frames
-from models.released import WeightsError, load_state, read_released
+from models.pretrained import WeightsError, load_state, read_released
 
 
 class FrameDistance(nn.Module):
@@ -135,37 +133,3 @@ def backbone_state(net: str, weights: str) -> tuple[dict[str, Tensor], str, str]
             f"and give --lpips_weights PATH, or try the pipeline with --lpips_weights random"
         ) from error
 
-
-def patch_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each video, in float32.
-
-    pred, target: (B, N, values of a patch) in [-1, 1]. Returns (B,).
-    """
-    return (pred.float() - target.float()).square().mean(dim=(1, 2))
-
-
-def coordtok_loss(
-    pred: Tensor,
-    target: Tensor,
-    index: Tensor,
-    config: CoordTokConfig,
-    perceptual: Perceptual | None = None,
-    lpips_scale: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """CoordTok's loss of each video (section 3.3 of the paper): mean squared error, in the second step plus
-    lpips_scale times the sum of LPIPS over the frames.
-
-    pred, target: (B, N, p_t * p * p * 3) patches in [-1, 1]. index: (B, N, 3) long, which patches these are; with
-    `perceptual` they make up whole frames, in any order (see `assemble_frames`).
-    Returns the loss (B,), to be summed over the global batch, and its parts as detached means: mse (of a value), lpips
-    (of a frame).
-    """
-    loss = mse = patch_loss(pred, target)
-    logs = {"mse": mse.detach().mean()}
-    if perceptual is not None:
-        patch_t, patch = config.dec_patch_size_t, config.dec_patch_size_xy
-        pred, target = ((assemble_frames(x, index, config.grid, patch_t, patch) + 1) / 2 for x in (pred, target))
-        distances = perceptual.per_frame(pred, target)  # (B, frames)
-        loss = loss + lpips_scale * distances.sum(dim=1)
-        logs["lpips"] = distances.detach().mean()
-    return loss, logs

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from models.planes import Planes, assemble_frames, gather_patches, patchify, unpatchify
+from models.patches import assemble_frames, gather_patches, patchify, unpatchify
+from models.triplane import Planes
 
 GRID, PATCH_T, PATCH = (2, 3, 4), 2, 2  # a clip of 4 frames of 6 x 8
 

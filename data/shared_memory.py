@@ -42,7 +42,7 @@ class ByValue(NamedTuple):
         return torch.from_numpy, (self.tensor.numpy(),)
 
 
-class Parcel(NamedTuple):
+class SharedTensor(NamedTuple):
     """Large tensors on their way, through shared memory: one file, as a process may have few open."""
 
     file: io.FileIO
@@ -65,7 +65,7 @@ def unpack(file: DupFd, shapes: list[tuple[int, ...]], dtype: torch.dtype, alike
     return [part.view(shape) for part, shape in zip(values.split([prod(shape) for shape in shapes]), shapes)]
 
 
-class Shelf:
+class SharedMemoryPool:
     """A worker's shared memory, used again once the training process has let go of the tensors in it. Memory made anew
     for each batch, as torch does, costs five times as much as copying the clips: the system clears and maps its pages.
 
@@ -75,7 +75,7 @@ class Shelf:
     def __init__(self):
         self.pieces: dict[int, Tensor] = {}  # file descriptor: its bytes
 
-    def pack(self, clips: list[Tensor], alike: bool) -> Parcel | Tensor | list[Tensor]:
+    def pack(self, clips: list[Tensor], alike: bool) -> SharedTensor | Tensor | list[Tensor]:
         """Clips of one type. They arrive as one tensor, stacked, where they are alike in shape, else as a list."""
         if not any(clip.numel() for clip in clips):
             return torch.stack(clips) if alike else clips
@@ -93,7 +93,7 @@ class Shelf:
             part.view(clip.shape).copy_(clip)
         file = io.FileIO(f"/proc/self/fd/{piece}", "r+")  # opened anew, for a lock of its own
         fcntl.flock(file, fcntl.LOCK_SH)
-        return Parcel(file, shapes, dtype, alike)
+        return SharedTensor(file, shapes, dtype, alike)
 
 
 def is_free(piece: int) -> bool:
@@ -105,4 +105,5 @@ def is_free(piece: int) -> bool:
     return True
 
 
-SHELF = Shelf()
+SHELF = SharedMemoryPool()
+

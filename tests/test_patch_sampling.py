@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data.points import random_frames, random_patches
+from data.patch_sampling import random_frames, random_patches
 
 GRID = (6, 2, 3)
 

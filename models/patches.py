@@ -1,30 +1,7 @@
 """The three coordinate planes of a clip as one value, and the cutting of clips into patches."""
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from einops import rearrange
 from torch import Tensor
-
-
-class Planes(NamedTuple):
-    """A clip's latent: `xy` has axes h, w; `yt` has axes t, w; `xt` has axes t, h (the published names)."""
-
-    xy: Tensor
-    yt: Tensor
-    xt: Tensor
-
-    def map(self, function: Callable, *others: "Planes") -> "Planes":
-        """Apply `function` plane by plane: map(f, other) is f(self.xy, other.xy), ..."""
-        return Planes(*(function(*planes) for planes in zip(self, *others, strict=True)))
-
-    def channels_first(self) -> "Planes":
-        """(B, R, R, C) planes, as CoordTok holds them, to (B, C, R, R), as SiT does."""
-        return self.map(lambda plane: rearrange(plane, "b r s c -> b c r s"))
-
-    def channels_last(self) -> "Planes":
-        """(B, C, R, R) planes, as SiT holds them, to (B, R, R, C), as CoordTok does."""
-        return self.map(lambda plane: rearrange(plane, "b c r s -> b r s c"))
 
 
 def patchify(video: Tensor, patch_t: int, patch: int) -> Tensor:
@@ -66,3 +43,4 @@ def assemble_frames(patches: Tensor, index: Tensor, grid: tuple[int, int, int], 
     patches = patches.gather(1, order[..., None].expand_as(patches))
     sizes = {"h": height, "w": width, "pt": patch_t, "p": patch, "q": patch}
     return rearrange(patches, "b (h w t) (pt p q c) -> b c (t pt) (h p) (w q)", **sizes)
+

@@ -9,9 +9,10 @@ from helpers import logged, losses, mistake, run, run_here, tiny_larp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import train_ar
+from common import distributed
 from models.larp_ar import LARPGenerator
-from training import checkpoint, distributed, sharding
-from training.tokenizers import load_larp_ar
+from training import checkpoint, fsdp
+from training.load import load_larp_ar
 
 STEPS, CODES, CODEBOOK = 4, 12, 64
 SIZES = {"dim": 32, "n_layer": 2, "n_head": 2, "multiple_of": 16}
@@ -133,9 +134,9 @@ def tiny_generator() -> LARPGenerator:
 
 def test_whole_is_what_was_sharded(alone):
     generator, original = tiny_generator(), tiny_generator()
-    sharding.shard(generator, torch.device("cpu"), "bf16")
-    whole = sharding.whole(generator)
-    assert sharding.whole(original) is original
+    fsdp.shard(generator, torch.device("cpu"), "bf16")
+    whole = fsdp.unsharded(generator)
+    assert fsdp.unsharded(original) is original
     assert type(whole) is LARPGenerator and not any(p.requires_grad for p in whole.parameters())
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in original.state_dict().items())
     labels = torch.tensor([0, 1])
@@ -144,7 +145,7 @@ def test_whole_is_what_was_sharded(alone):
 
 def test_a_kill_while_writing_leaves_the_old_checkpoint(alone, monkeypatch, tmp_path):
     generator, original = tiny_generator(), tiny_generator()
-    sharding.shard(generator, torch.device("cpu"), "fp32")
+    fsdp.shard(generator, torch.device("cpu"), "fp32")
     state = {"kind": "larp_ar", "config": {}, "model": generator.state_dict()}
     checkpoint.save(tmp_path, 1, state)
 
@@ -179,7 +180,7 @@ class Opens:
 @pytest.mark.parametrize("place", ["alone", "planner", "tensor", "bytes"])
 def test_an_index_runs_no_code(alone, monkeypatch, tmp_path, place):
     generator = tiny_generator()
-    sharding.shard(generator, torch.device("cpu"), "fp32")
+    fsdp.shard(generator, torch.device("cpu"), "fp32")
     path, marker = checkpoint.save(tmp_path, 1, {"config": {}, "model": generator.state_dict()}), tmp_path / "marker"
     evil = index = pickle.loads((path / ".metadata").read_bytes())
     if place == "alone":
@@ -195,15 +196,15 @@ def test_an_index_runs_no_code(alone, monkeypatch, tmp_path, place):
     with pytest.raises(ValueError, match=f"{named}, which no checkpoint of this project holds: do not use this folder"):
         checkpoint.load(path)
     with pytest.raises(ValueError, match=named):
-        sharding.read_whole(path, "model/")
+        fsdp.read_whole(path, "model/")
     with pytest.raises(ValueError, match=named):
-        sharding.fill({"shards": path}, {"model": generator.state_dict()})
+        fsdp.fill({"shards": path}, {"model": generator.state_dict()})
     assert not marker.exists()
 
 
 def test_a_damaged_index_is_named(alone, tmp_path):
     generator = tiny_generator()
-    sharding.shard(generator, torch.device("cpu"), "fp32")
+    fsdp.shard(generator, torch.device("cpu"), "fp32")
     path = checkpoint.save(tmp_path, 1, {"config": {}, "model": generator.state_dict()})
     whole = (path / ".metadata").read_bytes()
     for content in (b"", whole[:1000], b"not a pickle", pickle.dumps([1, 2])):
@@ -214,7 +215,7 @@ def test_a_damaged_index_is_named(alone, tmp_path):
 
 def test_a_flipped_byte_of_a_shard_is_found(alone, tmp_path):
     generator = tiny_generator()
-    sharding.shard(generator, torch.device("cpu"), "fp32")
+    fsdp.shard(generator, torch.device("cpu"), "fp32")
     path = checkpoint.save(tmp_path, 1, {"config": {}, "model": generator.state_dict()})
     weight = generator.output.weight.full_tensor().detach()
     share = path / "__0_0.distcp"
@@ -225,13 +226,13 @@ def test_a_flipped_byte_of_a_shard_is_found(alone, tmp_path):
         checkpoint.select_weights(checkpoint.load(path))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="__0_0.distcp is damaged: .* is not what was written"):
-        sharding.fill({"shards": path}, {"model": generator.state_dict()})
+        fsdp.fill({"shards": path}, {"model": generator.state_dict()})
 
 
 def test_bf16_is_that_of_autocast(alone):
     """Sharded, the same products round to bfloat16 and no others: only the norms' weights do in addition."""
     codes, labels = torch.randint(CODEBOOK, (2, CODES)), torch.tensor([0, 1])
     generator, original = tiny_generator(), tiny_generator()
-    sharding.shard(generator, torch.device("cpu"), "bf16")
+    fsdp.shard(generator, torch.device("cpu"), "bf16")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(generator(codes, labels), original(codes, labels))

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torchvision
 
-from models.coordtok import CoordTokConfig
-from models.losses import Perceptual, coordtok_loss, patch_loss
-from models.planes import gather_patches
-from models.released import WeightsError
+from models.coordtok import CoordTokConfig, coordtok_loss, patch_loss
+from models.lpips import Perceptual
+from models.patches import gather_patches
+from models.pretrained import WeightsError
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,11 @@ from multiprocessing.reduction import ForkingPickler
 
 import torch
 
-from data.shipping import Shelf, ship
+from data.shared_memory import SharedMemoryPool, ship
 
 
 def test_shared_memory_is_used_again_once_it_is_let_go_of():
-    shelf = Shelf()
+    shelf = SharedMemoryPool()
 
     def send(value: int, num: int = 5) -> torch.Tensor:
         parcel = shelf.pack([torch.full((num,), value, dtype=torch.uint8)], alike=True)
@@ -28,7 +28,7 @@ def test_shared_memory_is_used_again_once_it_is_let_go_of():
 
 
 def test_a_batch_of_different_sizes_takes_one_descriptor(monkeypatch):
-    monkeypatch.setattr("data.shipping.SHELF", Shelf())
+    monkeypatch.setattr("data.shared_memory.SHELF", SharedMemoryPool())
     clips = [torch.full((2, 3, 1 + i), i, dtype=torch.uint8) for i in range(50)]
     before = len(os.listdir("/proc/self/fd"))
     batch = ForkingPickler.loads(ForkingPickler.dumps(ship({"label": torch.tensor([1, 2])}, clips, alike=False)))

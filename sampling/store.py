@@ -2,11 +2,10 @@
 import csv
 import hashlib
 import json
-import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -17,92 +16,19 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from common.cli import config_diff
+from common.console import print_main
 from common.errors import DamagedFile, read_json, reading
-from data.clips import ClipDataset, ClipKey, make_loader
-from data.files import claim, release, remove_partials, write_whole
-from data.video import to_video, write_video
-from eval.protocols import read_record, write_record
-from eval.reconstruction import length
-from training.generation import differences
-from training.log import say
-
-REMAKE = "delete it, and it is made again"
-
-# --- real clips beside the samples ---
-
-def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
-    """Real clip 0, 1, ..., which stand beside samples 0, 1, ...: of videos drawn without replacement from the seed,
-    those too short left out, as `python -m eval.fvd` draws them; first frames uniform. Up to `total` of them.
-
-    clips: with damaged="skip", so that nothing takes a damaged one's place.
-    """
-    order = np.random.default_rng(clips.seed).permutation(len(clips.files)).tolist()
-    chosen = []
-    with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
-        for start in range(0, len(order), 256):
-            part = order[start : start + 256]
-            lengths = pool.map(lambda video: length(clips.files[video], clips.quarantine, clips.timeout), part)
-            chosen += [video for video, frames in zip(part, lengths) if frames >= clips.num_frames]
-            if len(chosen) >= total:
-                break
-    if not chosen:
-        raise ValueError(f"none of {len(clips.files)} videos has {clips.num_frames} frames: choose another --data_root "
-                         "or --video_name, or go without with --no_fvd")
-    return [ClipKey(video, video) for video in chosen[:total]]
-
-
-def segments(clips: ClipDataset, total: int, split_seed: int, folder: Path) -> list[ClipKey]:
-    """Real segments 0 .. total - 1, which stand beside samples 0 .. total - 1: drawn by
-    random.Random(split_seed).sample from all non-overlapping windows of the videos, in their order.
-
-    A video shorter than a window is one, its last frame repeated. Fewer segments than `total` come round again.
-    folder: keeps the lengths of the videos, so that shards agree on them, and look for them once.
-    """
-    window = clips.num_frames
-    starts = [(video, start) for video, frames in enumerate(video_lengths(clips, folder)) if frames
-              for start in range(0, max(frames - window, 0) + 1, window)]
-    if not starts:
-        raise ValueError(f"none of {len(clips.files)} videos can be read: see {clips.quarantine.path}")
-    drawn = random.Random(split_seed).sample(range(len(starts)), min(total, len(starts)))
-    return [ClipKey(i, *starts[drawn[i % len(drawn)]]) for i in range(total)]
-
-
-def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
-    """Frames of each video, 0 where it cannot be decoded; kept in `folder`/lengths.json."""
-    path = folder / "lengths.json"
-    with FileLock(folder / ".lengths.lock"):
-        known = read_json(path, "lengths of videos", REMAKE) if path.exists() else {}
-        if not all(type(frames) is int and frames >= 0 for frames in known.values()):
-            raise DamagedFile(f"{path} holds lengths that are not numbers of frames: {REMAKE}")
-        if unknown := [file for file in clips.files if file.path not in known]:
-            with ThreadPoolExecutor(8) as pool:
-                found = pool.map(lambda file: length(file, clips.quarantine, clips.timeout), unknown)
-                known |= zip((file.path for file in unknown), tqdm(found, "lengths", len(unknown), leave=False))
-            with write_whole(path, "w") as file:
-                file.write(json.dumps(known, indent=0) + "\n")
-    return [known[file.path] for file in clips.files]
-
-
-def real_batches(
-    clips: ClipDataset, keys: list[ClipKey], batches: list[list[int]], num_workers: int, device: torch.device
-) -> Iterator[tuple[list[int], Tensor | None]]:
-    """For each batch of sample indices: the places in it that have a real clip, and those clips (n, 3, T, H, W).
-
-    keys: of real clip 0, 1, ..., no position twice; samples beyond them have none.
-    """
-    chosen = [[keys[i] for i in batch if i < len(keys)] for batch in batches]
-    loader = make_loader(clips, chosen, min(num_workers, len(chosen)), pin_memory=device.type == "cuda")
-    for part, batch in zip(chosen, loader):
-        positions = [key.position for key in part]
-        places = [positions.index(position) for position in batch["position"].tolist()]
-        yield places, to_video(batch["frames"], clips.size, clips.rule, device) if places else None
-
+from common.files import claim, release, remove_partials, write_whole
+from data.video import write_video
+from eval.report import read_record, write_record
+from sampling.real_clips import REMAKE
 
 # --- the samples' folder ---
-
 NUM_PREVIEWS = 16  # samples on the contact sheet
+
+
 NUM_WRITERS = 4  # videos of a batch that are encoded at once
 
 
@@ -141,7 +67,7 @@ class SampleStore:
                         raise
                     there = {}
             if there != self.settings and not replace:
-                raise ValueError(f"{self.folder} holds samples of other settings: {differences(there, self.settings)}; "
+                raise ValueError(f"{self.folder} holds samples of other settings: {config_diff(there, self.settings)}; "
                                  "choose another --output_dir, or --replace them")
             self.claim(range(self.total) if there != self.settings else indices, indices)
             with write_whole(path, "w") as file:
@@ -258,16 +184,16 @@ class SampleStore:
         with self.lock:
             done = self.done()
             if missing := [index for index in range(self.total) if index not in done]:
-                say(f"{len(done)} of {self.total} samples are in {self.folder}; no report while some are missing: "
-                    f"{ranges(missing)}")
+                print_main(f"{len(done)} of {self.total} samples are in {self.folder}; no report while some are "
+                           f"missing: {ranges(missing)}")
                 return None
             if self.report.exists():
                 try:
                     read_record(self.report)
                 except ValueError as error:
-                    say(f"{error}; it is made again")
+                    print_main(f"{error}; it is made again")
                 else:
-                    say(f"all {self.total} samples are in {self.folder}, and reported in {self.report}")
+                    print_main(f"all {self.total} samples are in {self.folder}, and reported in {self.report}")
                     return None
             record, results, row = make_report(self.collect())
             if row is not None:
@@ -309,7 +235,7 @@ def write_frames(folder: Path, video: Tensor) -> None:
             Image.fromarray(frame).save(file, format="PNG")
 
 
-class Behind:
+class BackgroundWriter:
     """Runs one function at a time in a thread, behind the caller, who meanwhile prepares the next.
 
     The next `run` waits for it, as does the end of the `with` block, also where an error ends that; what it raised is
@@ -319,7 +245,7 @@ class Behind:
     def __init__(self, device: torch.device):
         self.device, self.pool, self.last, self.seconds = device, ThreadPoolExecutor(1), None, 0.0
 
-    def __enter__(self) -> "Behind":
+    def __enter__(self) -> "BackgroundWriter":
         return self
 
     def run(self, function: Callable, *args, **kwargs) -> None:
@@ -404,3 +330,4 @@ def ranges(numbers: Sequence[int]) -> str:
     runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     spans = [[number for _, number in run] for _, run in runs]
     return ", ".join(f"{span[0]} to {span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
+

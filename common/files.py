@@ -5,11 +5,13 @@ Nothing here needs more than the standard library.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import socket
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # What the system says of a path itself, and not of a disk, a right or a limit.
@@ -118,3 +120,22 @@ def release(path: Path) -> None:
     if file := _held.pop(str(path.absolute()), None):
         path.unlink(missing_ok=True)
         file.close()
+
+
+def manifest_sha256(paths: Iterable[str | Path], root: str | Path | None = None) -> str:
+    """SHA-256 of a list of files in its order, one POSIX path a line; relative to `root` where given, so that the same
+    data set in another folder has the same value. ValueError where a path is not under `root`."""
+    lines = (path if root is None else path.relative_to(root) for path in map(Path, paths))
+    text = "".join(f"{line.as_posix()}\n" for line in lines)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def git_revision() -> str:
+    """Commit of this code, with "-dirty" where tracked files differ from it, or "unknown"."""
+    command = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+

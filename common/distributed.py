@@ -4,7 +4,9 @@ import datetime
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -127,3 +129,33 @@ def wrap(model: nn.Module, device: torch.device, static_graph: bool) -> nn.Modul
 def sync_gradients(model: nn.Module, sync: bool):
     """Context in which DDP averages gradients only where `sync` is true: once a step, not once a micro-batch."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else contextlib.nullcontext()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on `device` that the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def prefetch(batches: Iterator, device: torch.device) -> Iterator:
+    """On a GPU, read each batch on a thread while the one before it is computed."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(next, batches, None)
+        while (batch := ahead.result()) is not None:
+            ahead = pool.submit(next, batches, None)
+            yield batch
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, `model` is on `device`; afterwards it is back where it was. A frozen tokenizer that waits on the CPU
+    takes no memory of the GPU while it is not used."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+

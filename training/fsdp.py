@@ -20,13 +20,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from common import distributed
 from models.larp_ar import LARPGenerator
-from models.released import check_finite
-from training import distributed
+from models.pretrained import check_finite
 from training.optim import DTYPES
 
-# --- models ---
 
+# --- models ---
 def shard(model: LARPGenerator, device: torch.device, precision: str) -> None:
     """Shard a model in place, which must be equal on all processes. It moves to the device layer by layer, so that no
     GPU holds it whole. The layers' weights travel in `precision` (fp32 or bf16), gradients in float32.
@@ -48,7 +48,7 @@ def between_gathers(model: LARPGenerator) -> list[nn.Module]:
     return [module for layer in model.layers for module in (layer.attention, layer.feed_forward)]
 
 
-def whole(model: LARPGenerator) -> LARPGenerator:
+def unsharded(model: LARPGenerator) -> LARPGenerator:
     """The model itself or, where it is sharded, a plain copy of it on each process: validation and sampling run as many
     passes as a process has clips, and a gather would wait for processes that have fewer."""
     if not isinstance(model, FSDPModule):
@@ -72,7 +72,6 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
 
 
 # --- checkpoints: plain values in one file, sharded tensors in a file of each process ---
-
 def split(state: dict, path: str = "") -> tuple[dict, dict[str, DTensor]]:
     """A nested state without its sharded tensors, and these by their path: "model/layers.0.attention.wo.weight"."""
     plain, shards = {}, {}
@@ -202,3 +201,4 @@ def read_whole(folder: Path, path: str) -> dict[str, Tensor]:
         _load(tensors, folder, no_dist=True)
     check_finite(tensors, folder)
     return {name.removeprefix(path): tensor for name, tensor in tensors.items()}
+

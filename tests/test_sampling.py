@@ -3,14 +3,18 @@ import pytest
 import torch
 from PIL import Image
 
-from data.clips import ClipDataset, ClipKey, VideoFile
+from common.cli import config_diff
+from data.clips import ClipDataset, ClipKey
+from data.lists import VideoFile
 from data.video import read_frames, write_video
 from eval.pictures import MARGIN, SMALLEST, TEXT
 from models.interpolant import Interpolant
-from models.planes import Planes
 from models.sit import SiT
-from training.generation import SampleCheck, TrainedSiT, differences, sample_labels, sample_planes
+from models.triplane import Planes
+from sampling.sit import sample_labels, sample_planes
 from training.latents import LatentStats
+from training.load import TrainedSiT
+from training.validation import SampleCheck
 
 
 def test_labels_are_functions_of_seed_and_index():
@@ -66,4 +70,4 @@ def test_pictures_of_samples(tmp_path, continued):
 
 
 def test_differences():
-    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == "b 2 there, 3 here"
+    assert config_diff({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == "b 2 there, 3 here"

@@ -1,0 +1,124 @@
+"""LARP's generator as sample.py samples from it."""
+import argparse
+
+import torch
+from torch import Tensor
+
+from common.cli import Parser, check_carried
+from common.rng import sample_generators
+from eval.metrics import psnr_frame
+from sampling.generator import PRECISIONS, Generator, check_class_label
+from training.codes import hold_last
+from training.load import load_larp_ar, load_larp_tokenizer, weights_sha256
+
+
+# --- LARP ---
+def add_larp_sampling(parser: Parser) -> list[argparse.Action]:
+    """Returns the flags, which no other model takes."""
+    add = parser.add_argument_group("LARP sampling").add_argument
+    return [
+        add("--ar_model", metavar="PATH", help="the generator: folder or hub id of config.json and model.safetensors, "
+            "a checkpoint or a folder of them, or a file of the authors' trainer"),
+        add("--tokenizer", metavar="PATH", help="the tokenizer whose codes it was trained on, likewise"),
+        add("--version", default="sd", metavar="sd|ema_DECAY", help="which weights of the generator's checkpoint"),
+        add("--tokenizer_version", default="sd", metavar="sd|ema_DECAY", help="which weights of the tokenizer's"),
+        add("--cfg_interval", type=int, default=-1, help="guide only the first CFG_INTERVAL + 2 codes; -1: all"),
+        add("--temperature", type=float, default=1.0, help="of the draws"),
+        add("--top_k", type=int, default=0, help="draw from the k likeliest codes; 0: all"),
+        add("--top_p", type=float, default=1.0, help="draw from the likeliest codes up to this probability"),
+        add("--tokenizer_dtype", choices=PRECISIONS, help="weights of the tokenizer (default: as published, float16 "
+            "for classes, which is slow on a CPU; float32 for frame prediction)"),
+        add("--frame_prediction", "--fp", dest="frame_prediction", action="store_true",
+            help="continue the first frames of real clips"),
+        add("--num_cond_frames", type=int, help="how many are given; our checkpoints carry it"),
+        add("--det", action="store_true", help="the best codes of the frames given; else they are drawn, as published"),
+    ]
+
+
+def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
+    """A LARP generator, sampled as the flags say."""
+    if args.tokenizer is None:
+        raise ValueError("--ar_model needs --tokenizer, the LARP tokenizer whose codes it was trained on")
+    tokenizer = load_larp_tokenizer(args.tokenizer, args.tokenizer_version)
+    trained = load_larp_ar(args.ar_model, args.version)
+    model, config = trained.model, trained.model.config
+    fp, num_frames = config.frame_prediction, tokenizer.config.frame_num
+    if not fp:
+        check_class_label(args.class_label, config.num_classes)
+    num_cond = larp_condition(args, trained.num_cond_frames, fp, num_frames)
+    codes = tokenizer.config.bottleneck_token_num, tokenizer.config.bottleneck.args.regularizer.args.codebook_size
+    if codes != (config.max_seq_len, config.vocab_size):
+        raise ValueError(f"{args.ar_model} makes {config.max_seq_len} codes of {config.vocab_size}, but clips of the "
+                         f"tokenizer {args.tokenizer} have {codes[0]} of {codes[1]}: they belong to different runs")
+    sha256, tokenizer_sha256 = weights_sha256(model), weights_sha256(tokenizer)
+    if trained.tokenizer not in (None, tokenizer_sha256):
+        raise ValueError(f"{args.ar_model} was trained on a tokenizer of SHA-256 {trained.tokenizer[:12]}, and "
+                         f"--tokenizer {args.tokenizer} has {tokenizer_sha256[:12]}: give the one it was trained on")
+    # As published, weights are cast as a whole, without autocast: the generator's, and for classes the tokenizer's.
+    dtype, tokenizer_dtype = args.dtype or "bfloat16", args.tokenizer_dtype or ("float32" if fp else "float16")
+    model.to(device, getattr(torch, dtype))
+    tokenizer.to(device, getattr(torch, tokenizer_dtype))
+    draw = {name: getattr(args, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
+
+    def generate(indices: list[int], labels: list[int], real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        num = len(indices)
+        # A product may round by the number of rows, and a draw hangs on the last bit: on a GPU every batch is filled up
+        # to the same size, on a CPU the tokenizer takes clip after clip (and the generator sees to it itself).
+        place = list(range(num)) if device.type == "cpu" else [min(i, num - 1) for i in range(args.sample_batch_size)]
+        parts = [slice(i, i + 1) for i in place] if device.type == "cpu" else [slice(None)]
+        indices = [indices[i] for i in place]
+        if fp:
+            given = hold_last(real[place], num_cond)
+            draws = None if args.det else sample_generators(args.seed, indices, device)
+            known = [tokenizer.encode(given[part], args.det, draws and draws[part]) for part in parts]
+            cond = model.frame_condition(torch.cat(known))
+        else:
+            labels = labels if args.class_label is None else [args.class_label] * num
+            cond = torch.tensor(labels, device=device)[place]
+        codes, nll = model.generate(cond, **draw, seeds=[(args.seed, i) for i in indices], return_nll=True)
+        videos = torch.cat([tokenizer.decode(codes[part]) for part in parts])[:num].float()
+        values = {"label": torch.full_like(nll, -1, dtype=torch.long) if fp else cond, "nll": nll}
+        if fp:
+            values["psnr_given"] = psnr_frame(real[:, :, :num_cond], videos[:, :, :num_cond].clamp(0, 1))
+        return videos, {name: value[:num] for name, value in values.items()}
+
+    settings = {
+        **draw, "dtype": dtype, "tokenizer_dtype": tokenizer_dtype, "class_label": args.class_label, "seed": args.seed,
+        "num_cond_frames": num_cond, "condition_codes": "best" if args.det else "drawn", "ar_model_sha256": sha256,
+        "tokenizer_sha256": tokenizer_sha256,
+    }
+    if not fp:
+        del settings["condition_codes"]
+    if device.type == "cuda":  # products round by the size of the batch
+        settings["sample_batch_size"] = args.sample_batch_size
+    return Generator(
+        generate, num_labels=0 if fp or args.class_label is not None else config.num_classes, needs_real=fp,
+        num_frames=num_frames, size=tokenizer.config.input_size,
+        protocols=["larp_k600fp50k" if fp else "larp_gfvd10k"], settings=settings,
+        model=f"{args.ar_model} {args.version} {sha256[:12]}",
+        row={"ar_model": args.ar_model, "tokenizer": args.tokenizer},
+        class_names=trained.class_names, num_cond_frames=num_cond,
+    )
+
+
+def larp_condition(args: argparse.Namespace, carried: int | None, fp: bool, num_frames: int) -> int:
+    """How many frames are given to the model, 0 for a class-conditional one. ValueError where the flags do not fit it.
+
+    carried: the number that its checkpoint holds. fp: whether it predicts frames."""
+    if not fp:
+        if args.frame_prediction or args.num_cond_frames or args.det:
+            raise ValueError(f"{args.ar_model} is class-conditional: leave --frame_prediction, --num_cond_frames and "
+                             "--det out, or give a model for frame prediction")
+        return 0
+    if args.class_label is not None or args.cfg_scale != 1:
+        raise ValueError(f"{args.ar_model} predicts frames, without classes: leave --class_label and --cfg_scale out")
+    if carried is None and not (args.frame_prediction and args.num_cond_frames):
+        raise ValueError(f"{args.ar_model} predicts frames: give --frame_prediction and --num_cond_frames (the "
+                         "published model's is 5)")
+    if carried is not None and args.num_cond_frames is not None:
+        check_carried("num_cond_frames", args.num_cond_frames, carried, args.ar_model)
+    num_cond = args.num_cond_frames or carried
+    if not 0 < num_cond < num_frames:
+        raise ValueError(f"--num_cond_frames is {num_cond}, expected 1 to {num_frames - 1}")
+    return num_cond
+

@@ -1,0 +1,91 @@
+"""The real clips beside samples."""
+import json
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from tqdm import tqdm
+
+from common.errors import DamagedFile, read_json
+from common.files import write_whole
+from data.clips import ClipDataset, ClipKey
+from data.loader import make_loader
+from data.video import to_video
+from eval.reconstruction import length
+
+REMAKE = "delete it, and it is made again"
+
+
+# --- real clips beside the samples ---
+def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
+    """Real clip 0, 1, ..., which stand beside samples 0, 1, ...: of videos drawn without replacement from the seed,
+    those too short left out, as `python -m eval.fvd` draws them; first frames uniform. Up to `total` of them.
+
+    clips: with damaged="skip", so that nothing takes a damaged one's place.
+    """
+    order = np.random.default_rng(clips.seed).permutation(len(clips.files)).tolist()
+    chosen = []
+    with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
+        for start in range(0, len(order), 256):
+            part = order[start : start + 256]
+            lengths = pool.map(lambda video: length(clips.files[video], clips.quarantine, clips.timeout), part)
+            chosen += [video for video, frames in zip(part, lengths) if frames >= clips.num_frames]
+            if len(chosen) >= total:
+                break
+    if not chosen:
+        raise ValueError(f"none of {len(clips.files)} videos has {clips.num_frames} frames: choose another --data_root "
+                         "or --video_name, or go without with --no_fvd")
+    return [ClipKey(video, video) for video in chosen[:total]]
+
+
+def segments(clips: ClipDataset, total: int, split_seed: int, folder: Path) -> list[ClipKey]:
+    """Real segments 0 .. total - 1, which stand beside samples 0 .. total - 1: drawn by
+    random.Random(split_seed).sample from all non-overlapping windows of the videos, in their order.
+
+    A video shorter than a window is one, its last frame repeated. Fewer segments than `total` come round again.
+    folder: keeps the lengths of the videos, so that shards agree on them, and look for them once.
+    """
+    window = clips.num_frames
+    starts = [(video, start) for video, frames in enumerate(video_lengths(clips, folder)) if frames
+              for start in range(0, max(frames - window, 0) + 1, window)]
+    if not starts:
+        raise ValueError(f"none of {len(clips.files)} videos can be read: see {clips.quarantine.path}")
+    drawn = random.Random(split_seed).sample(range(len(starts)), min(total, len(starts)))
+    return [ClipKey(i, *starts[drawn[i % len(drawn)]]) for i in range(total)]
+
+
+def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
+    """Frames of each video, 0 where it cannot be decoded; kept in `folder`/lengths.json."""
+    path = folder / "lengths.json"
+    with FileLock(folder / ".lengths.lock"):
+        known = read_json(path, "lengths of videos", REMAKE) if path.exists() else {}
+        if not all(type(frames) is int and frames >= 0 for frames in known.values()):
+            raise DamagedFile(f"{path} holds lengths that are not numbers of frames: {REMAKE}")
+        if unknown := [file for file in clips.files if file.path not in known]:
+            with ThreadPoolExecutor(8) as pool:
+                found = pool.map(lambda file: length(file, clips.quarantine, clips.timeout), unknown)
+                known |= zip((file.path for file in unknown), tqdm(found, "lengths", len(unknown), leave=False))
+            with write_whole(path, "w") as file:
+                file.write(json.dumps(known, indent=0) + "\n")
+    return [known[file.path] for file in clips.files]
+
+
+def real_batches(
+    clips: ClipDataset, keys: list[ClipKey], batches: list[list[int]], num_workers: int, device: torch.device
+) -> Iterator[tuple[list[int], Tensor | None]]:
+    """For each batch of sample indices: the places in it that have a real clip, and those clips (n, 3, T, H, W).
+
+    keys: of real clip 0, 1, ..., no position twice; samples beyond them have none.
+    """
+    chosen = [[keys[i] for i in batch if i < len(keys)] for batch in batches]
+    loader = make_loader(clips, chosen, min(num_workers, len(chosen)), pin_memory=device.type == "cuda")
+    for part, batch in zip(chosen, loader):
+        positions = [key.position for key in part]
+        places = [positions.index(position) for position in batch["position"].tolist()]
+        yield places, to_video(batch["frames"], clips.size, clips.rule, device) if places else None
+

@@ -1,0 +1,152 @@
+"""SiT on CoordTok's planes as sample.py samples from it."""
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from common import distributed
+from common.cli import Parser, word_or_none
+from common.rng import Stream, generator, sample_generators
+from models.interpolant import (
+    ADAPTIVE,
+    DIFFUSION_FORMS,
+    FIXED_GRID,
+    LAST_STEPS,
+    SDE_METHODS,
+    draw_noise,
+    noise_stream,
+)
+from models.layers import compile_blocks
+from models.sit import SiT
+from models.triplane import Planes
+from sampling.generator import PRECISIONS, Generator, check_class_label
+from training.load import TrainedSiT, load_coordtok, load_sit, weights_sha256
+from training.optim import Precision
+
+
+# --- CoordTok-SiT ---
+def add_sit_sampling(parser: Parser) -> list[argparse.Action]:
+    """Returns the flags, which no other model takes."""
+    add = parser.add_argument_group("SiT sampling").add_argument
+    return [
+        add("--mode", choices=["ODE", "SDE"], default="SDE", help="probability flow, or diffusion"),
+        add("--sampling_method", help="ODE: torchdiffeq's (default: dopri5); SDE: Euler (default) or Heun"),
+        add("--num_sampling_steps", type=int, default=250, help="time points; adaptive methods choose"),
+        add("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
+            help="times that are guided; 0 is noise"),
+        add("--compile", action="store_true", help="torch.compile the network"),
+        add("--slices", type=int, default=1, help="equal sequences that a clip's patches are decoded in"),
+        add("--atol", type=float, default=1e-6, help="ODE: absolute tolerance"),
+        add("--rtol", type=float, default=1e-3, help="ODE: relative tolerance"),
+        add("--coupled", action="store_true",
+            help="ODE: adaptive steps shared by a batch; quicker, but samples then depend on batches"),
+        add("--reverse", action="store_true",
+            help="ODE: start from the noise that the reverse flow takes real clips to"),
+        add("--likelihood", action="store_true", help="ODE: the density of the samples' latents too"),
+        add("--diffusion_form", choices=DIFFUSION_FORMS, default="sigma", help="SDE: D(t)"),
+        add("--diffusion_norm", type=float, default=1.0, help="SDE: scale of D(t)"),
+        add("--last_step", type=word_or_none, choices=LAST_STEPS, default="Mean", help="SDE"),
+        add("--last_step_size", type=float, default=0.04, help="SDE"),
+    ]
+
+
+def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
+    """A CoordTok-SiT, sampled as the flags say."""
+    methods = {"ODE": (*ADAPTIVE, *FIXED_GRID), "SDE": tuple(SDE_METHODS)}[args.mode]
+    method = args.sampling_method or methods[0]
+    if method not in methods:
+        raise ValueError(f"--sampling_method {method} is none of the {args.mode} samplers: {', '.join(methods)}")
+    if args.mode == "SDE" and (args.reverse or args.likelihood):
+        raise ValueError("--reverse and --likelihood are of the probability flow: give --mode ODE")
+    if args.first_model_ckpt is None:
+        raise ValueError("--sit_model needs --first_model_ckpt, the CoordTok that it was trained on")
+    tokenizer = load_coordtok(args.first_model_ckpt, args).to(device).eval().requires_grad_(False)
+    trained = load_sit(args, tokenizer)
+    sit, interpolant = trained.model.to(device), trained.interpolant
+    trained = trained._replace(stats=trained.stats.to(device))
+    num_classes = sit.config.num_classes
+    check_class_label(args.class_label, num_classes)
+    sha256, tokenizer_sha256 = weights_sha256(sit), weights_sha256(tokenizer)
+    if args.compile:
+        compile_blocks(sit)
+    dtype = args.dtype or "float32"
+    precision = Precision(PRECISIONS[dtype], device)
+
+    solver = {"method": method, "num_steps": args.num_sampling_steps}
+    if args.mode == "ODE":
+        solver |= {"atol": args.atol, "rtol": args.rtol, "coupled": args.coupled}
+    else:
+        solver |= {"diffusion_form": args.diffusion_form, "diffusion_norm": args.diffusion_norm,
+                   "last_step": args.last_step, "last_step_size": args.last_step_size}
+    guidance = {"cfg_scale": args.cfg_scale, "guidance_interval": tuple(args.guidance_interval)}
+    model, progress = guided(sit, **guidance), distributed.is_main()
+
+    def generate(indices: list[int], labels: list[int], real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = [args.class_label] * len(indices)
+        if args.class_label is None:
+            labels = sample_labels(indices, num_classes, args.seed)
+        y = torch.tensor(labels, device=device)
+        values = {"label": y}
+        with precision.autocast():
+            start = None
+            if args.reverse:
+                latents = trained.stats.standardise(tokenizer.encode(real))
+                start = interpolant.sample_ode(model, latents, reverse=True, y=y, **solver)
+            planes = sample_planes(
+                trained, indices, args.seed, y, args.mode, **guidance, start=start, progress=progress, **solver
+            )
+            if args.likelihood:
+                latents = trained.stats.standardise(planes)
+                # Signs from another stream than the noise: the estimate is unbiased where they are independent.
+                probe = draw_noise(sample_generators(args.seed + 1, indices, device), sit.plane_shapes).map(torch.sign)
+                values["nll"] = -interpolant.likelihood(model, latents, y=y, probe=probe, **solver)
+                values["bits_per_dim"] = values["nll"] / sum(plane[0].numel() for plane in latents) / math.log(2)
+            return tokenizer.render(planes, slices=args.slices), values
+
+    settings = {
+        "mode": args.mode, **solver, **guidance, "reverse": args.reverse, "likelihood": args.likelihood,
+        "class_label": args.class_label, "seed": args.seed, "dtype": dtype, "slices": args.slices,
+        "interpolant": vars(interpolant), "sit_sha256": sha256, "tokenizer_sha256": tokenizer_sha256,
+    }
+    num_frames, size, _ = tokenizer.config.video_shape
+    protocols = ["styleganv_fvd2048_16f", "styleganv_fvd2048_128f"]
+    return Generator(
+        generate, num_labels=0, needs_real=args.reverse, num_frames=num_frames, size=size,
+        protocols=protocols if num_frames <= 16 else protocols[::-1], settings=settings,
+        model=f"{args.sit_model} {sha256[:12]}", row={"sit_model": args.sit_model, "tokenizer": args.first_model_ckpt},
+        class_names=trained.class_names if num_classes > 1 else [],
+    )
+
+
+def sample_labels(indices: Sequence[int], num_classes: int, seed: int) -> list[int]:
+    """A class for each sample, uniform, from (seed, index) alone."""
+    return [int(generator(seed, index, Stream.LABEL).integers(num_classes)) for index in indices]
+
+
+def guided(sit: SiT, cfg_scale: float, guidance_interval: tuple[float, float]) -> Callable[..., Planes]:
+    """The model that samplers call: with guidance, unless its scale is 1."""
+    return sit if cfg_scale == 1 else partial(sit.forward_with_cfg, cfg_scale=cfg_scale, interval=guidance_interval)
+
+
+def sample_planes(
+    trained: TrainedSiT, indices: Sequence[int], seed: int, labels: Tensor, mode: str = "SDE", cfg_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0), start: Planes | None = None, **sampler,
+) -> Planes:
+    """Planes of a tokenizer for samples `indices`: functions of (seed, index, label), whatever else is in the batch.
+
+    labels: (B,) long, on the model's device. mode: "ODE" or "SDE". start: noise to start from instead of that of the
+    indices. sampler: further arguments of Interpolant.sample_ode or sample_sde.
+    """
+    sit, interpolant, stats = trained[:3]
+    generators = sample_generators(seed, indices, labels.device)
+    noise = draw_noise(generators, sit.plane_shapes)
+    if mode == "ODE":
+        sample = interpolant.sample_ode
+    else:
+        sample = partial(interpolant.sample_sde, step_noise=noise_stream(generators))
+    model = guided(sit, cfg_scale, guidance_interval)
+    return stats.restore(sample(model, noise if start is None else start, y=labels, **sampler))
+
