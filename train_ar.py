@@ -31,7 +31,7 @@ from training import checkpoint, fsdp
 from training.codes import CodeCache, batches_from_cache, batches_from_video, draw_drops, encode_video
 from training.flags import add_data, add_larp_ar, add_run, larp_ar_config
 from training.load import load_larp_tokenizer, weights_sha256
-from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, due
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
 from training.validation import HeldOut, SampleCheck, caption, held_out_keys, validation_source
 
@@ -159,7 +159,6 @@ def main():
     # What training, validation and samples need is looked for before the cache is filled, which may take hours.
     GlobalBatchSampler(len(files), args.batch_size, 0, rank, world_size, args.accum_iter, order="epoch")
     generator.check_guidance(args.cfg_scale)
-    check_writable(folder)
     # Validation scores the codes of held-out clips; samples are of the classes of the first of them, or continue them.
     held_out = check = None
     if args.num_val != 0:

@@ -28,7 +28,7 @@ from training import checkpoint
 from training.clip_cache import clip_cache
 from training.flags import add_clip_cache, add_coordtok, add_data, add_run, coordtok_config
 from training.load import coordtok_clips, load_coordtok
-from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, due
 from training.optim import Precision, adamw, update
 from training.validation import Validation, validation_source
 
@@ -110,7 +110,6 @@ def main():
             list_folder(validation_source(args)), args.num_val, config.video_shape[0], size, "coordtok", device,
             args.val_batch_size, args.num_workers, quarantine, args.lpips_weights, args.decode_timeout,
         )
-    check_writable(folder)
     cache = clip_cache(  # after all that a flag may have wrong: it may take hours
         args.cache_dir, files, size, "coordtok", quarantine, args.num_workers, args.decode_timeout
     ) if args.cache_clips else None

@@ -32,7 +32,7 @@ from models.pretrained import build
 from training import checkpoint
 from training.clip_cache import clip_cache
 from training.flags import add_clip_cache, add_data, add_larp_tokenizer, add_run, disc_config, larp_config
-from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, due
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.validation import CodeStats, Validation, validation_source
 
@@ -170,7 +170,6 @@ def main():
             held_out, args.num_val, config.frame_num, config.input_size, "larp", device, args.val_batch_size,
             args.num_workers, quarantine, args.lpips_weights, args.decode_timeout,
         )
-    check_writable(folder)
     cache = clip_cache(  # after all that a flag may have wrong: it may take hours
         args.cache_dir, files, config.input_size, "larp", quarantine, args.num_workers, args.decode_timeout
     ) if args.cache_clips else None

@@ -28,7 +28,7 @@ from training import checkpoint
 from training.flags import add_coordtok, add_data, add_run
 from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure
 from training.load import TrainedSiT, coordtok_clips, load_coordtok, weights_sha256
-from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due
+from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, due
 from training.optim import EMA, Precision, adamw, update
 from training.validation import SampleCheck, evenly_spaced
 
@@ -129,7 +129,6 @@ def main():
 
     # What training and samples need is looked for before the cache is filled, which may take hours.
     GlobalBatchSampler(len(files), args.global_batch_size, 0, rank, world_size, args.accum_iter, order="epoch")
-    check_writable(folder)
     # Samples during training, from the averaged weights.
     check = None
     if args.num_val:

@@ -155,7 +155,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(flags, whole, monkeypatch, tmp_path, 
     with pytest.MonkeyPatch.context() as patch:
         steps = iter(range(1, 4))
         patch.setattr(StopSignal, "anywhere", lambda self: next(steps) == 2)
-        run_here(patch, SCRIPTS[script], *flags(script, tmp_path))
+        with pytest.raises(SystemExit) as left:
+            run_here(patch, SCRIPTS[script], *flags(script, tmp_path))
+    assert left.value.code == 143
     assert {kind for _, kind in outcome(tmp_path)[0]} == {"train"}
     run_here(monkeypatch, SCRIPTS[script], *flags(script, tmp_path), "--resume", "auto")
     check_equal(outcome(tmp_path), whole(script))

@@ -25,10 +25,12 @@ from eval.report import as_json
 
 
 def claim_run(folder: Path) -> None:
-    """Keep a run's folder for this run, until it ends. ValueError where another run has it, which it names."""
+    """Keep a run's folder for this run, until it ends. ValueError where another run has it, which it names; OSError
+    where it cannot be written to."""
     error = None
     if distributed.is_main():
         try:
+            check_writable(folder)
             claim(folder / ".lock", f"{folder} is in use")
         except (ValueError, OSError) as caught:
             error = caught
@@ -43,8 +45,6 @@ def wandb_id(folder: Path) -> str:
 
 def check_writable(folder: Path) -> None:
     """Make a run's folder and try to write to it, before anything takes hours. OSError where that fails."""
-    if not distributed.is_main():
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
