@@ -14,10 +14,20 @@ from torch import Tensor
 from data.clips import ClipDataset, GlobalBatchSampler, list_folder, make_loader
 from models.coordtok import CoordTok
 from models.layers import compile_blocks, set_checkpointing
-from models.losses import Perceptual, coordtok_loss
+from models.losses import coordtok_loss
 from models.planes import gather_patches
+from models.stlpips import perceptual_metric
 from training import checkpoint, distributed
-from training.arguments import Parser, add_clip_cache, add_coordtok, add_data, add_run, coordtok_config, one_line_errors
+from training.arguments import (
+    Parser,
+    add_clip_cache,
+    add_coordtok,
+    add_data,
+    add_perceptual,
+    add_run,
+    coordtok_config,
+    one_line_errors,
+)
 from training.clip_cache import clip_cache
 from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
 from training.optim import Precision, adamw, update
@@ -37,10 +47,10 @@ def parse_args():
     train.add_argument("--accum_iter", type=int, default=1, help="micro-batches a step; the update does not change")
     train.add_argument("--lr", type=float, default=1e-4, help="learning rate, constant")
     train.add_argument("--clip_grad", type=float, default=0.0, help="largest gradient norm; 0 is no clipping")
-    train.add_argument("--is_second_step", action="store_true", help="step 2: whole frames and LPIPS")
+    train.add_argument("--is_second_step", action="store_true", help="step 2: whole frames and a perceptual loss")
     train.add_argument("--first_step_ckpt", help="step 2 starts from this checkpoint, ours or the authors'")
-    train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="weight of LPIPS; step 2 only")
-    train.add_argument("--lpips_weights", default="auto", metavar="auto|random|PATH", help="LPIPS's VGG16 backbone")
+    train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="weight of the perceptual loss; step 2 only")
+    add_perceptual(train)
     train.add_argument("--world_size", type=int, help="ignored: torchrun says it")
     logs = parser.add_argument_group("logging")
     logs.add_argument("--log_every", type=int, default=50, help="steps between lines of metrics.jsonl")
@@ -78,7 +88,7 @@ def main():
     tokenizer.to(device).train()
     set_checkpointing(tokenizer, args.gradient_checkpointing)
     use_lpips = args.is_second_step and args.lpips_loss_scale > 0
-    perceptual = Perceptual(weights=args.lpips_weights).to(device) if use_lpips else None
+    perceptual = perceptual_metric(args.perceptual, weights=args.lpips_weights).to(device) if use_lpips else None
 
     # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
     size, patch_t, patch = config.video_shape[1], config.dec_patch_size_t, config.dec_patch_size_xy
@@ -105,7 +115,7 @@ def main():
     if args.num_val:
         validation = Validation(
             list_folder(validation_source(args)), args.num_val, config.video_shape[0], size, "coordtok", device,
-            args.val_batch_size, args.num_workers, quarantine, args.lpips_weights,
+            args.val_batch_size, args.num_workers, quarantine, args.perceptual, args.lpips_weights,
         )
 
     # Optimiser: weight decay on everything, as published.

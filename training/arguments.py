@@ -81,6 +81,14 @@ def add_data(parser: Parser) -> None:
     data.add_argument("--decode_timeout", type=float, default=60.0, help="seconds after which a file counts as damaged")
 
 
+def add_perceptual(group: argparse._ArgumentGroup) -> None:
+    """Flags of `models.stlpips.perceptual_metric`."""
+    group.add_argument("--perceptual", choices=["lpips", "stlpips"], default="lpips",
+                       help="learned distance: LPIPS on VGG16, or ST-LPIPS, whose weights PyPI carries")
+    group.add_argument("--lpips_weights", default="auto", metavar="auto|random|PATH",
+                       help="its weights: of LPIPS's VGG16, or of ST-LPIPS")
+
+
 def add_clip_cache(parser: Parser) -> None:
     cache = parser.add_argument_group("clip cache")
     cache.add_argument("--cache_clips", action="store_true",
