@@ -50,21 +50,21 @@ python data/demo.py --root $DEMO --size 96x72
 (cd data && python split_ucf.py --data_root cache/demo --data_name UCF-101 2>/dev/null)
 # All weights that the steps need are fetched now, so that none of them is missed after an hour of training.
 PERCEPTUAL=$(python - <<'END'
+import contextlib
 import sys
 
 from eval.i3d import I3D
 from models.stlpips import perceptual_metric
 from training.arguments import one_line_errors
 
-with one_line_errors():
+with one_line_errors(), contextlib.redirect_stdout(sys.stderr):
     I3D.from_weights()
     try:
-        perceptual_metric("lpips")
-        print("lpips")
+        name = perceptual_metric("lpips").name
     except OSError:
-        perceptual_metric("stlpips")
-        print("torchvision's VGG16 cannot be downloaded here: ST-LPIPS takes the place of LPIPS", file=sys.stderr)
-        print("stlpips")
+        name = perceptual_metric("stlpips").name
+        print("torchvision's VGG16 cannot be downloaded here: ST-LPIPS takes the place of LPIPS")
+print(name)
 END
 )
 
