@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.cli import Parser, one_line_errors
+from common.cli import Parser, add_perceptual, one_line_errors
 from common.console import print_main
 from data.clips import ClipDataset, open_quarantine
 from data.lists import list_folder
@@ -21,9 +21,9 @@ from data.loader import GlobalBatchSampler, make_loader
 from data.patch_sampling import count_frames
 from models.coordtok import CoordTok, coordtok_loss
 from models.layers import compile_blocks, set_checkpointing
-from models.lpips import Perceptual
 from models.patches import gather_patches
 from models.pretrained import build
+from models.stlpips import perceptual_metric
 from training import checkpoint
 from training.clip_cache import clip_cache
 from training.flags import add_clip_cache, add_coordtok, add_data, add_run, coordtok_config
@@ -45,10 +45,10 @@ def parse_args():
     train.add_argument("--accum_iter", type=int, default=1, help="micro-batches a step; the update does not change")
     train.add_argument("--lr", type=float, default=1e-4, help="learning rate, constant")
     train.add_argument("--clip_grad", type=float, default=0.0, help="largest gradient norm; 0 is no clipping")
-    train.add_argument("--is_second_step", action="store_true", help="step 2: whole frames and LPIPS")
+    train.add_argument("--is_second_step", action="store_true", help="step 2: whole frames and a perceptual loss")
     train.add_argument("--first_step_ckpt", help="step 2 starts from this checkpoint, ours or the authors'")
-    train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="weight of LPIPS; step 2 only")
-    train.add_argument("--lpips_weights", default="auto", metavar="auto|random|PATH", help="LPIPS's VGG16 backbone")
+    train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="weight of the perceptual loss; step 2 only")
+    add_perceptual(train)
     train.add_argument("--lpips_dropout", action="store_true",
                        help="LPIPS's own dropout of 0.5 in training, as released; else it is off")
     train.add_argument("--world_size", type=int, help="ignored: torchrun says it")
@@ -88,7 +88,10 @@ def main():
     tokenizer.to(device).train()
     set_checkpointing(tokenizer, args.gradient_checkpointing)
     use_lpips = args.is_second_step and args.lpips_loss_scale > 0
-    perceptual = Perceptual(weights=args.lpips_weights, dropout=args.lpips_dropout).to(device) if use_lpips else None
+    perceptual = None
+    if use_lpips:
+        perceptual = perceptual_metric(args.perceptual, weights=args.lpips_weights, dropout=args.lpips_dropout)
+        perceptual.to(device)
     if args.is_second_step:
         count_frames(args.point_per_vid, config.grid)
 
@@ -108,7 +111,7 @@ def main():
     if args.num_val:
         validation = Validation(
             list_folder(validation_source(args)), args.num_val, config.video_shape[0], size, "coordtok", device,
-            args.val_batch_size, args.num_workers, quarantine, args.lpips_weights, args.decode_timeout,
+            args.val_batch_size, args.num_workers, quarantine, args.perceptual, args.lpips_weights, args.decode_timeout,
         )
     cache = clip_cache(  # after all that a flag may have wrong: it may take hours
         args.cache_dir, files, size, "coordtok", quarantine, args.num_workers, args.decode_timeout

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.cli import Parser, one_line_errors
+from common.cli import Parser, add_perceptual, one_line_errors
 from common.console import print_main
 from common.rng import sample_generators
 from data.augment import flip_half
@@ -27,11 +27,19 @@ from models.discriminator import Discriminator
 from models.gan import GAN_LOSSES, LeCam, discriminator_loss, frozen, generator_loss, r1_penalty
 from models.larp_tokenizer import LARPTokenizer, TokenizerOutput
 from models.layers import compile_blocks, set_checkpointing
-from models.lpips import Perceptual
 from models.pretrained import build
+from models.stlpips import perceptual_metric
 from training import checkpoint
 from training.clip_cache import clip_cache
-from training.flags import add_clip_cache, add_data, add_larp_tokenizer, add_run, disc_config, larp_config
+from training.flags import (
+    add_clip_cache,
+    add_data,
+    add_larp_tokenizer,
+    add_perceptual,
+    add_run,
+    disc_config,
+    larp_config,
+)
 from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, due
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.validation import CodeStats, Validation, validation_source
@@ -78,8 +86,8 @@ def parse_args():
     train.add_argument("--ema_decays", type=float, nargs="*", default=[], help="moving averages of the weights to keep")
     loss = parser.add_argument_group("losses")
     loss.add_argument("--pixel_weight", type=float, default=1.0, help="of L1")
-    loss.add_argument("--perceptual_weight", type=float, default=1.0, help="of LPIPS")
-    loss.add_argument("--lpips_weights", default="auto", metavar="auto|random|PATH", help="LPIPS's VGG16 backbone")
+    loss.add_argument("--perceptual_weight", type=float, default=1.0, help="of the perceptual loss")
+    add_perceptual(loss)
     loss.add_argument("--loss_q_weight", type=float, default=0.1, help="of the quantiser's loss")
     loss.add_argument("--loss_q_warmup_from", type=float, default=1.0, help="multiple of it to start from")
     loss.add_argument("--loss_q_warmup_epoch", type=float, default=1.0, help="epochs until it is LOSS_Q_WEIGHT")
@@ -123,7 +131,9 @@ def main():
     config = tokenizer.config
     disc_options = disc_config(args, config, carried.get("disc_config"), source)
     discriminator = build(Discriminator, disc_options, path).to(device)
-    perceptual = Perceptual(weights=args.lpips_weights).to(device) if args.perceptual_weight > 0 else None
+    perceptual = None
+    if args.perceptual_weight > 0:
+        perceptual = perceptual_metric(args.perceptual, weights=args.lpips_weights).to(device)
     start_temperature = config.bottleneck.args.regularizer.args.stochastic_temperature
     if args.temperature_to is not None and start_temperature < 0:
         raise ValueError("--temperature_to anneals a fixed temperature, but a negative --stochastic_temperature is "
@@ -168,7 +178,7 @@ def main():
         held_out = list_folder(held_out) if args.video_name else list_csv(held_out)
         validation = Validation(
             held_out, args.num_val, config.frame_num, config.input_size, "larp", device, args.val_batch_size,
-            args.num_workers, quarantine, args.lpips_weights, args.decode_timeout,
+            args.num_workers, quarantine, args.perceptual, args.lpips_weights, args.decode_timeout,
         )
     cache = clip_cache(  # after all that a flag may have wrong: it may take hours
         args.cache_dir, files, config.input_size, "larp", quarantine, args.num_workers, args.decode_timeout
@@ -308,7 +318,7 @@ def main():
                     terms = {"l1": ((fake - micro.video).abs().mean(), args.pixel_weight),
                              "quantizer": (output.loss_q, args.loss_q_weight * q_mult)}
                     if perceptual is not None:
-                        terms["lpips"] = perceptual(fake, micro.video).mean(), args.perceptual_weight
+                        terms[perceptual.name] = perceptual(fake, micro.video).mean(), args.perceptual_weight
                     if adversarial:
                         terms["generator"] = generator_loss(discriminator(fake), args.disc_loss), args.disc_weight
                     if output.loss_prior is not None:

@@ -226,6 +226,14 @@ def one_line(error: Exception) -> str | None:
     return None
 
 
+def add_perceptual(group: argparse._ArgumentGroup) -> None:
+    """Flags of `models.stlpips.perceptual_metric`."""
+    group.add_argument("--perceptual", choices=["lpips", "stlpips"], default="lpips",
+                       help="learned distance: LPIPS on VGG16, or ST-LPIPS, whose weights PyPI carries")
+    group.add_argument("--lpips_weights", default="auto", metavar="auto|random|PATH",
+                       help="its weights: of LPIPS's VGG16, or of ST-LPIPS")
+
+
 def config_diff(there: dict, here: dict) -> str:
     """What two sets of settings do not have in common, as text; empty where they are equal."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]

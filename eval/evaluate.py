@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.cli import Parser
+from common.cli import Parser, add_perceptual
 from common.console import print_main
 from common.files import git_revision, manifest_sha256
 from data.clips import ClipDataset, open_quarantine
@@ -20,8 +20,8 @@ from eval.pictures import contact_sheet
 from eval.protocols import LARP_RESIZE, PROTOCOLS
 from eval.reconstruction import merge, protocol_clips, reconstruct_rows, summary
 from eval.report import describe, record, write_record
-from models.lpips import Perceptual
 from models.pretrained import WeightsError
+from models.stlpips import perceptual_metric
 
 
 def add_evaluation(parser: Parser, protocol: str, batch_size: int = 8) -> None:
@@ -33,7 +33,7 @@ def add_evaluation(parser: Parser, protocol: str, batch_size: int = 8) -> None:
     group.add_argument("--seed", type=int, default=0, help="seeds the first frames of clips")
     group.add_argument("--i3d_weights", metavar="PATH", help="I3D weights (default: the cache, or a download into it)")
     group.add_argument("--i3d_eps", type=float, default=1e-3, help="eps of I3D's batch norms; 1e-5 is the older port's")
-    group.add_argument("--lpips_weights", default="auto", metavar="auto|random|PATH", help="LPIPS's VGG16 backbone")
+    add_perceptual(group)
     group.add_argument("--no_fvd", action="store_true", help="leave rFVD out")
     group.add_argument("--output_dir", help="folder of the report (default: results/eval/PROTOCOL)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
@@ -70,14 +70,14 @@ def evaluate(
     batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     loader = make_loader(clips, batches, args.num_workers, pin_memory=device.type == "cuda")
 
-    lpips, perceptual = protocol.lpips, None
+    learned, perceptual = {"lpips": protocol.lpips if args.perceptual == "lpips" else "none"}, None
     try:
-        perceptual = Perceptual(weights=args.lpips_weights).to(device)
-        if args.lpips_weights != "auto":
-            lpips = perceptual.description
+        perceptual = perceptual_metric(args.perceptual, weights=args.lpips_weights).to(device)
+        if args.perceptual != "lpips" or args.lpips_weights != "auto":
+            learned[args.perceptual] = perceptual.description
     except WeightsError as error:
-        lpips = "unavailable"
-        print_main(f"LPIPS is left out: {error}")
+        learned[args.perceptual] = "unavailable"
+        print_main(f"{args.perceptual} is left out: {error}")
     i3d = None if args.no_fvd else I3D.from_weights(args.i3d_weights, eps=args.i3d_eps).to(device)
 
     progress = "clips" if distributed.is_main() else None
@@ -96,7 +96,7 @@ def evaluate(
         dataset="UCF-101" if is_ucf101(dataset, num_videos) else dataset, split=split,
         extractor_sha256=i3d.weights_sha256 if i3d else "none: --no_fvd", i3d_eps=args.i3d_eps, seed=args.seed,
         manifest_sha256=manifest, num_videos=num_videos, sampler=settings, model=model,
-        git_revision=git_revision(), world_size=distributed.world_size(), lpips=lpips,
+        git_revision=git_revision(), world_size=distributed.world_size(), **learned,
     )
     write_record(folder / "report.json", facts, numbers)
     captions = [f"PSNR {psnr_frame(a[None], b[None]).item():.2f} dB" for a, b in examples]

@@ -37,6 +37,7 @@ class Protocol:
     divisor: str = "N-1"  # of the covariance
     num_cond_frames: int = 0  # frames of each clip given to the generator
     lpips: str = "none"  # LPIPS backbone
+    stlpips: str = "none"  # ST-LPIPS network and weights
     anchors: tuple[str, ...] = ()  # published values, as text
 
     def __post_init__(self):

@@ -17,8 +17,9 @@ from data.video import VideoError, probe, to_video
 from eval import fvd
 from eval.metrics import mse_clip, psnr_clip, psnr_frame, ssim_frame
 from eval.protocols import Protocol
+from models.lpips import FrameDistance
 
-METRICS = ("mse", "psnr_clip", "psnr_frame", "ssim", "lpips", "psnr_mean_frame")
+METRICS = ("mse", "psnr_clip", "psnr_frame", "ssim", "lpips", "stlpips", "psnr_mean_frame")
 
 
 def protocol_clips(
@@ -61,7 +62,7 @@ def reconstruct_rows(
     rule: str,
     i3d: nn.Module | None = None,
     i3d_resize: str = "square",
-    perceptual: nn.Module | None = None,
+    perceptual: FrameDistance | None = None,
     progress: str | None = None,
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
     """Compare clips with their reconstructions.
@@ -87,7 +88,7 @@ def reconstruct_rows(
             "psnr_mean_frame": psnr_frame(video, video.mean(2, keepdim=True).expand_as(video)),
         }
         if perceptual is not None:
-            row["lpips"] = perceptual(video, output)
+            row[perceptual.name] = perceptual(video, output)
         if i3d is not None:
             row["real"], row["fake"] = i3d(torch.cat([video, output]), resize=i3d_resize).chunk(2)
         if not rows:

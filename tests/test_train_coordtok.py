@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY_COORDTOK, error_line, losses, num_lines, run, start, wait
+from helpers import ROOT, TINY_COORDTOK, error_line, logged, losses, num_lines, run, run_here, start, wait
 
 import train_coordtok
 from data.video import write_video
+from eval import eval_coordtok
 from training import checkpoint
 
 PIXELS = ("--point_per_vid", 16, "--lpips_loss_scale", "0.0")
@@ -108,6 +109,22 @@ def test_second_step_validation_and_evaluation(data, coordtok, tmp_path):
     assert one["results"]["clips"] == 6
     assert one["record"]["title"] == "larp_rfvd*"
     assert any("RANDOM" in deviation for deviation in one["record"]["deviations"])
+
+
+def test_second_step_and_evaluation_by_stlpips(monkeypatch, data, coordtok, tmp_path):
+    """It has its own name in logs, results and record, and LPIPS has none."""
+    perceptual = ("--perceptual", "stlpips", "--lpips_weights", "random")
+    flags = (*perceptual, "--exp_name", "run", "--num_iters", 1, "--point_per_vid", 32, "--num_val", 2)
+    second = ("--is_second_step", "--first_step_ckpt", coordtok / "checkpoints", "--lpips_loss_scale", 1)
+    run_here(monkeypatch, train_coordtok, *arguments(data, tmp_path, *flags), *second)
+    folder = tmp_path / "run_second"
+    for kind in ("train", "val"):
+        assert logged(folder, kind)[1]["stlpips"] > 0 and "lpips" not in logged(folder, kind)[1]
+    run_here(monkeypatch, eval_coordtok, "--tokenizer", folder / "checkpoints", "--data_root", data, "--protocol",
+             "larp_rfvd", "--no_fvd", "--output_dir", tmp_path / "out", *perceptual)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["results"]["stlpips"] > 0 and "lpips" not in report["results"]
+    assert report["record"]["lpips"] == "none" and report["record"]["stlpips"] == "stlpips 0.0.2 alex, RANDOM network"
 
 
 def test_damaged_files_are_listed_once_and_training_goes_on(data, coordtok, tmp_path):

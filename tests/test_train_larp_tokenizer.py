@@ -199,6 +199,13 @@ def test_flip_mirrors_clips_by_their_positions_and_no_validation(monkeypatch, da
             assert torch.equal(other, clip.flip(-1) if mirror else clip)
 
 
+def test_stlpips_has_its_own_name(monkeypatch, tmp_path):
+    flags = [*TINY, *NULL, "--perceptual", "stlpips", "--disc_weight", 0, "--num_iters", 1, "--save_dir", tmp_path]
+    run_here(monkeypatch, train_larp_tokenizer, *flags, "--exp_name", "run")
+    line = lines(tmp_path / "run")[1]
+    assert line["stlpips"] > 0 and "lpips" not in line
+
+
 def test_validation_counts_each_held_out_clip_once(trained):
     for kind in ("val", "val_ema_0.9"):
         scores = lines(trained, kind)

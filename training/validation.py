@@ -17,7 +17,7 @@ from eval import fvd
 from eval.i3d import I3D
 from eval.pictures import contact_sheet
 from eval.reconstruction import merge, reconstruct_rows, summary
-from models.lpips import Perceptual
+from models.stlpips import perceptual_metric
 from training.codes import Encode, Score, batches_from_video
 
 
@@ -44,8 +44,8 @@ def evenly_spaced(files: int, clips: int | None) -> list[int]:
 
 
 class Validation:
-    """PSNR, SSIM, LPIPS and rFVD on a fixed clip of each of `num_clips` of the files (None: of all), with a contact
-    sheet and an mp4.
+    """PSNR, SSIM, LPIPS or ST-LPIPS, and rFVD on a fixed clip of each of `num_clips` of the files (None: of all), with
+    a contact sheet and an mp4.
 
     Short clips repeat their last frame, so that every clip has `num_frames`. A metric whose weights cannot be had is
     left out, and said so once.
@@ -53,8 +53,8 @@ class Validation:
 
     def __init__(
         self, files: Sequence[VideoFile], num_clips: int | None, num_frames: int, size: int, rule: str,
-        device: torch.device, batch_size: int, num_workers: int, quarantine: Quarantine, lpips_weights: str,
-        timeout: float,
+        device: torch.device, batch_size: int, num_workers: int, quarantine: Quarantine, perceptual: str,
+        lpips_weights: str, timeout: float,
     ):
         self.size, self.rule, self.device = size, rule, device
         keys = [ClipKey(position, index) for position, index in enumerate(evenly_spaced(len(files), num_clips))]
@@ -65,7 +65,7 @@ class Validation:
         )
         batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
         self.loader = make_loader(clips, batches, min(num_workers, len(batches)), 2, pin_memory=device.type == "cuda")
-        self.perceptual = self.available("LPIPS", lambda: Perceptual(weights=lpips_weights))
+        self.perceptual = self.available(perceptual, lambda: perceptual_metric(perceptual, weights=lpips_weights))
         self.i3d = self.available("rFVD", I3D.from_weights) if num_frames >= 10 else None
 
     def available(self, metric: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
