@@ -35,7 +35,6 @@ from training.flags import (
     add_clip_cache,
     add_data,
     add_larp_tokenizer,
-    add_perceptual,
     add_run,
     disc_config,
     larp_config,

@@ -329,7 +329,7 @@ def test_our_checkpoints_carry_their_task(sampled, trained, published):
         ("class", ["--dataset_csv", "null128.csv"], "null128.csv has labels 0 to 100, the model 0 to 1"),
         ("class", ["--dataset_csv", "nowhere.csv"], "no list nowhere.csv"),
         ("class", ["--protocol", "larp_k600fp50k"], "is not for this model: choose larp_gfvd10k"),
-        ("class", ["--ar_model", "TOKENIZER"], "its config.json is not a LARP generator's"),
+        ("class", ["--ar_model", "TOKENIZER"], "config.json cannot be read as a LARPGenerator"),
         ("class", ["--tokenizer", "GENERATOR"], "config has unknown keys .*'dim'"),
         ("class", ["--tokenizer", "OTHER"], "makes 12 codes of 32, but clips .* have 12 of 16"),
         ("class", ["--ar_model", "RUN", "--tokenizer", "SAME"], "was trained on a tokenizer of SHA-256"),
