@@ -74,15 +74,16 @@ def scripts(data, coordtok, tmp_path) -> dict:
     files = ["--data_root", data, "--num_val", 0, "--log_every", 100]
     larp = "--input_size 32 --frame_num 8 --bottleneck_token_num 16 --codebook_size 64 --encoder_hidden_size 32 " \
         "--decoder_hidden_size 32 --encoder_num_heads 2 --decoder_num_heads 2 --encoder_depth 1 --decoder_depth 1 " \
-        "--prior_model gptc-XXS --disc_hidden_size 32 --disc_n_heads 2 --disc_n_layers 1 --lpips_weights random " \
-        "--d_update_freq 1 --ema_decays 0.9 --flip --batch_size 2 --video_name UCF-101_train".split()
+        "--prior_model gptc-tiny --disc_hidden_size 32 --disc_n_heads 2 --disc_n_layers 1 --lpips_weights random " \
+        "--d_update_freq 1 --ema_decays 0.9 --flip --batch_size 2 --accum_iter 2 --video_name UCF-101_train".split()
     ar = ["--tokenizer", tmp_path / "tokenizer", "--dim", 32, "--n_layer", 2, "--n_head", 2, "--multiple_of", 8,
           "--batch_size", 2, "--video_name", "UCF-101_train", "--accum_iter", 2, "--flip", "--ema_decays", 0.9]
     sit = ["--first_model_ckpt", coordtok / "checkpoints", "--model", "SiT-XS/4", "--global_batch_size", 2]
     cached = ["--cache_dir", tmp_path / "cache"]
     return {
         "coordtok_1": (train_coordtok, [*TINY_COORDTOK, *files, "--point_per_vid", 16, "--accum_iter", 2]),
-        "coordtok_2": (train_coordtok, [*TINY_COORDTOK, *files, "--lpips_loss_scale", 1, "--lpips_weights", "random"]),
+        "coordtok_2": (train_coordtok, [*TINY_COORDTOK, *files, "--point_per_vid", 16, "--is_second_step",
+                                        "--first_step_ckpt", coordtok / "checkpoints", "--lpips_weights", "random"]),
         "sit": (train_sit, [*files, *sit, "--accum_iter", 2]),
         "sit_cached": (train_sit, [*files, *sit, "--cache_latents", 1, *cached]),
         "larp_tokenizer": (train_larp_tokenizer, [*files, *larp]),

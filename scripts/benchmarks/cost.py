@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from models.coordtok import CoordTok
-from models.discriminator import Discriminator
-from models.larp_ar import SIZES, LARPGenerator
-from models.larp_tokenizer import LARPTokenizer
+from models.coordtok import CoordTok, CoordTokConfig
+from models.discriminator import Discriminator, DiscriminatorConfig
+from models.larp_ar import SIZES, LARPGenerator, LARPGeneratorConfig
+from models.larp_tokenizer import LARPTokenizer, LARPTokenizerConfig
 from models.prior import PRIOR_SIZES
-from models.sit import SIT_SIZES, SiT
+from models.sit import SIT_SIZES, SiT, SiTConfig
 from scripts.benchmarks import flops
 
 UCF101_TRAIN = 9_537
@@ -32,6 +32,7 @@ TRAINED, AVERAGED, FROZEN = 4 * 4 + 2, 4, 4 + 2
 # and dropout masks keep more. Checked by a test; of autograd's own count, as is LPIPS of a frame of 128x128.
 VIT, SIT, LLAMA = 36, 45, 55
 LPIPS_FRAME = 36 << 20
+VGG16 = 14_714_688
 LOGIT = 10  # in bf16 and float32, and their log-softmax
 
 MFU = {1: 0.40, 8: 0.38, 64: 0.32}  # assumed, by the number of GPUs
@@ -51,6 +52,34 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+# The bytes of activations that a sample keeps, by configuration.
+def coordtok_bytes(config: CoordTokConfig, points: int, lpips_frames: int = 0) -> int:
+    # Cross-attention keeps 6 bytes a block: keys, values and their input.
+    encoding = VIT * config.enc_patch_num_layers + 6 * config.enc_num_layers
+    encoding *= math.prod(config.num_tubelets) * config.enc_embed_dim
+    return encoding + points * VIT * config.dec_embed_dim * config.dec_num_layers + lpips_frames * LPIPS_FRAME
+
+
+def sit_bytes(config: SiTConfig) -> int:
+    tokens = 64 + 128 + 128
+    return tokens * SIT * config.hidden_size * config.depth
+
+
+def larp_tokenizer_bytes(config: LARPTokenizerConfig, disc: DiscriminatorConfig) -> int:
+    codes, (prior_depth, prior_width, _) = config.bottleneck_token_num, PRIOR_SIZES[config.prior_model.name]
+    coders = config.encoder_hidden_size * config.encoder_depth + config.decoder_hidden_size * config.decoder_depth
+    prior = config.prior_model.n_rounds * codes * (
+        VIT * prior_width * prior_depth + LOGIT * flops.codebook_size(config)
+    )
+    judge = flops.disc_tokens(disc) * VIT * disc.hidden_size * disc.n_layers
+    return 2 * codes * VIT * coders + prior + judge + config.frame_num * LPIPS_FRAME
+
+
+def larp_ar_bytes(config: LARPGeneratorConfig) -> int:
+    blocks = config.num_positions * LLAMA * config.dim * config.n_layer
+    return blocks + config.max_seq_len * LOGIT * config.vocab_size
+
+
 def recipes() -> dict[str, Recipe]:
     """By the names of train_step.py, but for frame prediction, whose sequences are longer."""
     with torch.device("meta"):
@@ -60,35 +89,22 @@ def recipes() -> dict[str, Recipe]:
         fp = LARPGenerator(**SIZES["llama-abs-LP"], frame_prediction=True, cls_token_num=1025)
         c, s, t, d = coordtok.config, sit.config, tokenizer.config, disc.config
 
-    # Cross-attention keeps 6 bytes a block: keys, values and their input.
-    encoding = VIT * c.enc_patch_num_layers + 6 * c.enc_num_layers
-    encoding *= math.prod(c.num_tubelets) * c.enc_embed_dim
-    point = VIT * c.dec_embed_dim * c.dec_num_layers
-    codes, latent_tokens = t.bottleneck_token_num, 64 + 128 + 128
-    prior_depth, prior_width, _ = PRIOR_SIZES[t.prior_model.name]
-    larp = 2 * codes * VIT * (t.encoder_hidden_size * t.encoder_depth + t.decoder_hidden_size * t.decoder_depth)
-    larp += t.prior_model.n_rounds * codes * (VIT * prior_width * prior_depth + LOGIT * flops.codebook_size(t))
-    larp += flops.disc_tokens(d) * VIT * d.hidden_size * d.n_layers + t.frame_num * LPIPS_FRAME
-
-    def ar_bytes(model: LARPGenerator) -> int:
-        g = model.config
-        return g.num_positions * LLAMA * g.dim * g.n_layer + g.max_seq_len * LOGIT * g.vocab_size
-
-    vgg = 14_714_688 * FROZEN
+    vgg = VGG16 * FROZEN
     return {
         "coordtok_1": Recipe("CoordTok, step 1", 1_000_000, 256, flops.coordtok_training(c, 1024),
-                             parameters(coordtok) * TRAINED, encoding + 1024 * point),
+                             parameters(coordtok) * TRAINED, coordtok_bytes(c, 1024)),
         "coordtok_2": Recipe("CoordTok, step 2", 50_000, 256, flops.coordtok_training(c, 4096, lpips=True),
-                             parameters(coordtok) * TRAINED + vgg, encoding + 4096 * point + 16 * LPIPS_FRAME),
+                             parameters(coordtok) * TRAINED + vgg, coordtok_bytes(c, 4096, 16)),
         "sit": Recipe("SiT-L/2 on cached latents", 600_000, 64, flops.sit_training(s),
-                      parameters(sit) * (TRAINED + AVERAGED), latent_tokens * SIT * s.hidden_size * s.depth),
+                      parameters(sit) * (TRAINED + AVERAGED), sit_bytes(s)),
         "larp_tokenizer": Recipe("LARP tokenizer, K600 + UCF-101", 150 * ((K600_TRAIN + UCF101_TRAIN) // 128), 128,
                                  flops.larp_tokenizer_training(t, d),
-                                 (parameters(tokenizer) + parameters(disc)) * TRAINED + vgg, larp),
+                                 (parameters(tokenizer) + parameters(disc)) * TRAINED + vgg,
+                                 larp_tokenizer_bytes(t, d)),
         "larp_ar": Recipe("LARP-AR-LP on cached codes, UCF-101", 3000 * (UCF101_TRAIN // 64), 64,
-                          flops.larp_ar_training(ar.config), parameters(ar) * TRAINED, ar_bytes(ar)),
+                          flops.larp_ar_training(ar.config), parameters(ar) * TRAINED, larp_ar_bytes(ar.config)),
         "larp_ar_fp": Recipe("LARP-AR-LP, frame prediction, K600", 75 * (K600_TRAIN // 64), 64,
-                             flops.larp_ar_training(fp.config), parameters(fp) * TRAINED, ar_bytes(fp)),
+                             flops.larp_ar_training(fp.config), parameters(fp) * TRAINED, larp_ar_bytes(fp.config)),
     }
 
 
