@@ -5,7 +5,6 @@ One GPU:    python train_larp_tokenizer.py --config scripts/configs/larp_tokeniz
 A folder:   ... --data_root DATA --video_name UCF-101_train     The loop alone: ... --csv_file null128.csv
 Runs are written to SAVE_DIR/EXP_NAME and go on with --resume auto.
 """
-import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,12 +15,9 @@ from torch import Tensor
 
 from common import distributed
 from common.cli import Parser, one_line_errors
-from common.console import print_main
 from common.rng import sample_generators
 from data.augment import flip_half
-from data.clips import ClipDataset, open_quarantine
-from data.lists import list_csv, list_folder
-from data.loader import GlobalBatchSampler, make_loader
+from data.clips import open_quarantine
 from data.video import to_video
 from models.discriminator import Discriminator
 from models.gan import GAN_LOSSES, LeCam, discriminator_loss, frozen, generator_loss, r1_penalty
@@ -29,12 +25,11 @@ from models.larp_tokenizer import LARPTokenizer, TokenizerOutput
 from models.layers import compile_blocks, set_checkpointing
 from models.lpips import Perceptual
 from models.pretrained import build
-from training import checkpoint
-from training.clip_cache import clip_cache
-from training.flags import add_clip_cache, add_data, add_larp_tokenizer, add_run, disc_config, larp_config
-from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due
+from training import checkpoint, flags
+from training.log import NonFiniteGuard, check_writable, start_log
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
-from training.validation import CodeStats, Validation, validation_source
+from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
+from training.validation import CodeStats, make_validation
 
 
 class MicroBatch(NamedTuple):
@@ -55,27 +50,14 @@ def mean_of(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def parse_args():
     parser = Parser(__doc__)
-    add_data(parser)
-    add_clip_cache(parser)
-    data = parser.add_argument_group("lists of videos")
-    data.add_argument("--csv_file", default="k600_train.csv+ucf101_train.csv",
-                      help="lists to train on; null128.csv: random clips. --video_name names a folder instead")
-    data.add_argument("--val_csv", help="lists to validate on (default: CSV_FILE with _val for _train)")
-    data.add_argument("--flip", action="store_true", help="mirror half of the clips (the published models do not)")
-    add_larp_tokenizer(parser)
-    train = parser.add_argument_group("training")
-    train.add_argument("-b", "--batch_size", type=int, default=128, help="clips a step, over all processes")
-    train.add_argument("--accum_iter", type=int, default=1, help="micro-batches a step; the update does not change")
-    train.add_argument("--max_epoch", type=int, default=150, help="passes over the videos")
-    train.add_argument("--num_iters", type=int, help="steps, instead of --max_epoch")
-    train.add_argument("--lr", type=float, default=1e-4, help="highest learning rate of the tokenizer")
+    flags.add_data(parser)
+    flags.add_clip_cache(parser)
+    flags.add_lists(parser, csv_file="k600_train.csv+ucf101_train.csv")
+    flags.add_larp_tokenizer(parser)
+    train = flags.add_training(parser, batch_size=128, lr=1e-4, epochs=150, warmup_epoch=8.0)
     train.add_argument("--disc_lr", type=float, default=3e-5, help="highest learning rate of the discriminator")
-    train.add_argument("--warmup_epoch", type=float, default=8.0, help="epochs of linear warm-up")
-    train.add_argument("--min_lr_mult", type=float, default=0.01, help="first and last learning rate, as a share")
     train.add_argument("--prior_lr_mult", type=float, default=50.0, help="the prior's learning rate, times LR")
     train.add_argument("--emb_lr_mult", type=float, default=1.0, help="the codebook's learning rate, times LR")
-    train.add_argument("--clip_grad_max_norm", type=float, default=0.0, help="largest gradient norm; 0: no clipping")
-    train.add_argument("--ema_decays", type=float, nargs="*", default=[], help="moving averages of the weights to keep")
     loss = parser.add_argument_group("losses")
     loss.add_argument("--pixel_weight", type=float, default=1.0, help="of L1")
     loss.add_argument("--perceptual_weight", type=float, default=1.0, help="of LPIPS")
@@ -93,35 +75,24 @@ def parse_args():
     gan.add_argument("--d_update_freq", type=int, default=5, help="steps between steps of the discriminator")
     gan.add_argument("--lecam_weight", type=float, default=0.001, help="of LeCam's regularisation")
     gan.add_argument("--r1_weight", type=float, default=0.0, help="of the R1 gradient penalty")
-    logs = parser.add_argument_group("logging")
-    logs.add_argument("--log_every", type=int, default=50, help="steps between lines of metrics.jsonl")
-    logs.add_argument("--eval_every", type=float, default=1.0, help="epochs between validations")
-    logs.add_argument("--save_every", type=float, default=1.0, help="epochs between checkpoints")
-    logs.add_argument("--val_name", help="folder to validate on (default: VIDEO_NAME's _test, if there is one)")
-    logs.add_argument("--num_val", type=int, help="validation clips (default: one of each video); 0: no validation")
-    logs.add_argument("--val_batch_size", type=int, default=8, help="validation clips at once in each process")
-    add_run(parser, save_dir="./logs", exp_name="larp_tokenizer", num_workers=16)
+    logs = flags.add_logging(parser, log_every=50, save_every=1.0)
+    flags.add_validation(logs, eval_every=1.0, num_val=None, batch_size=8)
+    flags.add_run(parser, save_dir="./logs", exp_name="larp_tokenizer", num_workers=16)
     parser.set_defaults(video_name=None, seed=66667)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    device = distributed.setup(args.device)
-    rank, world_size = distributed.rank(), distributed.world_size()
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    device, folder = start_run(args)
 
     # The tokenizer with its prior, the discriminator, and what each keeps beside its weights.
-    folder = Path(args.save_dir) / args.exp_name
-    claim_run(folder)
     state = checkpoint.find(folder / "checkpoints", args.resume, "larp_tokenizer")
     carried, source = state or {}, f"the run in {folder}"
     path = state.path if state else None
-    tokenizer = build(LARPTokenizer, larp_config(args, carried.get("config"), source), path).to(device).train()
+    tokenizer = build(LARPTokenizer, flags.larp_config(args, carried.get("config"), source), path).to(device).train()
     config = tokenizer.config
-    disc_options = disc_config(args, config, carried.get("disc_config"), source)
+    disc_options = flags.disc_config(args, config, carried.get("disc_config"), source)
     discriminator = build(Discriminator, disc_options, path).to(device)
     perceptual = Perceptual(weights=args.lpips_weights).to(device) if args.perceptual_weight > 0 else None
     start_temperature = config.bottleneck.args.regularizer.args.stochastic_temperature
@@ -144,59 +115,41 @@ def main():
     parts = {
         "model": tokenizer, "discriminator": discriminator, "lecam": lecam, "optimizer": optimizer,
         "disc_optimizer": disc_optimizer, "scaler": precision.scaler, "disc_scaler": disc_scaler,
+        **{f"ema/{decay}": ema.model for decay, ema in emas.items()},
     }
     start, rng, best = 0, None, float("-inf")
     if state:
-        checkpoint.restore({**parts, **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}, state)
+        checkpoint.restore(parts, state)
         start, rng, best = state["step"], state["rng"], state["best"]
         del state, carried  # frees a copy of it all
 
     # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
-    files = list_folder(Path(args.data_root) / args.video_name) if args.video_name else list_csv(args.csv_file)
+    files, _ = training_files(args)
     quarantine = open_quarantine(folder, args.decode_timeout)
-    on_gpu = device.type == "cuda"
-    resize = args.resize if args.resize != "auto" else "device" if on_gpu else "worker"
     epoch_steps = len(files) // args.batch_size
     num_iters = args.num_iters or args.max_epoch * epoch_steps
-    sampler = GlobalBatchSampler(
-        len(files), args.batch_size, num_iters, rank, world_size, accum=args.accum_iter, seed=args.seed,
-        start_step=start, order="epoch",
-    )
-    validation = None
-    if args.num_val != 0:
-        held_out = validation_source(args)
-        held_out = list_folder(held_out) if args.video_name else list_csv(held_out)
-        validation = Validation(
-            held_out, args.num_val, config.frame_num, config.input_size, "larp", device, args.val_batch_size,
-            args.num_workers, quarantine, args.lpips_weights, args.decode_timeout,
-        )
+    sampler = train_sampler(args, len(files), num_iters, start, order="epoch")
+    of_clips = (config.frame_num, config.input_size, "larp", device, quarantine)
+    validation = make_validation(args, *of_clips)
     check_writable(folder)
-    cache = clip_cache(  # after all that a flag may have wrong: it may take hours
-        args.cache_dir, files, config.input_size, "larp", quarantine, args.num_workers, args.decode_timeout
-    ) if args.cache_clips else None
-    clips = ClipDataset(
-        files, config.frame_num, config.input_size, "larp", resize=resize, seed=args.seed, short="repeat",
-        quarantine=quarantine, timeout=args.decode_timeout, cache=cache,
-    )
-    batches = iter(make_loader(clips, sampler, args.num_workers, args.prefetch_factor, pin_memory=on_gpu))
+    clips = cached_clips(args, files, *of_clips, short="repeat")
+    batches = iter(train_loader(args, clips, sampler, device))
 
     if args.compile:
-        compile_blocks(tokenizer)
-        compile_blocks(discriminator)
-        if perceptual is not None:
-            compile_blocks(perceptual)
+        compile_blocks(tokenizer, discriminator, *([perceptual] if perceptual else []))
     # Frozen tables are equal everywhere, and need not be sent again. Nothing is unused, so nothing is searched for.
     model = distributed.wrap(tokenizer, device, args.accum_iter == 1)
     disc_model = distributed.wrap(discriminator, device, static_graph=False)  # it is frozen in between
+    parameters, disc_parameters = (sum(p.numel() for p in net.parameters()) for net in (tokenizer, discriminator))
+    log = start_log(args, folder, start, num_iters, f"LARP tokenizer, {parameters:,} parameters, discriminator "
+                    f"{disc_parameters:,}, {precision.name}; {len(files):,} videos, {epoch_steps} steps an epoch")
+    guard = NonFiniteGuard(device)
+    eval_steps, save_steps = (max(1, round(n * epoch_steps)) for n in (args.eval_every, args.save_every))
 
     def save(step: int) -> None:
         guard.check()
-        checkpoint.save(folder / "checkpoints", step, {
-            "kind": "larp_tokenizer", "config": asdict(config), "disc_config": asdict(discriminator.config),
-            **{name: part.state_dict() for name, part in parts.items()},
-            "ema": {decay: ema.model.state_dict() for decay, ema in emas.items()}, "best": best,
-            "data": {"position": step * args.batch_size, "files": len(files)}, "args": vars(args),
-        }, keep=args.keep_checkpoints)
+        checkpoint.save_run(folder, step, args, parts, len(files), kind="larp_tokenizer", config=asdict(config),
+                            disc_config=asdict(discriminator.config), best=best)
 
     def score(net: LARPTokenizer, pictures: Path) -> dict[str, float]:
         codes = CodeStats(config.bottleneck.args.regularizer.args.codebook_size, device)
@@ -255,20 +208,13 @@ def main():
             guard.watch(step, disc_loss, micro.paths)
             values.append({"disc": disc_loss, **disc_logs})
         lecam.update(*means)
-        update(disc_optimizer, disc_scaler, args.clip_grad_max_norm)
+        update(disc_optimizer, disc_scaler, args.clip_grad)
         return mean_of(values)
 
-    parameters, disc_parameters = (sum(p.numel() for p in net.parameters()) for net in (tokenizer, discriminator))
-    print_main(f"LARP tokenizer, {parameters:,} parameters, discriminator {disc_parameters:,}, {precision.name}; "
-        f"{len(files):,} videos; {world_size} processes x {args.batch_size // world_size} clips; step {start} of "
-        f"{num_iters}, {epoch_steps} an epoch")
-    log = RunLog(folder, vars(args), start, num_iters, args.batch_size, args.wandb)
-    guard, stop = NonFiniteGuard(device), StopSignal()
-    eval_steps, save_steps = (max(1, round(n * epoch_steps)) for n in (args.eval_every, args.save_every))
+    scores = [(validate, eval_steps)] if validation else []
     # Each process drops out units of its own; all other draws are per clip.
     checkpoint.start_rng(args.seed, rng)
-    if validation and due(start, eval_steps, num_iters):  # by a run that was stopped before
-        validate(start)
+    log.make_up(scores)
     logs = {}
     for step in range(start + 1, num_iters + 1):
         # Schedules are pure functions of the step, counted from 1 as the released trainer does.
@@ -284,9 +230,7 @@ def main():
 
         micros = []
         for _ in range(args.accum_iter):
-            waiting = time.perf_counter()
-            batch = stop.next(batches, step, save)
-            log.waited(time.perf_counter() - waiting)
+            batch = log.next(batches, step, save)
             video, positions = to_video(batch["frames"], config.input_size, "larp", device), batch["position"].tolist()
             video = flip_half(video, args.seed, positions) if args.flip else video
             micros.append(MicroBatch(video, positions, batch["path"]))
@@ -318,30 +262,17 @@ def main():
                 precision.scaler.scale(loss / args.accum_iter).backward()
             guard.watch(step, loss, micro.paths)
             values.append({"loss": loss, **{name: term for name, (term, _) in terms.items()}, **output.logs})
-        update(optimizer, precision.scaler, args.clip_grad_max_norm)
+        update(optimizer, precision.scaler, args.clip_grad)
         for ema in emas.values():
             ema.update(tokenizer)
         logs |= mean_of(values)
-        log.advance()
-
         if step % args.log_every == 0 or step == num_iters:
             guard.check()
             means = distributed.all_mean(torch.stack([*logs.values()]))
             log.train(step, device, **dict(zip(logs, means.tolist())), lr=rates[-1] * multiplier)
             logs = {}  # so that the discriminator's values are of its newest step since the last line, or absent
-        stopping = stop.anywhere()
-        to_validate = validation and due(step, eval_steps, num_iters)
-        if stopping or to_validate or due(step, save_steps, num_iters):
-            save(step)
-        if stopping:
-            log.close()
-            stop.leave(step)
-        if to_validate:
-            validate(step)
-    log.close()
-    if len(quarantine):
-        print_main(f"{len(quarantine)} damaged files, listed in {quarantine.path}")
-    print_main(f"checkpoints: {folder / 'checkpoints'}")
+        log.end_step(step, save, save_steps, scores)
+    log.finish(quarantine)
 
 
 if __name__ == "__main__":
