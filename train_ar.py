@@ -27,7 +27,7 @@ from models.pretrained import build
 from training import checkpoint, flags, fsdp
 from training.codes import CodeCache, batches_from_cache, batches_from_video, draw_drops, encode_video
 from training.load import check_tokenizer, load_larp_tokenizer, weights_sha256
-from training.log import NonFiniteGuard, check_writable, start_log
+from training.log import NonFiniteGuard, start_log
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
 from training.setup import make_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import HeldOut, SampleCheck, caption, held_out_keys, validation_files
@@ -120,7 +120,6 @@ def main():
     # What training, validation and samples need is looked for before the cache is filled, which may take hours.
     train_sampler(args, len(files), num_iters=0, start=0, order="epoch")
     generator.check_guidance(args.cfg_scale)
-    check_writable(folder)
     # Validation scores the codes of held-out clips; samples are of the classes of the first of them, or continue them.
     held_out = check = None
     if args.num_val != 0:

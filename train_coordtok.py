@@ -21,7 +21,7 @@ from models.patches import gather_patches
 from models.pretrained import build
 from training import checkpoint, flags
 from training.load import coordtok_clips, load_coordtok
-from training.log import NonFiniteGuard, check_writable, start_log
+from training.log import NonFiniteGuard, start_log
 from training.optim import Precision, adamw, update
 from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import make_validation
@@ -86,7 +86,6 @@ def main():
     sampler = train_sampler(args, len(files), args.num_iters, start, order="replacement")
     of_clips = (*config.video_shape[:2], "coordtok", device, quarantine)
     validation = make_validation(args, *of_clips)
-    check_writable(folder)
     points = ("frames" if args.is_second_step else "patches", args.point_per_vid, config.grid, config.dec_patch_size_t)
     clips = cached_clips(args, files, *of_clips, points=points)
     batches = iter(train_loader(args, clips, sampler, device))

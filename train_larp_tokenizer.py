@@ -8,7 +8,6 @@ Runs are written to SAVE_DIR/EXP_NAME and go on with --resume auto.
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,32 +19,17 @@ from data.augment import flip_half
 from data.clips import open_quarantine
 from data.video import to_video
 from models.discriminator import Discriminator
-from models.gan import GAN_LOSSES, LeCam, discriminator_loss, frozen, generator_loss, r1_penalty
-from models.larp_tokenizer import LARPTokenizer, TokenizerOutput
+from models.gan import GAN_LOSSES, frozen, generator_loss
+from models.larp_tokenizer import LARPTokenizer
 from models.layers import compile_blocks, set_checkpointing
 from models.lpips import Perceptual
 from models.pretrained import build
 from training import checkpoint, flags
-from training.log import NonFiniteGuard, check_writable, start_log
+from training.adversary import Adversary, MicroBatch, Round, mean_of
+from training.log import NonFiniteGuard, start_log
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import CodeStats, make_validation
-
-
-class MicroBatch(NamedTuple):
-    video: Tensor  # (B, 3, T, H, W) in [0, 1]
-    positions: list[int]  # in the run, which all draws for a clip come from
-    paths: list[str]
-
-
-def mean_logits(logits: Tensor) -> Tensor:
-    """(2 B,) of real clips and then of fakes -> (2,) float32, the mean of each."""
-    return torch.stack([part.float().mean() for part in logits.chunk(2)])
-
-
-def mean_of(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean over micro-batches of each value, detached."""
-    return {name: torch.stack([one[name].detach().float() for one in values]).mean(0) for name in values[0]}
 
 
 def parse_args():
@@ -102,21 +86,16 @@ def main():
     set_checkpointing(tokenizer, args.gradient_checkpointing)
     set_checkpointing(discriminator, args.gradient_checkpointing)
     emas = {str(decay): EMA(tokenizer, decay) for decay in args.ema_decays}
-    lecam = LeCam().to(device)
     # The released schedule overwrites the prior's rate with the others'; prior_lr_mult 1 is what that trains with.
     groups = groups_by_name(tokenizer, args.lr, {
         "prior_model.": args.prior_lr_mult, "bottleneck.regularizer.embedding.": args.emb_lr_mult,
     })
     optimizer = adam(groups, args.lr, betas=(0.5, 0.9))
-    disc_optimizer = adam(discriminator.parameters(), args.disc_lr, betas=(0.5, 0.9))
     rates = [group["lr"] for group in optimizer.param_groups]
     precision = Precision(args.precision, device)
-    disc_scaler = precision.make_scaler()
-    parts = {
-        "model": tokenizer, "discriminator": discriminator, "lecam": lecam, "optimizer": optimizer,
-        "disc_optimizer": disc_optimizer, "scaler": precision.scaler, "disc_scaler": disc_scaler,
-        **{f"ema/{decay}": ema.model for decay, ema in emas.items()},
-    }
+    adversary = Adversary(discriminator, args, precision, device)
+    parts = {"model": tokenizer, "optimizer": optimizer, "scaler": precision.scaler, **adversary.parts,
+             **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}
     start, rng, best = 0, None, float("-inf")
     if state:
         checkpoint.restore(parts, state)
@@ -131,7 +110,6 @@ def main():
     sampler = train_sampler(args, len(files), num_iters, start, order="epoch")
     of_clips = (config.frame_num, config.input_size, "larp", device, quarantine)
     validation = make_validation(args, *of_clips)
-    check_writable(folder)
     clips = cached_clips(args, files, *of_clips, short="repeat")
     batches = iter(train_loader(args, clips, sampler, device))
 
@@ -139,7 +117,7 @@ def main():
         compile_blocks(tokenizer, discriminator, *([perceptual] if perceptual else []))
     # Frozen tables are equal everywhere, and need not be sent again. Nothing is unused, so nothing is searched for.
     model = distributed.wrap(tokenizer, device, args.accum_iter == 1)
-    disc_model = distributed.wrap(discriminator, device, static_graph=False)  # it is frozen in between
+    adversary.wrap()
     parameters, disc_parameters = (sum(p.numel() for p in net.parameters()) for net in (tokenizer, discriminator))
     log = start_log(args, folder, start, num_iters, f"LARP tokenizer, {parameters:,} parameters, discriminator "
                     f"{disc_parameters:,}, {precision.name}; {len(files):,} videos, {epoch_steps} steps an epoch")
@@ -175,41 +153,11 @@ def main():
 
     single, is_last = args.accum_iter == 1, [micro == args.accum_iter - 1 for micro in range(args.accum_iter)]
 
-    def reconstruct(
-        micro: MicroBatch, ratio: float, temperature: float | None
-    ) -> tuple[TokenizerOutput, list[torch.Generator]]:
+    def reconstruct(micro: MicroBatch, ratio: float, temperature: float | None) -> Round:
         # What is drawn for a clip depends on its position in the run alone, and not on how clips are shared.
         generators = sample_generators(args.seed, micro.positions, device)
         with precision.autocast():
             return model(micro.video, ratio, temperature=temperature, generator=generators), generators
-
-    def update_discriminator(step: int, micros: list[MicroBatch], rounds: list) -> dict[str, Tensor]:
-        """rounds: of each micro-batch what `reconstruct` returns. Returns what is logged."""
-        pairs = [torch.cat([micro.video, output.video.detach().float()])
-                 for micro, (output, _) in zip(micros, rounds)]
-        if not single:  # LeCam is a function of the whole batch's means
-            with torch.no_grad(), precision.autocast():
-                whole = distributed.all_mean(torch.stack([mean_logits(discriminator(x)) for x in pairs]).mean(0))
-        values = []
-        for last, micro, pair, (_, generators) in zip(is_last, micros, pairs, rounds):
-            noise = torch.stack([torch.randn(2, generator=one, device=device) for one in generators], dim=1)  # (2, B)
-            with distributed.sync_gradients(disc_model, last):
-                with precision.autocast():
-                    logits = disc_model(pair)
-                disc_loss, disc_logs = discriminator_loss(*logits.chunk(2), args.disc_loss, noise)
-                means = mean_logits(logits)
-                means = distributed.all_mean(means) if single else whole + (means - means.detach())
-                disc_logs["lecam"] = lecam(*means)
-                disc_loss = disc_loss + args.lecam_weight * disc_logs["lecam"]
-                if args.r1_weight > 0:
-                    disc_logs["r1"] = r1_penalty(discriminator, micro.video)
-                    disc_loss = disc_loss + args.r1_weight * disc_logs["r1"]
-                disc_scaler.scale(disc_loss / args.accum_iter).backward()
-            guard.watch(step, disc_loss, micro.paths)
-            values.append({"disc": disc_loss, **disc_logs})
-        lecam.update(*means)
-        update(disc_optimizer, disc_scaler, args.clip_grad)
-        return mean_of(values)
 
     scores = [(validate, eval_steps)] if validation else []
     # Each process drops out units of its own; all other draws are per clip.
@@ -220,7 +168,7 @@ def main():
         # Schedules are pure functions of the step, counted from 1 as the released trainer does.
         multiplier = cosine_with_warmup(step, round(args.warmup_epoch * epoch_steps), num_iters, args.min_lr_mult)
         set_rates(optimizer, rates, multiplier)
-        set_rates(disc_optimizer, [args.disc_lr], multiplier)
+        set_rates(adversary.optimizer, [args.disc_lr], multiplier)
         q_mult = ramp(step, round(args.loss_q_warmup_epoch * epoch_steps), args.loss_q_warmup_from, 1.0)
         temperature = None if args.temperature_to is None else ramp(
             step, round(args.temperature_epoch * epoch_steps), start_temperature, args.temperature_to
@@ -241,7 +189,7 @@ def main():
         if adversarial and step % args.d_update_freq == 0:
             with torch.set_grad_enabled(single):
                 rounds = [reconstruct(micro, ratio, temperature) for micro in micros]
-            logs |= update_discriminator(step, micros, rounds)
+            logs |= adversary.update(step, micros, rounds, guard)
 
         # Each term with its weight. Gradients pass through the bare discriminator and leave none on it.
         values = []

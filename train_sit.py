@@ -25,7 +25,7 @@ from sampling.sit import sample_labels, sample_planes
 from training import checkpoint, flags
 from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure
 from training.load import TrainedSiT, check_tokenizer, coordtok_clips, load_coordtok, weights_sha256
-from training.log import NonFiniteGuard, check_writable, start_log
+from training.log import NonFiniteGuard, start_log
 from training.optim import EMA, Precision, adamw, update
 from training.setup import make_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import SampleCheck, evenly_spaced
@@ -107,7 +107,6 @@ def main():
 
     # What training and samples need is looked for before the cache is filled, which may take hours.
     train_sampler(args, len(files), num_iters=0, start=0, order="epoch")
-    check_writable(folder)
     # Samples during training, from the averaged weights.
     check = None
     if args.num_val:

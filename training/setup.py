@@ -10,7 +10,7 @@ from data.clips import ClipDataset, Quarantine
 from data.lists import VideoFile, list_csv, list_folder
 from data.loader import GlobalBatchSampler, Loader, make_loader
 from training.clip_cache import clip_cache
-from training.log import claim_run
+from training.log import check_writable, claim_run
 
 
 def set_up_device(args: Namespace, group: bool = False) -> torch.device:
@@ -24,10 +24,12 @@ def set_up_device(args: Namespace, group: bool = False) -> torch.device:
 
 def start_run(args: Namespace, suffix: str = "", group: bool = False) -> tuple[torch.device, Path]:
     """This process's device and the run's folder SAVE_DIR/EXP_NAME`suffix`, which no other run may use meanwhile.
-    Seeds what follows: the initial weights are drawn next. Raises ValueError where another run has the folder."""
+    Seeds what follows: the initial weights are drawn next. Raises OSError where the folder cannot be written to,
+    ValueError where another run has it."""
     device = set_up_device(args, group)
     torch.manual_seed(args.seed)
     folder = Path(args.save_dir) / (args.exp_name + suffix)
+    check_writable(folder)
     claim_run(folder)
     return device, folder
 
