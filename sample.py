@@ -24,7 +24,7 @@ from common import distributed
 from common.cli import Parser, one_line_errors
 from common.console import print_main
 from common.files import git_revision, manifest_sha256
-from data.clips import ClipDataset, open_quarantine
+from data.clips import open_quarantine
 from data.lists import VideoFile, class_names, find_lists, list_csv, list_folder
 from data.video import to_bytes
 from eval import fvd
@@ -41,6 +41,7 @@ from sampling.store import BackgroundWriter, SampleStore
 from training.flags import add_coordtok, add_data
 from training.load import add_sit
 from training.log import StageClock
+from training.setup import make_clips, set_up_device
 
 
 def parse_args():
@@ -98,9 +99,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = distributed.setup(args.device)
-    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    device = set_up_device(args)
     generator = sit_generator(args, device) if args.sit_model else larp_generator(args, device)
     num_frames, size = generator.num_frames, generator.size
 
@@ -131,12 +130,10 @@ def main():
         else:
             files, root = list_folder(Path(args.data_root) / dataset), args.data_root
         manifest = manifest_sha256([file.path for file in files], root)
-        clips = ClipDataset(
-            files, num_frames, size, "larp" if protocol.resize == LARP_RESIZE else "coordtok", seed=args.seed,
-            short="repeat" if by_segments else "pad", damaged="skip", timeout=args.decode_timeout,
-            quarantine=open_quarantine(Path(args.output_dir), args.decode_timeout),
-            resize=args.resize if args.resize != "auto" else "device" if device.type == "cuda" else "worker",
-        )
+        rule = "larp" if protocol.resize == LARP_RESIZE else "coordtok"
+        quarantine = open_quarantine(Path(args.output_dir), args.decode_timeout)
+        clips = make_clips(args, files, num_frames, size, rule, device, quarantine, damaged="skip",
+                           short="repeat" if by_segments else "pad")
         if generator.num_labels:
             check_labels(files, generator, dataset)
         if by_segments:

@@ -20,10 +20,9 @@ from common.errors import MendableError, end, usage_error
 # What each numeric flag may be, in every script that has it: a number in the interval. "(" and ")" exclude their end.
 RANGES = {
     "[1, inf)": (
-        "accum_iter", "batch_size", "global_batch_size", "num_views", "sample_batch_size", "val_batch_size", "slices",
-        "log_every", "steps_til_save", "steps_til_summary", "ckpt_every", "prefetch_factor", "num_iters", "epochs",
-        "max_epoch", "point_per_vid", "stat_clips", "d_update_freq", "num_classes", "num_samples_total", "num_clips",
-        "num_cond_frames", "world_size", "stride", "size", "keep_checkpoints",
+        "accum_iter", "batch_size", "sample_batch_size", "val_batch_size", "slices", "log_every", "prefetch_factor",
+        "num_iters", "max_epoch", "point_per_vid", "stat_clips", "d_update_freq", "num_classes", "num_samples_total",
+        "num_clips", "num_cond_frames", "world_size", "stride", "size", "keep_checkpoints",
         # architecture
         "num_frames", "img_size", "enc_embed_dim", "enc_num_layers", "enc_num_heads", "enc_patch_size_xy",
         "enc_patch_size_t", "enc_patch_num_layers", "latent_resolution_xy", "latent_resolution_t", "latent_n_features",
@@ -37,7 +36,7 @@ RANGES = {
     "[2, inf)": ("num_sampling_steps", "val_sampling_steps", "codebook_size"),
     "[0, inf)": (
         "num_workers", "num_val", "num_samples", "starting_index", "class_label", "sit_ckpt_iter",
-        "cache_latents", "cache_codes", "lr", "disc_lr", "weight_decay", "clip_grad", "clip_grad_max_norm",
+        "cache_latents", "cache_codes", "lr", "disc_lr", "weight_decay", "clip_grad",
         "warmup_epoch", "prior_lr_mult", "emb_lr_mult", "lpips_loss_scale", "pixel_weight", "perceptual_weight",
         "loss_q_weight", "loss_q_warmup_from", "loss_q_warmup_epoch", "loss_latent_ce_weight", "temperature_epoch",
         "disc_weight", "disc_start", "lecam_weight", "r1_weight", "cfg_scale", "val_cfg_scale", "temperature", "top_k",
@@ -127,6 +126,10 @@ class Parser(configargparse.ArgumentParser):
     def parse_known_args(self, args=None, *rest, **options):
         args = sys.argv[1:] if args is None else args
         args = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
+        for action in self._actions:  # a variable may be of any of a flag's names
+            variables = ["VT_" + option[2:].upper() for option in action.option_strings if option.startswith("--")]
+            if len(variables) > 1 and not action.is_config_file_arg:
+                action.env_var = next((name for name in variables if name in os.environ), variables[0])
         parsed, unknown = super().parse_known_args(args, *rest, **options)
         for action in self._actions:
             if action.type not in (int, float):

@@ -1,4 +1,5 @@
 """Building blocks that more than one model stands on."""
+import itertools
 from functools import partial
 
 import torch
@@ -40,11 +41,11 @@ class Fused(nn.Module):
     """A module of memory-bound operations, which `compile_blocks` compiles whole."""
 
 
-def compile_blocks(model: nn.Module, **options) -> None:
-    """Compile every block and every `Fused` of `model` in place, so that names of weights stay as they are. Blocks of
-    one kind share their code, so that the time this takes does not grow with depth. options: of torch.compile."""
+def compile_blocks(*models: nn.Module, **options) -> None:
+    """Compile every block and every `Fused` of the models in place, so that names of weights stay as they are. Blocks
+    of one kind share their code, so that the time this takes does not grow with depth. options: of torch.compile."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # kinds x shapes x modes
-    for module in model.modules():
+    for module in itertools.chain(*(model.modules() for model in models)):
         for part in module if isinstance(module, Blocks) else [module] if isinstance(module, Fused) else []:
             part.compile(dynamic=False, **options)
 

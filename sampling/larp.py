@@ -9,13 +9,15 @@ from common.rng import sample_generators
 from eval.metrics import psnr_frame
 from sampling.generator import PRECISIONS, Generator, check_class_label
 from training.codes import hold_last
+from training.flags import add_code_draws
 from training.load import load_larp_ar, load_larp_tokenizer, weights_sha256
 
 
 # --- LARP ---
 def add_larp_sampling(parser: Parser) -> list[argparse.Action]:
     """Returns the flags, which no other model takes."""
-    add = parser.add_argument_group("LARP sampling").add_argument
+    group = parser.add_argument_group("LARP sampling")
+    add = group.add_argument
     return [
         add("--ar_model", metavar="PATH", help="the generator: folder or hub id of config.json and model.safetensors, "
             "a checkpoint or a folder of them, or a file of the authors' trainer"),
@@ -23,9 +25,7 @@ def add_larp_sampling(parser: Parser) -> list[argparse.Action]:
         add("--version", default="sd", metavar="sd|ema_DECAY", help="which weights of the generator's checkpoint"),
         add("--tokenizer_version", default="sd", metavar="sd|ema_DECAY", help="which weights of the tokenizer's"),
         add("--cfg_interval", type=int, default=-1, help="guide only the first CFG_INTERVAL + 2 codes; -1: all"),
-        add("--temperature", type=float, default=1.0, help="of the draws"),
-        add("--top_k", type=int, default=0, help="draw from the k likeliest codes; 0: all"),
-        add("--top_p", type=float, default=1.0, help="draw from the likeliest codes up to this probability"),
+        *add_code_draws(group),
         add("--tokenizer_dtype", choices=PRECISIONS, help="weights of the tokenizer (default: as published, float16 "
             "for classes, which is slow on a CPU; float32 for frame prediction)"),
         add("--frame_prediction", "--fp", dest="frame_prediction", action="store_true",

@@ -111,6 +111,34 @@ def test_file_then_environment_then_flags(tmp_path, monkeypatch):
         parse("--config", str(config))
 
 
+ALIASES = {
+    "batch_size": ("batch_size", "num_views", "global_batch_size"),
+    "save_every": ("save_every", "steps_til_save", "ckpt_every"),
+    "eval_every": ("eval_every", "steps_til_summary"),
+    "max_epoch": ("max_epoch", "epochs"),
+    "clip_grad": ("clip_grad", "clip_grad_max_norm"),
+    "save_dir": ("save_dir", "results_dir", "out_path"),
+}
+
+
+@pytest.mark.parametrize(("dest", "name"), [(dest, name) for dest, names in ALIASES.items() for name in names])
+def test_published_names_are_aliases_everywhere(tmp_path, monkeypatch, dest, name):
+    """On the command line, in a file and in a variable, which go before one another as ever."""
+    def value(*argv):
+        return getattr(parser_of(train_larp_tokenizer, monkeypatch).parse_args(list(argv)), dest)
+
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: 3\n")
+    default = value()
+    kind = str if dest == "save_dir" else int
+    assert kind(default) != kind(3)
+    assert kind(value("--config", str(file))) == kind(3)
+    monkeypatch.setenv(f"VT_{name.upper()}", "4")
+    assert kind(value("--config", str(file))) == kind(4)
+    assert kind(value("--config", str(file), f"--{ALIASES[dest][0]}", "5")) == kind(5)
+    assert kind(value("--config", str(file), f"--{name}", "5")) == kind(5)
+
+
 @pytest.mark.parametrize(("flags", "error"), [
     ("", "which model to sample from? Give either --sit_model or --ar_model"),
     ("--sit_model a --ar_model b", "which model to sample from? Give either --sit_model or --ar_model"),

@@ -187,7 +187,7 @@ def test_the_reproducing_script_has_the_released_settings(monkeypatch, tmp_path)
         monkeypatch.setattr(sys, "argv", words.splitlines()[2:])
         assert sys.argv[0] == "train_coordtok.py"
         steps.append(vars(train_coordtok.parse_args()))
-    common = {"padding": "released", "precision": "fp16", "allow_tf32": True, "num_views": 256, "lr": 1e-4,
+    common = {"padding": "released", "precision": "fp16", "allow_tf32": True, "batch_size": 256, "lr": 1e-4,
               "data_root": "/a b", "num_val": 0, "exp_name": "coordtok_reproduce", "resume": "auto"}
     first = {"num_iters": 1000001, "point_per_vid": 1024, "lpips_loss_scale": 0, "lpips_dropout": False}
     second = {"num_iters": 50001, "point_per_vid": 4096, "lpips_loss_scale": 1, "lpips_dropout": True,

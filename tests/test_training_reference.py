@@ -17,7 +17,7 @@ import train_sit
 from data.lists import VideoFile
 from models.larp_tokenizer import LARPTokenizer
 from models.triplane import Planes
-from training import checkpoint
+from training import adversary, checkpoint, setup
 
 TOLERANCE = 5e-6  # of losses and weights
 
@@ -74,7 +74,7 @@ class Case:
         return self.rules.points(self.tag, position, self.told["points"], (16, 4, 4), n_frames, whole_frames)
 
     def run(self, script, lists: str, num_frames: int, lengths: tuple[int, ...], *flags, points: str = "") -> Path:
-        """Run a script on the case's clips and return its folder. lists: the script's function that lists videos.
+        """Run a script on the case's clips and return its folder. lists: the function that lists videos.
         points: "patches" or "frames", where the script decodes some."""
         case = self
 
@@ -98,8 +98,10 @@ class Case:
                             for position, count in zip(positions, batch["n_frames"])])
                     yield batch
 
-        self.monkeypatch.setattr(script, lists, lambda *_: self.files)
-        self.monkeypatch.setattr(script, "make_loader", Loader)
+        self.monkeypatch.setattr(setup, lists, lambda *_: self.files)
+        self.monkeypatch.setattr(setup, "make_loader", Loader)
+        if script is train_sit:  # statistics have a loader of their own
+            self.monkeypatch.setattr(script, "make_loader", Loader)
         common = ["--device", "cpu", "--precision", "fp32", "--log_every", 1, "--num_val", 0, "--save_dir", self.folder,
                   "--exp_name", "run"]
         run_here(self.monkeypatch, script, *flags, *common)
@@ -177,7 +179,7 @@ def test_larp_tokenizer(case, monkeypatch):
     rules, tag = case.rules, case.tag
     case.start_filled(LARPTokenizer, train_larp_tokenizer.Discriminator)
     step, codes_drawn = -1, (case.batch, rules.LARP["bottleneck_token_num"], rules.CODES)
-    released_loss = train_larp_tokenizer.discriminator_loss
+    released_loss = adversary.discriminator_loss
 
     def uniform(shape, device, generator=None):
         nonlocal step
@@ -191,7 +193,7 @@ def test_larp_tokenizer(case, monkeypatch):
 
     for module in (models.quantizer, models.prior):
         monkeypatch.setattr(module, "uniform", uniform)
-    monkeypatch.setattr(train_larp_tokenizer, "discriminator_loss", loss_of_given_targets)
+    monkeypatch.setattr(adversary, "discriminator_loss", loss_of_given_targets)
     flags = ["--config", "scripts/configs/larp_tokenizer_reproduce.yaml", *larp_flags(case),
              *case.flags(case.told["config"]), *case.flags({f"disc_{k}": v for k, v in rules.DISC.items()}),
              "--lecam_weight", case.told["lecam_weight"]["ours"], "--lpips_weights", case.vgg_file()]

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import warnings
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,24 @@ def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
             remove(old)
     distributed.barrier()
     return path
+
+
+def save_run(folder: Path, step: int, args: Namespace, parts: dict[str, Any], num_files: int, **facts) -> None:
+    """Save to `folder`/checkpoints what the parts of a run hold, how far it is in its data, and its flags. facts: what
+    else the checkpoint says. parts: as `restore` takes them."""
+    data = {"position": step * args.batch_size, "files": num_files}
+    save(folder / "checkpoints", step, {**facts, **state_dicts(parts), "data": data, "args": vars(args)},
+         args.keep_checkpoints)
+
+
+def state_dicts(parts: dict[str, Any]) -> dict:
+    """What models, optimizers, ... hold, by their names; "ema/DECAY" is DECAY of the dict "ema"."""
+    states = {}
+    for name, part in parts.items():
+        group, _, name = name.rpartition("/")
+        inner = states.setdefault(group, {}) if group else states
+        inner[name] = part.state_dict()
+    return states
 
 
 def mark_best(folder: Path, step: int) -> None:

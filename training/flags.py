@@ -44,11 +44,87 @@ def add_data(parser: Parser) -> None:
     data.add_argument("--decode_timeout", type=float, default=60.0, help="seconds after which a file counts as damaged")
 
 
+def add_lists(parser: Parser, csv_file: str) -> argparse._ArgumentGroup:
+    """Flags of lists of videos, in place of a folder. Returns their group."""
+    lists = parser.add_argument_group("lists of videos")
+    lists.add_argument("--csv_file", default=csv_file,
+                       help="lists to train on; null128.csv: random clips. --video_name names a folder instead")
+    lists.add_argument("--val_csv", help="lists to validate on (default: CSV_FILE with _val for _train)")
+    lists.add_argument("--flip", action="store_true", help="mirror half of the clips (the published models do not)")
+    return lists
+
+
+def add_training(parser: Parser, batch_size: int, lr: float, num_iters: int | None = None, epochs: int | None = None,
+                 warmup_epoch: float | None = None) -> argparse._ArgumentGroup:
+    """Flags of the training loop, which has a length of `num_iters` steps, or of `epochs`. warmup_epoch: epochs of
+    warm-up; None is a constant learning rate. Returns their group, for what one script has alone."""
+    train = parser.add_argument_group("training")
+    train.add_argument("--batch_size", "--num_views", "--global_batch_size", "-b", dest="batch_size", type=int,
+                       default=batch_size, help="clips a step, over all processes")
+    train.add_argument("--accum_iter", type=int, default=1, help="micro-batches a step; the update does not change")
+    if epochs is not None:
+        train.add_argument("--max_epoch", "--epochs", dest="max_epoch", type=int, default=epochs,
+                           help="passes over the videos")
+    train.add_argument("--num_iters", type=int, default=num_iters,
+                       help="steps" if epochs is None else "steps, instead of --max_epoch")
+    train.add_argument("--lr", type=float, default=lr,
+                       help="learning rate, constant" if warmup_epoch is None else "highest learning rate")
+    if warmup_epoch is not None:
+        train.add_argument("--warmup_epoch", type=float, default=warmup_epoch, help="epochs of linear warm-up")
+        train.add_argument("--min_lr_mult", type=float, default=0.01, help="first and last learning rate, as a share")
+        train.add_argument("--ema_decays", type=float, nargs="*", default=[],
+                           help="moving averages of the weights to keep")
+    train.add_argument("--clip_grad", "--clip_grad_max_norm", dest="clip_grad", type=float, default=0.0,
+                       help="largest gradient norm; 0 is no clipping")
+    return train
+
+
+def add_logging(parser: Parser, log_every: int, save_every: float) -> argparse._ArgumentGroup:
+    """Flags of what a run writes. save_every: an int is in steps, a float in epochs. Returns their group."""
+    logs = parser.add_argument_group("logging")
+    logs.add_argument("--log_every", type=int, default=log_every, help="steps between lines of metrics.jsonl")
+    logs.add_argument("--save_every", "--steps_til_save", "--ckpt_every", dest="save_every", type=type(save_every),
+                      default=save_every, help=f"{unit(save_every)} between checkpoints")
+    return logs
+
+
+def add_validation(logs: argparse._ArgumentGroup, eval_every: float, num_val: int | None, batch_size: int) -> None:
+    """Flags of validation. eval_every: an int is in steps, a float in epochs. num_val: None is a clip of each video."""
+    logs.add_argument("--eval_every", "--steps_til_summary", dest="eval_every", type=type(eval_every),
+                      default=eval_every, help=f"{unit(eval_every)} between validations")
+    logs.add_argument("--val_name", help="folder to validate on (default: VIDEO_NAME's _test, if there is one)")
+    every = " (default: one of each video)" if num_val is None else ""
+    logs.add_argument("--num_val", type=int, default=num_val, help=f"validation clips{every}; 0: no validation")
+    logs.add_argument("--val_batch_size", type=int, default=batch_size,
+                      help="validation clips at once in each process")
+
+
+def unit(every: float) -> str:
+    return "epochs" if isinstance(every, float) else "steps"
+
+
 def add_clip_cache(parser: Parser) -> None:
     cache = parser.add_argument_group("clip cache")
     cache.add_argument("--cache_clips", action="store_true",
                        help="decode, resize and crop every video once, and train from these frames of 8 bits")
     cache.add_argument("--cache_dir", default="data/cache", help="folder of clip caches")
+
+
+def add_window_cache(group: argparse._ArgumentGroup, name: str) -> None:
+    """Flags of a cache of what a frozen tokenizer makes of each video: its `name` ("codes", "latents")."""
+    group.add_argument(f"--cache_{name}", type=int, default=0, metavar="K",
+                       help=f"train from the {name} of K windows of every video, encoded once; 0: encode as they come")
+    group.add_argument("--cache_dir", default="data/cache", help=f"folder of caches of {name}")
+
+
+def add_code_draws(group: argparse._ArgumentGroup) -> list[argparse.Action]:
+    """Flags of how a sample's codes are drawn."""
+    return [
+        group.add_argument("--temperature", type=float, default=1.0, help="of the draws of a sample's codes"),
+        group.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest codes; 0: all"),
+        group.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest codes up to this "
+                           "probability"),
+    ]
 
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(CoordTokConfig) if field.name != "video_shape"}

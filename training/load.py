@@ -77,6 +77,14 @@ def _load_larp(kind: str, source: str, version: str) -> tuple[LARPTokenizer | LA
     return model.eval(), state
 
 
+def check_tokenizer(state: dict, sha256: str, folder: Path, args: argparse.Namespace, flag: str) -> None:
+    """ValueError where the run in `folder`, whose checkpoint `state` is, was trained on another tokenizer than the one
+    of `sha256`, which --`flag` gives."""
+    if state["tokenizer"] != sha256:
+        raise ValueError(f"the run in {folder} was trained on another tokenizer than {getattr(args, flag)}: give "
+                         f"{state['args'][flag]}, which it names, or what became of it")
+
+
 def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """A loader's batch as CoordTok takes it: video (B, 3, T, H, W) in [0, 1] on `device`, and n_frames (B,).
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +22,7 @@ from common import distributed
 from common.console import print_main
 from common.errors import reading
 from common.files import claim, git_revision, write_whole
+from data.clips import Quarantine
 from eval.report import as_json
 
 
@@ -54,13 +56,20 @@ def check_writable(folder: Path) -> None:
                       "--save_dir or --exp_name") from error
 
 
+def start_log(args: Namespace, folder: Path, start: int, total: int, what: str) -> "RunLog":
+    """Print `what` is trained and how, and open the log of a run that goes from step `start` to step `total`."""
+    processes = distributed.world_size()
+    print_main(f"{what}; {processes} processes x {args.batch_size // processes} clips; step {start} of {total}")
+    return RunLog(folder, vars(args), start, total, args.batch_size, args.wandb)
+
+
 def due(step: int, every: int, last: int) -> bool:
     """Whether to do after `step` what is done every `every` steps and after the last one."""
     return step > 0 and (step % every == 0 or step == last)
 
 
 class RunLog:
-    """Writes on rank 0 and is silent elsewhere.
+    """Writes on rank 0 and is silent elsewhere. It also minds the signals that stop a run, from its start on.
 
     folder: the run's folder. args: effective arguments, saved as args.json. start: the step the run (re)starts from;
     metrics that a killed run wrote beyond it are dropped, for they are about to be written again.
@@ -68,7 +77,8 @@ class RunLog:
 
     def __init__(self, folder: Path, args: dict, start: int, total: int, samples_per_step: int, wandb_mode: str):
         self.folder, self.samples_per_step = folder, samples_per_step
-        self.start, self.step, self.waiting = start, start, 0.0
+        self.start, self.step, self.total, self.waiting = start, start, total, 0.0
+        self.stop = StopSignal()
         self.clock = time.perf_counter()
         self.main = distributed.is_main()
         # In a terminal a bar; in a file a line each time metrics are written.
@@ -108,12 +118,12 @@ class RunLog:
             )
         return kept
 
-    def waited(self, seconds: float) -> None:
-        """Add time spent waiting for data since the last `train` line."""
-        self.waiting += seconds
-
-    def advance(self) -> None:
-        self.bar.update()
+    def next(self, batches: Iterator, step: int, save: Callable[[int], None]):
+        """The next batch, as `StopSignal.next` gives it. Its time counts as waiting in the next `train` line."""
+        began = time.perf_counter()
+        batch = self.stop.next(batches, step, save)
+        self.waiting += time.perf_counter() - began
+        return batch
 
     def train(self, step: int, device: torch.device, **values: float) -> None:
         """One line of training metrics with speed, memory and the share of time spent waiting for data."""
@@ -151,6 +161,38 @@ class RunLog:
         self.file.write(json.dumps({"step": step, "kind": kind, **as_json(values)}, allow_nan=False) + "\n")
         if self.wandb:
             self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
+
+    def make_up(self, scores: list[tuple[Callable[[int], None], int]]) -> None:
+        """Compute the scores that were due after the step the run goes on from, where it was stopped before them.
+        scores: as `end_step` takes them."""
+        for score, every in scores:
+            if due(self.start, every, self.total):
+                score(self.start)
+
+    def end_step(self, step: int, save: Callable[[int], None], save_every: int,
+                 scores: list[tuple[Callable[[int], None], int]]) -> None:
+        """What is due after a step: save, then compute scores, so that a run killed meanwhile loses nothing. After a
+        signal, save and leave.
+
+        scores: (function of the step, steps between its calls) each.
+        """
+        self.bar.update()
+        scoring = [score for score, every in scores if due(step, every, self.total)]
+        stopping = self.stop.anywhere()
+        if stopping or scoring or due(step, save_every, self.total):
+            save(step)
+        if stopping:
+            self.close()
+            self.stop.leave(step)
+        for score in scoring:
+            score(step)
+
+    def finish(self, quarantine: Quarantine) -> None:
+        """Close the log, and say which files were damaged and where the checkpoints are."""
+        self.close()
+        if len(quarantine):
+            print_main(f"{len(quarantine)} damaged files, listed in {quarantine.path}")
+        print_main(f"checkpoints: {self.folder / 'checkpoints'}")
 
     def close(self) -> None:
         self.bar.close()

@@ -10,7 +10,7 @@ from common import distributed
 from common.console import print_main
 from common.rng import Stream, generator
 from data.clips import ClipDataset, ClipKey, Quarantine
-from data.lists import VideoFile
+from data.lists import VideoFile, list_csv, list_folder
 from data.loader import make_loader
 from data.video import to_video, write_video
 from eval import fvd
@@ -35,6 +35,12 @@ def validation_source(args: Namespace) -> str:
         flag = "--val_name" if args.video_name else "--val_csv"
         print_main(f"validation is on {trained}, what is trained on: give {flag} for other videos")
     return str(Path(args.data_root) / source) if args.video_name else source
+
+
+def validation_files(args: Namespace) -> tuple[list[VideoFile], str]:
+    """The videos to validate on, and where they are listed."""
+    source = validation_source(args)
+    return list_folder(source) if args.video_name else list_csv(source), source
 
 
 def evenly_spaced(files: int, clips: int | None) -> list[int]:
@@ -89,6 +95,17 @@ class Validation:
             pair = torch.cat([torch.cat(pair, dim=2) for pair in examples], dim=3)
             write_video(folder.with_suffix(".mp4"), pair)
         return summary(merge(distributed.gather(rows)), divisor="N-1")
+
+
+def make_validation(args: Namespace, num_frames: int, size: int, rule: str, device: torch.device,
+                    quarantine: Quarantine) -> Validation | None:
+    """What the flags say of validation; None with --num_val 0."""
+    if args.num_val == 0:
+        return None
+    return Validation(
+        validation_files(args)[0], args.num_val, num_frames, size, rule, device, args.val_batch_size, args.num_workers,
+        quarantine, args.perceptual, args.lpips_weights, args.decode_timeout,
+    )
 
 
 class CodeStats:
