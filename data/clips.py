@@ -29,7 +29,6 @@ from data.video import TIMEOUT, FrameError, VideoError, probe, read_chosen, resi
 
 MAX_ATTEMPTS = 100  # clips tried in place of a damaged one before a data set of damaged videos is given up
 
-
 log = logging.getLogger(__name__)
 
 
@@ -254,4 +253,3 @@ def open_quarantine(folder: Path, timeout: float) -> Quarantine:
         quarantine.review(timeout)
     distributed.barrier()
     return quarantine
-

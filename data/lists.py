@@ -13,7 +13,6 @@ from data.video import NULL, VideoError, file_size
 
 METADATA = REPOSITORY / "data" / "metadata"
 
-
 UCF_NAME = re.compile(r"v_(\w+)_g\d+_c\d+")
 
 
@@ -140,4 +139,3 @@ def check_classes(files: Sequence[VideoFile], val_files: Sequence[VideoFile], so
     if differ := (set(class_names(files)) ^ set(class_names(val_files))) - {""}:
         raise ValueError(f"{source} and {val_source} have different classes: {', '.join(sorted(differ))} is in one "
                          "alone; give both the same, or --num_val 0")
-

@@ -152,4 +152,3 @@ def end_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:  # as loader workers are
             process.kill()
-

@@ -37,4 +37,3 @@ def count_frames(num: int, grid: Grid) -> int:
 
 def _real_times(grid: Grid, n_frames: int, patch_t: int) -> int:
     return min(max(n_frames // patch_t, 1), grid[0])
-

@@ -106,4 +106,3 @@ def is_free(piece: int) -> bool:
 
 
 SHELF = SharedMemoryPool()
-

@@ -111,4 +111,3 @@ def is_ucf101(dataset: str, num_videos: int) -> bool:
     """Whether a folder or list that calls itself UCF-101 has as many videos as a split of it."""
     name = Path(dataset).name.upper().replace("-", "")
     return name.startswith("UCF101") and num_videos in (9537, 3783, 13320)
-

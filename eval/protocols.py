@@ -48,9 +48,7 @@ class Protocol:
 
 LARP_RESIZE = "shorter side to size, bilinear with antialias on float, centre crop"
 
-
 COORDTOK_RESIZE = "shorter side to size, bicubic with antialias on 8-bit images, centre crop"
-
 
 _LARP_16 = {
     "num_frames": 16,
@@ -60,7 +58,6 @@ _LARP_16 = {
     "resize": LARP_RESIZE,
     "divisor": "N",
 }
-
 
 _STYLEGANV = {
     "description": "2,048 real against 2,048 generated clips (StyleGAN-V, arXiv 2112.14683)",
@@ -75,7 +72,6 @@ _STYLEGANV = {
     "num_real": 2048,
     "num_generated": 2048,
 }
-
 
 PROTOCOLS = {
     protocol.name: protocol
@@ -170,4 +166,3 @@ def nulls(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [nulls(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-

@@ -115,4 +115,3 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if written is not None and written != content_sha256(content):
         raise ValueError(f"{path} is damaged: its content is not what its checksum says")
     return content
-

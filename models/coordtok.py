@@ -409,4 +409,3 @@ def coordtok_loss(
         loss = loss + lpips_scale * distances.sum(dim=1)
         logs["lpips"] = distances.detach().mean()
     return loss, logs
-

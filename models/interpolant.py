@@ -87,16 +87,13 @@ def heun_step(drift: Callable, x: Planes, kick: Planes, t: float, dt: float) -> 
 
 PATHS = {"Linear": linear_path, "GVP": gvp_path, "VP": vp_path}
 
-
 PREDICTIONS = ("velocity", "score", "noise")
-
 
 LOSS_WEIGHTS = {
     None: lambda c: 1.0,
     "velocity": lambda c: (c.wronskian / c.alpha) ** 2,  # (D0 / sigma)^2
     "likelihood": lambda c: c.wronskian / (c.alpha * c.sigma),  # D0 / sigma^2
 }
-
 
 # D(t) of the SDE, before the norm n; "decreasing" takes the norm inside. Any D >= 0 has the same marginals.
 DIFFUSION_FORMS = {
@@ -108,23 +105,17 @@ DIFFUSION_FORMS = {
     "increasing-decreasing": lambda t, c, n: n * torch.sin(math.pi * t) ** 2,
 }
 
-
 SDE_METHODS = {"Euler": euler_maruyama_step, "Heun": heun_step}
 
-
 LAST_STEPS = ("Mean", "Euler", "Tweedie", None)
-
 
 # torchdiffeq's methods whose samples do not see one another. Adaptive ones choose one step size for the whole batch;
 # implicit_adams iterates until the whole batch has converged.
 INDEPENDENT = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams")
 
-
 MAX_STEPS = 10_000  # of an adaptive method: hundreds of times what usual tolerances take
 
-
 FIXED_GRID = (*INDEPENDENT, "implicit_adams", "fixed_adams")
-
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
@@ -466,4 +457,3 @@ def noise_stream(generators: list[torch.Generator]) -> Callable[[int, Planes], P
 def _next_noise(generators: list[torch.Generator], step: int, planes: Planes) -> Planes:
     noise = draw_noise(generators, (plane.shape[1:] for plane in planes))
     return noise.map(lambda noise, plane: noise.to(plane, non_blocking=True), planes)
-

@@ -132,4 +132,3 @@ def backbone_state(net: str, weights: str) -> tuple[dict[str, Tensor], str, str]
             f"LPIPS needs torchvision's weights, and {url} could not be had ({error}): copy {url.rsplit('/')[-1]} here "
             f"and give --lpips_weights PATH, or try the pipeline with --lpips_weights random"
         ) from error
-

@@ -43,4 +43,3 @@ def assemble_frames(patches: Tensor, index: Tensor, grid: tuple[int, int, int], 
     patches = patches.gather(1, order[..., None].expand_as(patches))
     sizes = {"h": height, "w": width, "pt": patch_t, "p": patch, "q": patch}
     return rearrange(patches, "b (h w t) (pt p q c) -> b c (t pt) (h p) (w q)", **sizes)
-

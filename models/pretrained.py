@@ -186,4 +186,3 @@ def read_sit_statistics(path: str | Path) -> dict[str, Tensor]:
     if len(sizes) != 1 or not all(values.isfinite().all() for values in statistics.values()):
         raise ValueError(f"{path}: statistics of {sorted(sizes)} channels; expected finite numbers, as many for each")
     return statistics
-

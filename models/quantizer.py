@@ -207,4 +207,3 @@ class Bottleneck(nn.Module):
     def expand(self, vectors: Tensor) -> Tensor:
         """vectors: (B, N, d) -> (B, N, out_dim)."""
         return self.out_linear(vectors.to(self.out_linear.weight.dtype))  # float32, also in a model cast to half
-

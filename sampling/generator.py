@@ -28,4 +28,3 @@ class Generator(NamedTuple):
 def check_class_label(label: int | None, num_classes: int) -> None:
     if label is not None and not 0 <= label < num_classes:
         raise ValueError(f"--class_label is {label}, expected 0 to {num_classes - 1}")
-

@@ -121,4 +121,3 @@ def larp_condition(args: argparse.Namespace, carried: int | None, fp: bool, num_
     if not 0 < num_cond < num_frames:
         raise ValueError(f"--num_cond_frames is {num_cond}, expected 1 to {num_frames - 1}")
     return num_cond
-

@@ -88,4 +88,3 @@ def real_batches(
         positions = [key.position for key in part]
         places = [positions.index(position) for position in batch["position"].tolist()]
         yield places, to_video(batch["frames"], clips.size, clips.rule, device) if places else None
-

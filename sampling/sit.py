@@ -149,4 +149,3 @@ def sample_planes(
         sample = partial(interpolant.sample_sde, step_noise=noise_stream(generators))
     model = guided(sit, cfg_scale, guidance_interval)
     return stats.restore(sample(model, noise if start is None else start, y=labels, **sampler))
-

@@ -28,7 +28,6 @@ from sampling.real_clips import REMAKE
 # --- the samples' folder ---
 NUM_PREVIEWS = 16  # samples on the contact sheet
 
-
 NUM_WRITERS = 4  # videos of a batch that are encoded at once
 
 
@@ -330,4 +329,3 @@ def ranges(numbers: Sequence[int]) -> str:
     runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     spans = [[number for _, number in run] for _, run in runs]
     return ", ".join(f"{span[0]} to {span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
-

@@ -53,7 +53,7 @@ python data/demo.py --root $DEMO --size 96x72
 (cd data && python split_ucf.py --data_root cache/demo --data_name UCF-101 2>/dev/null)
 # LPIPS stands on torchvision's VGG16. Without network there is none, and a random backbone is taken, by name.
 LPIPS=auto
-if ! python -c "from models.losses import Perceptual; Perceptual()" 2>/dev/null; then
+if ! python -c "from models.lpips import Perceptual; Perceptual()" 2>/dev/null; then
     LPIPS=random
     echo "NOTE: torchvision's VGG16 cannot be downloaded here; LPIPS is computed on a RANDOM backbone. Its values mean nothing."
 fi
