@@ -25,7 +25,7 @@ from common.cli import Parser, one_line_errors
 from common.console import print_main
 from common.files import git_revision, manifest_sha256
 from data.clips import ClipDataset, open_quarantine
-from data.lists import VideoFile, class_names, find_lists, list_csv, list_folder
+from data.lists import check_class_names, check_labels, class_names, find_lists, list_csv, list_folder
 from data.video import to_bytes
 from eval import fvd
 from eval.evaluate import is_ucf101
@@ -33,7 +33,7 @@ from eval.i3d import I3D
 from eval.pictures import contact_sheet
 from eval.protocols import LARP_RESIZE, PROTOCOLS
 from eval.report import describe, record
-from sampling.generator import PRECISIONS, Generator
+from sampling.generator import PRECISIONS
 from sampling.larp import add_larp_sampling, larp_generator
 from sampling.real_clips import drawn_clips, real_batches, segments
 from sampling.sit import add_sit_sampling, sit_generator
@@ -138,7 +138,8 @@ def main():
             resize=args.resize if args.resize != "auto" else "device" if device.type == "cuda" else "worker",
         )
         if generator.num_labels:
-            check_labels(files, generator, dataset)
+            check_labels(files, generator.num_labels, dataset, trained=True)
+            check_class_names(files, generator.class_names, dataset)
         if by_segments:
             settings |= {"dataset_split_seed": args.dataset_split_seed}
     store = SampleStore(args.output_dir, {**settings, "manifest": manifest}, total)
@@ -245,18 +246,6 @@ def main():
                 print_main(f"{name:>20}  {value:.6g}")
             print_main(f"report: {store.report}, {table}   pictures: {store.folder / 'sheet.png'}   "
                        f"videos: {store.videos}")
-
-
-def check_labels(files: list[VideoFile], generator: Generator, dataset: str) -> None:
-    """ValueError where labels of the list are none of the model's, or number other classes."""
-    labels = {file.label for file in files}
-    if not labels <= set(range(generator.num_labels)):
-        raise ValueError(f"{dataset} has labels {min(labels)} to {max(labels)}, the model 0 to "
-                         f"{generator.num_labels - 1}: give one list like the one that it was trained on")
-    for label, (here, there) in enumerate(zip(class_names(files), generator.class_names)):
-        if here and there and here != there:
-            raise ValueError(f"label {label} is {here} in {dataset}, and {there} to the model: give a list with the "
-                             "labels that it was trained on")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Augmentation of clips."""
+"""Augmentation of clips: mirror images, drawn from (seed, position)."""
 from collections.abc import Sequence
 
 import torch

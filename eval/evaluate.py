@@ -82,7 +82,7 @@ def evaluate(
 
     progress = "clips" if distributed.is_main() else None
     rows, examples = reconstruct_rows(
-        reconstruct, loader, device, size, rule, i3d, protocol.i3d_resize, perceptual, progress
+        reconstruct, loader, device, i3d, protocol.i3d_resize, perceptual, progress
     )
     rows = merge(distributed.gather(rows))
     numbers = summary(rows, protocol.divisor) | more()

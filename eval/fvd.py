@@ -22,7 +22,7 @@ from common.files import git_revision, manifest_sha256
 from data.clips import ClipDataset, ClipKey
 from data.lists import VideoFile, list_csv, list_folder
 from data.loader import make_loader
-from data.video import TIMEOUT, to_video
+from data.video import TIMEOUT
 from eval.features import feature_metrics
 from eval.i3d import I3D, MIN_FRAMES, RESIZE_RULES
 from eval.protocols import COORDTOK_RESIZE, PROTOCOLS, Protocol
@@ -275,7 +275,7 @@ def folder_features(
             else:
                 whole.append(place[key.position])
         if whole:
-            video = to_video(batch["frames"][whole], protocol.size, "coordtok", device)
+            video = dataset.to_video(batch, device)[whole]
             features.append(i3d(video, resize=protocol.i3d_resize).cpu())
         taken += len(whole)
         bar.update(len(whole))

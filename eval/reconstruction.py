@@ -4,16 +4,17 @@ Rows, not running sums, cross between processes: 10,000 clips are 32 MB, the res
 the number of processes, and it can be checked that every clip was counted once.
 """
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.clips import ClipKey, Quarantine
 from data.lists import VideoFile
-from data.video import VideoError, probe, to_video
+from data.video import VideoError, probe
 from eval import fvd
 from eval.metrics import mse_clip, psnr_clip, psnr_frame, ssim_frame
 from eval.protocols import Protocol
@@ -55,10 +56,8 @@ def length(file: VideoFile, quarantine: Quarantine, timeout: float) -> int:
 @torch.inference_mode()
 def reconstruct_rows(
     reconstruct: Callable[[Tensor, list[int]], Tensor],
-    loader: Iterable[dict],
+    loader: DataLoader,
     device: torch.device,
-    size: int,
-    rule: str,
     i3d: nn.Module | None = None,
     i3d_resize: str = "square",
     perceptual: nn.Module | None = None,
@@ -68,7 +67,7 @@ def reconstruct_rows(
 
     reconstruct: (B, 3, T, H, W) float [0, 1] and the clips' global indices -> the same, need not be clamped: it is
         here. What it draws for a clip should depend on the clip's index alone.
-    loader: batches of data.loader.collate, whose `position` is that index.
+    loader: batches of clips (data.loader.make_loader) whose `position` is that index.
     Returns ({index (n,), metric (n,), real and fake I3D logits (n, 400)}, the first batch's (input, reconstruction)
     pairs), on the CPU. psnr_mean_frame is of the clip's mean frame, which a useful tokenizer must beat.
     """
@@ -76,7 +75,7 @@ def reconstruct_rows(
     for batch in tqdm(loader, desc=progress, disable=progress is None):
         if not len(batch["position"]):
             continue  # all its clips were damaged
-        video = to_video(batch["frames"], size, rule, device)
+        video = loader.dataset.to_video(batch, device)
         output = reconstruct(video, batch["position"].tolist()).float().clamp(0, 1)
         row = {
             "index": batch["position"],

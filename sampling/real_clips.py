@@ -15,7 +15,6 @@ from common.errors import DamagedFile, read_json
 from common.files import write_whole
 from data.clips import ClipDataset, ClipKey
 from data.loader import make_loader
-from data.video import to_video
 from eval.reconstruction import length
 
 REMAKE = "delete it, and it is made again"
@@ -87,4 +86,4 @@ def real_batches(
     for part, batch in zip(chosen, loader):
         positions = [key.position for key in part]
         places = [positions.index(position) for position in batch["position"].tolist()]
-        yield places, to_video(batch["frames"], clips.size, clips.rule, device) if places else None
+        yield places, clips.to_video(batch, device) if places else None

@@ -253,7 +253,7 @@ def test_labels_are_checked_and_classes_named(files):
     assert class_names(some) == ["class0", "", "", "class3"]
     assert class_names([*some, VideoFile("/a/b.avi")]) == []
     check_labels(some, 4, "LIST")
-    with pytest.raises(ValueError, match="--num_classes is 3, but LIST has label 3: give 4"):
+    with pytest.raises(ValueError, match="LIST has label 3, but the model has 3 classes: give --num_classes 4"):
         check_labels(some, 3, "LIST")
     with pytest.raises(ValueError, match="no video of LIST has a label"):
         check_labels([VideoFile("a.avi")], 3, "LIST")

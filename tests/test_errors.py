@@ -80,7 +80,8 @@ def ending(capsys, error: BaseException) -> tuple[int, list[str]]:
 def test_every_error_ends_in_one_line(capsys):
     assert ending(capsys, ValueError()) == (1, ["error: ValueError"])
     assert ending(capsys, KeyboardInterrupt()) == (130, ["error: interrupted by Ctrl-C"])
-    assert ending(capsys, MemoryError())[1] == ["error: not enough memory: the system has none left: lower the batch size or --num_workers"]
+    expected = "error: not enough memory: the system has none left: lower the batch size or --num_workers"
+    assert ending(capsys, MemoryError())[1] == [expected]
     code, lines = ending(capsys, KeyError("x"))
     assert code == 1 and lines[0].startswith("Traceback")
     assert lines[-1] == "error: KeyError: 'x' (unexpected: see the traceback above)"
