@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from eval import protocols
+from eval import protocols, report
 from eval.protocols import PROTOCOLS
 from eval.report import comparable, describe, record
 
@@ -39,7 +39,7 @@ def test_a_faithful_run_has_no_deviations():
     assert full == json.loads(json.dumps(full)), "a record equals itself read from a file"
 
 
-@pytest.mark.parametrize("name", protocols.FACTS)
+@pytest.mark.parametrize("name", report.FACTS)
 def test_a_missing_fact_is_refused(name):
     with pytest.raises(ValueError, match=f"lacks {name}"):
         record(PROTOCOLS["larp_gfvd10k"], **{k: v for k, v in FACTS.items() if k != name})
@@ -144,3 +144,16 @@ def test_records_hold_no_nan(tmp_path):
     protocols.write_record(tmp_path / "report.json", record(PROTOCOLS["larp_gfvd10k"], **FACTS), numbers)
     read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)["results"]
     assert read == {"psnr": None, "psnr_infinite": 3, "lists": [None, [1.5, None]], "flag": True}
+
+
+@pytest.mark.parametrize("source, num_videos, named", [
+    ("UCF-101_train", 9537, ("UCF-101", "train")),
+    ("training/ucf101_val.csv", 3783, ("UCF-101", "val")),
+    ("UCF-101_train", 8, ("UCF-101_train", "train")),
+    ("ucf101_train.csv+ucf101_val.csv", 13320, ("UCF-101", "all")),
+    ("k600_val.csv", 29_000, ("Kinetics-600", "val")),
+    ("k600_val.csv", 100, ("k600_val.csv", "val")),
+    ("none", 0, ("none", "all")),
+])
+def test_a_data_set_has_its_name_where_it_is_whole(source, num_videos, named):
+    assert report.known_dataset(source, num_videos) == named
