@@ -1,4 +1,4 @@
-"""The three planes of a clip."""
+"""The three coordinate planes of a clip, as one value."""
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -140,11 +140,14 @@ def test_a_damaged_record_is_named(tmp_path):
     del content["sha256"]  # as earlier versions wrote it
     path.write_text(json.dumps(content))
     assert report.read_record(path) == content
+
+
 def test_records_hold_no_nan(tmp_path):
     numbers = {"psnr": float("inf"), "psnr_infinite": 3, "lists": [float("nan"), (1.5, -float("inf"))], "flag": True}
     report.write_record(tmp_path / "report.json", record(PROTOCOLS["larp_gfvd10k"], **FACTS), numbers)
     read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)["results"]
-    assert read == {"psnr": None, "psnr_infinite": 3, "lists": [None, [1.5, None]], "flag": True}
+    assert read == {"psnr": None, "psnr_infinite": 3, "lists": [None, [1.5, None]], "flag": True,
+                    "psnr_note": "infinite: every clip is without error"}
 
 
 @pytest.mark.parametrize("source, num_videos, named", [
