@@ -289,10 +289,10 @@ class CoordTok(nn.Module):
 
         padding="exclude" masks tubelets without a real frame in every attention and blanks padding frames, so the
         content of the padding has no effect. padding="released" is what the released weights were trained with: the ViT
-        blocks attend to padding, and the key mask of the cross-attention (tubelets from n_frames // enc_patch_size_t on)
-        is a float of 0 and 1, which adds 1 to the logits of padding instead of masking it. The authors' data set blanks
-        padding as -3 (`released_padding`); here the given frames are used unchanged, and frames missing up to the
-        trained length are blanked like that.
+        blocks attend to padding, and the key mask of the cross-attention (tubelets from n_frames // enc_patch_size_t
+        on) is a float of 0 and 1, which adds 1 to the logits of padding instead of masking it. The authors' data set
+        blanks padding as -3 (`released_padding`); here the given frames are used unchanged, and frames missing up to
+        the trained length are blanked like that.
         """
         batch, channels, given, *size = video.shape
         frames, *trained_size = self.config.video_shape

@@ -110,13 +110,13 @@ def test_a_damaged_chunk_is_named(tmp_path):
     flipped[whole.index(torch.arange(40).double().mul(2).float().numpy().tobytes()) + 40] ^= 4
     for content in (b"", whole[:100], whole[:-100], bytes(flipped)):
         chunk.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{chunk.name} cannot be read as a chunk .*delete it, and it is made again"):
+        with pytest.raises(ValueError, match=f"{chunk.name} cannot be read .*delete it, and it is made again"):
             store.finish(report, tmp_path / "table.csv")
     assert not store.report.exists()
     assert store.open(range(2), True) == [0, 1] and store.done() == {}, "--replace removes it"
     preview = store.chunks / "preview_05.npy"
     preview.write_bytes(b"")
-    with pytest.raises(ValueError, match="preview_05.npy is damaged"):
+    with pytest.raises(ValueError, match="preview_05.npy cannot be read as frames of a sample"):
         store.previews()
 
 
