@@ -23,17 +23,16 @@ from tqdm import tqdm
 from common import distributed
 from common.cli import Parser, one_line_errors
 from common.console import print_main
-from common.files import git_revision, manifest_sha256
+from common.files import manifest_sha256
 from data.clips import open_quarantine
-from data.lists import VideoFile, class_names, find_lists, list_csv, list_folder
+from data.lists import check_class_names, check_labels, class_names, find_lists, list_csv, list_folder
 from data.video import to_bytes
 from eval import fvd
-from eval.evaluate import is_ucf101
 from eval.i3d import I3D
 from eval.pictures import contact_sheet
 from eval.protocols import LARP_RESIZE, PROTOCOLS
-from eval.report import describe, record
-from sampling.generator import PRECISIONS, Generator
+from eval.report import describe, run_record
+from sampling.generator import PRECISIONS
 from sampling.larp import add_larp_sampling, larp_generator
 from sampling.real_clips import drawn_clips, real_batches, segments
 from sampling.sit import add_sit_sampling, sit_generator
@@ -135,7 +134,8 @@ def main():
         clips = make_clips(args, files, num_frames, size, rule, device, quarantine, damaged="skip",
                            short="repeat" if by_segments else "pad")
         if generator.num_labels:
-            check_labels(files, generator, dataset)
+            check_labels(files, generator.num_labels, dataset, trained=True)
+            check_class_names(files, generator.class_names, dataset)
         if by_segments:
             settings |= {"dataset_split_seed": args.dataset_split_seed}
     store = SampleStore(args.output_dir, {**settings, "manifest": manifest}, total)
@@ -209,18 +209,11 @@ def main():
             print_main(f"{total - num_made} samples are left out: their clips cannot be decoded (quarantine.txt)")
         parts = find_lists(dataset) if args.dataset_csv and not dataset.startswith("null") else [Path(dataset)]
         name = "+".join(part.name for part in parts) if files else "none"
-        known = "UCF-101" if is_ucf101(name, len(files)) else name
-        if name in ("k600_train.csv", "k600_val.csv") and len(files) > 20_000:  # every copy lacks some of its videos
-            known = "Kinetics-600"
-        facts = record(
-            protocol, num_real=num_real, num_generated=num_made, num_frames=num_frames,
+        facts = run_record(
+            protocol, name, len(files), i3d, num_real=num_real, num_generated=num_made, num_frames=num_frames,
             size=protocol.size if protocol.num_cond_frames else size, num_cond_frames=generator.num_cond_frames,
-            i3d_eps=args.i3d_eps, dataset=known,
-            split="all" if "+" in name else next((s for s in ("train", "test", "val") if s in name), "all"),
-            seed=args.dataset_split_seed if by_segments else args.seed,
-            extractor_sha256=i3d.weights_sha256 if i3d else "none: --no_fvd", manifest_sha256=manifest,
-            num_videos=len(files), sampler=generator.settings, model=generator.model, git_revision=git_revision(),
-            world_size=distributed.world_size(),
+            i3d_eps=args.i3d_eps, seed=args.dataset_split_seed if by_segments else args.seed, manifest_sha256=manifest,
+            sampler=generator.settings, model=generator.model,
         )
         if previews := store.previews():
             names = generator.class_names or (class_names(files) if generator.num_labels else [])
@@ -242,18 +235,6 @@ def main():
                 print_main(f"{name:>20}  {value:.6g}")
             print_main(f"report: {store.report}, {table}   pictures: {store.folder / 'sheet.png'}   "
                        f"videos: {store.videos}")
-
-
-def check_labels(files: list[VideoFile], generator: Generator, dataset: str) -> None:
-    """ValueError where labels of the list are none of the model's, or number other classes."""
-    labels = {file.label for file in files}
-    if not labels <= set(range(generator.num_labels)):
-        raise ValueError(f"{dataset} has labels {min(labels)} to {max(labels)}, the model 0 to "
-                         f"{generator.num_labels - 1}: give one list like the one that it was trained on")
-    for label, (here, there) in enumerate(zip(class_names(files), generator.class_names)):
-        if here and there and here != there:
-            raise ValueError(f"label {label} is {here} in {dataset}, and {there} to the model: give a list with the "
-                             "labels that it was trained on")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Command lines: parsers, ranges of numbers, and errors that end in one line."""
+"""What every command line shares: the parser, the types and ranges of flags, and errors that end a run in one line.
+
+A flag's value comes from the command line, else from its VT_* environment variable, else from the file of --config.
+"""
 import argparse
 import contextlib
 import io
@@ -11,13 +14,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import configargparse
-import torch
 import yaml
 
-from common import distributed
 from common.errors import MendableError, end, usage_error
 
-# What each numeric flag may be, in every script that has it: a number in the interval. "(" and ")" exclude their end.
+# The interval that a numeric flag's value must lie in, in every script that has the flag. "(" and ")" exclude the end.
 RANGES = {
     "[1, inf)": (
         "accum_iter", "batch_size", "sample_batch_size", "val_batch_size", "slices", "log_every", "prefetch_factor",
@@ -59,12 +60,11 @@ RANGES = {
     "(-inf, inf)": ("stochastic_temperature",),  # negative: learned
 }
 
-
 RANGE_OF = {name: interval for interval, names in RANGES.items() for name in names}
 
 
 def check_range(name: str, value: float) -> None:
-    """ValueError where a flag's value is outside its interval, as NaN always is."""
+    """Raise ValueError where the value of the flag `name` is outside its interval. NaN is outside every interval."""
     interval = RANGE_OF[name]
     low, high = map(float, interval[1:-1].split(","))
     from_low = low < value or (interval[0] == "[" and value == low)
@@ -75,8 +75,7 @@ def check_range(name: str, value: float) -> None:
 
 
 class TextLoader(yaml.SafeLoader):
-    """YAML's scalars as they are written: 2024_01, 010, 12:30 and no are names to a flag that takes one. Only null is
-    not text."""
+    """Reads every YAML scalar but null as text: a flag may take 2024_01, 010, 12:30 or no as a name."""
 
 
 TextLoader.yaml_implicit_resolvers = {
@@ -106,8 +105,11 @@ class ConfigParser(configargparse.YAMLConfigFileParser):
 
 
 class Parser(configargparse.ArgumentParser):
-    """Dashes and underscores alike in flag names; no abbreviations; unknown keys of a file and values out of their
-    range are errors, of one line and exit code 2."""
+    """The parser of the entry scripts.
+
+    Flag names take dashes or underscores, and cannot be abbreviated. An unknown key in a file of flags, or a number
+    outside its range, ends the script with one line and exit code 2.
+    """
 
     def __init__(self, description: str, **options):
         super().__init__(
@@ -154,12 +156,12 @@ class Parser(configargparse.ArgumentParser):
 
 
 def word_or_none(word: str) -> str | None:
-    """For flags that may be without a name: none, in any of the spellings of the released files."""
+    """Type of a flag that takes a name or none, in any spelling of none (see `is_none`)."""
     return None if is_none(word) else word
 
 
 def run_name(name: str) -> str:
-    """A folder inside the folder of runs."""
+    """Type of a flag that names a folder inside the folder of runs."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise argparse.ArgumentTypeError(f"{name!r} is not a folder inside the folder of runs (--save_dir)")
@@ -167,7 +169,7 @@ def run_name(name: str) -> str:
 
 
 def str2bool(word: str) -> bool:
-    """For flags that are true or false, also in YAML's other words."""
+    """Type of a flag that is true or false. Also takes YAML's yes, no, on and off."""
     truths = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     if word.lower() not in truths:
         raise argparse.ArgumentTypeError(f"true or false, got {word!r}")
@@ -175,6 +177,7 @@ def str2bool(word: str) -> bool:
 
 
 def check_carried(flag: str, given: Any, held: Any, source: str) -> None:
+    """Raise ValueError where a flag's value `given` is not the one `held` by the checkpoint `source`."""
     if given != held:
         raise ValueError(
             f"--{flag} {given} was given, but {source} has {held}: leave the flag out, or give the same value"
@@ -183,13 +186,14 @@ def check_carried(flag: str, given: Any, held: Any, source: str) -> None:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """End with one line, the last that is printed, for whatever ends a run; VT_TRACEBACK=1 shows where it arose.
+    """Context around a script's main: whatever ends the run is reported in one line, the last that is printed.
 
-    Errors that a user can mend, exit code 1; Ctrl-C, 130; and mistakes of this code, whose traceback comes before.
+    An error that a user can mend exits with code 1, Ctrl-C with 130. A mistake in this code exits with 1 too, and its
+    traceback is printed before the line. VT_TRACEBACK=1 shows the traceback of every error.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
+            stream.reconfigure(errors="backslashreplace")  # file names may hold any bytes
     try:
         yield
     except Exception as error:
@@ -199,7 +203,7 @@ def one_line_errors():
         line = one_line(error)
         if line is None:
             text = (str(error).strip() or "no text").splitlines()[-1]
-            end(f"error{where}: {type(error).__name__}: {text} (not foreseen; see the traceback above)",
+            end(f"error{where}: {type(error).__name__}: {text} (unexpected: see the traceback above)",
                 before=traceback.format_exc())
         end(f"error{where}: {line}")
     except KeyboardInterrupt:
@@ -207,11 +211,15 @@ def one_line_errors():
             raise
         end("error: interrupted by Ctrl-C", 130)
     else:
-        distributed.teardown()  # not after an error: by NCCL it would wait for processes that wait for this one
+        from common import distributed  # late, as it imports torch: --help must not wait for that
+
+        distributed.teardown()  # not after an error: NCCL would wait for processes that wait for this one
 
 
 def one_line(error: Exception) -> str | None:
-    """What to say of an error that a user can mend; None for any other."""
+    """The message for an error that a user can mend; None for any other error."""
+    import torch  # late: --help must not wait for it
+
     text = str(error).strip()
     # An error that crossed a loader worker carries its traceback: the message is the last line.
     last = re.sub(r"^[\w.]*(Error|Exception|DamagedFile): ", "", text.splitlines()[-1]) if text else ""
@@ -225,7 +233,7 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, ValueError | OSError | FloatingPointError | MendableError):
         return last or type(error).__name__
     if broken := re.search(r"Connection (closed|reset) by peer|[Ss]ocket closed|remote process exited", text):
-        return f"another process of this run has ended without a word, killed perhaps ({broken[0]})"
+        return f"another process of this run has ended without an error message, perhaps killed ({broken[0]})"
     return None
 
 
@@ -238,12 +246,11 @@ def add_perceptual(group: argparse._ArgumentGroup) -> None:
 
 
 def config_diff(there: dict, here: dict) -> str:
-    """What two sets of settings do not have in common, as text; empty where they are equal."""
+    """The settings in which two dicts differ, as text; empty where they are equal."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     return ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
 
 
 def is_none(name: str | None) -> bool:
-    """The released files spell "without" in several ways."""
+    """Whether a name stands for none, which the released files spell in several ways."""
     return name is None or name.lower() in ("", "none", "no", "null")
-

@@ -11,4 +11,3 @@ def print_main(*words) -> None:
     if distributed.is_main():
         tqdm.write(" ".join(map(str, words)), file=sys.stdout)
         sys.stdout.flush()
-

@@ -1,4 +1,5 @@
-"""Processes and devices: right with torchrun on many nodes, with one process, and with no process group at all."""
+"""Process groups and devices. Every function works under torchrun on many nodes, in one process, and without a process
+group."""
 import contextlib
 import datetime
 import os
@@ -6,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,8 @@ from common.errors import follow
 def setup(device: str = "auto", timeout_minutes: int = 30, group: bool = False) -> torch.device:
     """Join torchrun's process group where there is one, and return this process's device.
 
-    device: auto (cuda where there is one), cpu or cuda. CPU tensors travel by gloo, CUDA tensors by NCCL.
-    group: without torchrun, have a process group of one.
+    device: auto (cuda where there is one), cpu or cuda. Collectives use gloo for CPU tensors and NCCL for CUDA tensors.
+    group: without torchrun, create a process group of one process.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +32,7 @@ def setup(device: str = "auto", timeout_minutes: int = 30, group: bool = False) 
             raise ValueError(
                 f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; lower --nproc_per_node"
             )
-        # The local rank chooses the device; the global rank does so on the first node only.
+        # By the local rank: the global rank would be right on the first node only.
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     launched = "RANK" in os.environ
@@ -61,16 +61,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def wait_until(done: Callable[[], bool]) -> None:
-    """Look again until `done`. Processes that work for hours on unequal shares outlast the process group's timeout, and
-    what one has written to a network's disk others see later."""
-    while not done():
-        time.sleep(1)
-
-
 def barrier() -> None:
     if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))  # by gloo: dist.barrier would take a GPU of its own choosing
+        dist.all_reduce(torch.zeros(1))  # a CPU tensor, so gloo: dist.barrier would choose a GPU by itself
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    """Poll `done` instead of a barrier: filling a cache can outlast the process group's timeout, and files on a network
+    disk appear on other nodes with a delay."""
+    while not done():
+        time.sleep(1)
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -82,13 +82,13 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def all_mean(tensor: Tensor) -> Tensor:
-    """Mean of `tensor` over all processes, to be used in a loss. Its gradient is that of this process's share, which
-    DDP's mean over processes makes whole."""
+    """Mean of `tensor` over all processes, for use in a loss. Its gradient is the gradient of this process's `tensor`;
+    DDP's mean over processes turns that into the gradient of the mean."""
     return all_sum(tensor) / world_size() + (tensor - tensor.detach())
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on any process. Between hosts only: it never waits for a GPU."""
+    """Whether `flag` is true on any process. It reduces a CPU tensor, so it never waits for a GPU."""
     return bool(all_sum(torch.tensor([float(flag)])).item()) if dist.is_initialized() else flag
 
 
@@ -111,33 +111,33 @@ def broadcast(value):
 
 
 def wrap(model: nn.Module, device: torch.device, static_graph: bool) -> nn.Module:
-    """`model` in DDP where there is more than one process. Gradients travel in buckets while others are computed, and
-    are views of them, not copies; buffers do not travel, as none is trained.
+    """`model` in DDP where there is more than one process. Gradient buckets are all-reduced while the backward pass
+    runs. Gradients are views into the buckets. Buffers are not broadcast: none is trained.
 
-    static_graph: whether the same parameters get gradients in every backward pass, and each is followed by an exchange:
-    DDP does not combine it with `sync_gradients`.
+    static_graph: set it only where every backward pass gives gradients to the same parameters and is followed by an
+    all-reduce: DDP cannot combine it with `sync_gradients`.
     """
     if world_size() == 1:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
-    with warnings.catch_warnings():  # the newest torch names broadcast_buffers differently, and the oldest must do
+    with warnings.catch_warnings():  # new versions of torch rename broadcast_buffers; the old name works in all
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True,
                                        broadcast_buffers=False, static_graph=static_graph)
 
 
 def sync_gradients(model: nn.Module, sync: bool):
-    """Context in which DDP averages gradients only where `sync` is true: once a step, not once a micro-batch."""
+    """Context in which DDP averages gradients only if `sync` is true: once a step, not once a micro-batch."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else contextlib.nullcontext()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on `device` that the host does not wait for."""
+    """Copy a CPU tensor to `device`, without waiting for the copy to end."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def prefetch(batches: Iterator, device: torch.device) -> Iterator:
-    """On a GPU, read each batch on a thread while the one before it is computed."""
+    """On a GPU, read the next batch on a background thread while the current one is in use. On a CPU, only iterate."""
     if device.type != "cuda":
         yield from batches
         return
@@ -148,14 +148,13 @@ def prefetch(batches: Iterator, device: torch.device) -> Iterator:
             yield batch
 
 
-@contextmanager
+@contextlib.contextmanager
 def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, `model` is on `device`; afterwards it is back where it was. A frozen tokenizer that waits on the CPU
-    takes no memory of the GPU while it is not used."""
+    """Inside, `model` is on `device`; afterwards it is back where it was. A frozen tokenizer thus takes
+    GPU memory only while it is in use."""
     home = next(model.parameters()).device
     model.to(device)
     try:
         yield
     finally:
         model.to(home)
-

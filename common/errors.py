@@ -1,4 +1,5 @@
-"""Errors in one line: of files that cannot be read, and of a run that ends, under torchrun too."""
+"""Errors in one line: of a file that cannot be read, and at the end of a run, also under torchrun. Needs no torch, so
+that the scripts of data/ start at once."""
 import argparse
 import contextlib
 import datetime
@@ -17,25 +18,25 @@ from typing import Any, NoReturn
 
 # --- files ---
 class MendableError(RuntimeError):
-    """An error whose text, one line, tells a user what to mend."""
+    """An error that a user can mend; its text is one line that says how."""
 
 
 class DamagedFile(ValueError):
-    """A file that is there, but is not what it should be; the text is one line with its path and what to do."""
+    """A file that exists but is not what it should be; the text is one line with its path and what to do."""
 
 
 @contextlib.contextmanager
 def reading(path: str | Path, expected: str, advice: str) -> Iterator[None]:
-    """Reads a file and takes it apart: whatever goes wrong inside becomes a DamagedFile.
+    """Context in which a file is read and parsed: any error inside becomes a DamagedFile.
 
-    Errors of the system (permission, I/O, no such file) and a lack of memory say nothing of the file: they stay OSError
-    and MemoryError, and name the path.
+    expected: what the file should be. advice: what to do. Errors of the system (permission, I/O, no such file) and a
+    lack of memory do not mean that the file is damaged: they stay OSError and MemoryError, and name the path.
     """
     try:
         yield
     except (DamagedFile, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # torch's CheckpointException is none of Exception
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         text = str(error)
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # EINVAL: a seek to before its start
             raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
@@ -45,7 +46,7 @@ def reading(path: str | Path, expected: str, advice: str) -> Iterator[None]:
 
 
 def read_json(path: str | Path, expected: str, advice: str, kind: type = dict) -> Any:
-    """The content of a JSON file, which must be of a `kind`. Raises DamagedFile."""
+    """The content of a JSON file, which must be of type `kind`. Raises DamagedFile."""
     with reading(path, expected, advice):
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, kind):
@@ -71,21 +72,19 @@ def found(path: str | Path, error: BaseException) -> str:
 
 
 def shown(path: str | Path) -> str:
-    """A path as text of one line, whatever bytes its name is of."""
+    """A path as printable text on one line, whatever bytes its name holds."""
     text = os.fsencode(path).decode(errors="backslashreplace")
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 # --- the end of a run ---
-FOLLOW_SECONDS = 1  # between two looks for another process's error
+FOLLOW_SECONDS = 1  # between two polls for another process's error
 
+EXIT_SECONDS = 10  # that a process gets to end by itself after its own error
 
-EXIT_SECONDS = 10  # that a process has to end itself after its own
-
-
-# Waits until torchrun's agent has printed its report, then prints the line. The agent's store closes after the report
-# and before the agent ends; on other nodes than the store's the end itself must do.
-_LAST_WORD = """
+# A script that waits until torchrun's agent has printed its report, then prints the line. On the node of the agent's
+# store it waits for the store to close, which is after the report and before the agent ends; on others for the end.
+_PRINT_LAST = """
 import os, select, socket, sys
 agent, host, port, line = sys.argv[1:]
 try:
@@ -98,14 +97,13 @@ except OSError:
 print(line, file=sys.stderr, flush=True)
 """
 
-
 _ending = threading.Event()
 
 
 def end(line: str, code: int = 1, before: str = "") -> NoReturn:
-    """Exit with `code`, and `line` as the last that is printed; `before` is printed first.
+    """Print `before`, then `line` as the last line of the output, and exit with `code`.
 
-    Under torchrun the first process that ends so speaks, and the others end within seconds of it (see `follow`).
+    Under torchrun only the first process that fails prints; the others end within seconds of it (see `follow`).
     """
     _ending.set()
     first = True
@@ -117,13 +115,13 @@ def end(line: str, code: int = 1, before: str = "") -> NoReturn:
     if first:
         if before:
             print(before, file=sys.stderr, flush=True)
-        _say_last(line)
+        _print_last(line)
     sys.exit(code)
 
 
 def follow() -> None:
-    """Under torchrun, end this process within seconds of another one's error, whatever it waits for: the other's share
-    of a collective, or of a cache. A thread looks for the error in the store of torchrun's agent."""
+    """Under torchrun, end this process within seconds of another process's error, even while it waits for that process
+    in a collective or to fill a cache. A background thread polls the store of torchrun's agent for the error."""
     store = _store()
     if store is None:
         return
@@ -138,7 +136,7 @@ def follow() -> None:
         if _ending.is_set():
             time.sleep(EXIT_SECONDS)
         elif node != _node() and os.environ["LOCAL_RANK"] == "0":  # torchrun reports on every node
-            _say_last(line)
+            _print_last(line)
         for child in multiprocessing.active_children():
             child.kill()
         os._exit(1)
@@ -164,27 +162,26 @@ def _node() -> str:
     return os.environ["GROUP_RANK"]
 
 
-def _say_last(line: str) -> None:
-    """Print a line; under torchrun after the report of thirty lines that it prints when a process has failed, by a
-    helper that outlives this process."""
+def _print_last(line: str) -> None:
+    """Print a line. Under torchrun, a helper process that outlives this one prints it after torchrun's own report of
+    thirty lines."""
     restarts = [os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "MAX_RESTARTS")]
     if restarts[0] is not None and restarts[0] == restarts[1] and hasattr(os, "pidfd_open"):
         there = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) if _node() == "0" else ("", "")
         with contextlib.suppress(OSError):
-            subprocess.Popen([sys.executable, "-I", "-S", "-c", _LAST_WORD, str(os.getppid()), *there, line],
+            subprocess.Popen([sys.executable, "-I", "-S", "-c", _PRINT_LAST, str(os.getppid()), *there, line],
                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
             return
     print(line, file=sys.stderr, flush=True)
 
 
 def usage_error(message: str) -> NoReturn:
-    """End with exit code 2 and one line. Under torchrun every process finds the same mistake, and the first says so."""
+    """End with exit code 2 and one line. Under torchrun every process finds the same mistake; the first prints it."""
     end(f"error: {' '.join(message.split())} (--help lists the flags)", 2)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, which shows the usage only on --help."""
+    """argparse's parser with errors of one line: it prints the usage only on --help."""
 
     def error(self, message: str) -> NoReturn:
         usage_error(message)
-

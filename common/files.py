@@ -1,6 +1,6 @@
-"""Files written whole or not at all, and locks that say who holds them. An error is one line with the path and cause.
+"""Atomic writes, lock files that name their holder, and the identity of data and code: manifests and git revision.
 
-Nothing here needs more than the standard library.
+Errors are one line with the path and the cause. Needs the standard library alone.
 """
 import contextlib
 import errno
@@ -14,40 +14,34 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# What the system says of a path itself, and not of a disk, a right or a limit.
+# Errors that are about the path itself, not about a disk, a permission or a limit.
 PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO}
 
 
 def of_system(error: Exception) -> bool:
-    """Whether an error says nothing of the file, but of the system that reads it."""
+    """Whether an error is the system's (disk, permission, memory, limit) and does not mean that the file is damaged."""
     if isinstance(error, MemoryError) or re.search("allocate memory|bad_alloc", str(error)):
         return True
     return isinstance(error, OSError) and error.errno is not None and error.errno not in PATH_ERRORS
 
 
-class _Recorder:
-    """A file that remembers the first OSError of a write: numpy, torch and Pillow raise others in its place."""
-
-    def __init__(self, file):
-        self._file, self.error = file, None
-
-    def write(self, content):
-        try:
-            return self._file.write(content)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def __getattr__(self, name: str):
-        return getattr(self._file, name)
+@contextlib.contextmanager
+def write_whole(path: str | Path, mode: str = "wb", **options) -> Iterator:
+    """Write a file atomically: it replaces `path` when the block ends without an error. Until then it is written beside
+    it, under a hidden name of this host and process. Raises OSError as `writing` does."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    with writing(partial, path, mode, **options) as file:
+        yield file
+    os.replace(partial, path)
 
 
 @contextlib.contextmanager
 def writing(partial: str | Path, path: str | Path, mode: str = "wb", **options) -> Iterator:
-    """The open file `partial`, which is on the disk once the block ends; it is locked until then, and removed where
-    that fails. Raises OSError "PATH cannot be written: CAUSE".
+    """Open the file `partial` for writing. It is locked while the block runs, synced to the disk when it ends, and
+    removed if it fails. Raises OSError "PATH cannot be written: CAUSE".
 
-    path: the name for messages. mode, options: as open() takes them.
+    path: the name for messages. mode, options: those of open().
     """
     recorder = None
     try:
@@ -67,19 +61,25 @@ def writing(partial: str | Path, path: str | Path, mode: str = "wb", **options) 
         raise
 
 
-@contextlib.contextmanager
-def write_whole(path: str | Path, mode: str = "wb", **options) -> Iterator:
-    """A file that appears at `path` when the block ends without an error, in place of what was there. It is written
-    beside it, under a hidden name of this process and host. Raises OSError as `writing` does."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    with writing(partial, path, mode, **options) as file:
-        yield file
-    os.replace(partial, path)
+class _Recorder:
+    """Remembers the first OSError of a write to a file: numpy, torch and Pillow raise other errors in its place."""
+
+    def __init__(self, file):
+        self._file, self.error = file, None
+
+    def write(self, content):
+        try:
+            return self._file.write(content)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove the files that `write_whole` left here when its process was killed. Those being written are locked."""
+    """Remove the files that killed processes left in `write_whole`. Those still being written are locked, and stay."""
     for path in folder.glob("*.partial"):
         with contextlib.suppress(OSError), open(path, "rb+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,11 +90,10 @@ _held: dict[str, object] = {}  # lock files of this process, open until it ends
 
 
 def claim(path: Path, used: str) -> None:
-    """Hold the lock file `path` until this process ends, however it ends. ValueError where another holds it, which
-    names that process and its host.
+    """Hold the lock file `path` until this process ends, however it ends. Raises ValueError, naming process and host,
+    where another process holds it.
 
-    used: what is locked, for the message: "FOLDER is in use". The lock is the process's own: its children do not
-    inherit it.
+    used: what is locked, for the message: "FOLDER is in use". Child processes do not inherit the lock.
     """
     if str(path.absolute()) in _held:
         return
@@ -116,7 +115,7 @@ def claim(path: Path, used: str) -> None:
 
 
 def release(path: Path) -> None:
-    """Give up a lock of this process, and remove its file."""
+    """Release a lock of this process, and remove its file."""
     if file := _held.pop(str(path.absolute()), None):
         path.unlink(missing_ok=True)
         file.close()
@@ -138,4 +137,3 @@ def git_revision() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return found.stdout.strip() or "unknown"
-

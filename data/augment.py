@@ -1,4 +1,4 @@
-"""Augmentation of clips."""
+"""Augmentation of clips: mirror images, drawn from (seed, position)."""
 from collections.abc import Sequence
 
 import torch
@@ -17,4 +17,3 @@ def flip_half(video: Tensor, seed: int, positions: Sequence[int]) -> Tensor:
     """The clips (B, 3, T, H, W) at these positions of the run, half of them mirrored."""
     flips = to_device(draw_flips(seed, positions), video.device)
     return torch.where(flips[:, None, None, None, None], video.flip(-1), video)
-

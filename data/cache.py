@@ -1,6 +1,6 @@
-"""Rows computed once and read many times (latents, codes, clips): a few large files, read through memory maps.
+"""Caches of rows that are computed once and read often (latents, codes, clips): a few large memory-mapped files.
 
-    python -m data.cache data/cache/clips-0123456789ab     compare a cache with its checksums
+    python -m data.cache data/cache/clips-0123456789ab     checks a cache against its checksums
 """
 import hashlib
 import json
@@ -22,12 +22,12 @@ REMAKE = "delete it, and it will be made again"
 class ShardCache:
     """`num_rows` rows in .npy shards of `shard_rows` each.
 
-    A shard appears under its name only when whole, so that filling can be killed and gone on with, by any number of
-    processes: each writes other shards of `missing()`. What a killed one left is removed when the cache is next opened.
-    The name carries the CRC-32 of its content, for `verify`.
+    Shards are written atomically, so filling can be killed and resumed, by any number of processes: each writes its own
+    shards of `missing()`. Files that a killed process left are removed when the cache is next opened. A shard's name
+    holds the CRC-32 of its content, for `verify`.
 
-    folder: holds one cache a key. name: what the rows are, for people. key: everything that the rows depend on, as
-    plain JSON values; another key is another cache.
+    folder: holds one cache for each key. name: what the rows are, for people. key: everything that the rows depend on,
+    as plain JSON values; another key makes another cache.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class ShardCache:
 
 
 def check(shard: Path) -> None:
-    """ValueError where a shard's content is not what its name says."""
+    """DamagedFile where a shard's content does not have the checksum in its name."""
     with reading(shard, "a shard of a cache", REMAKE):
         if f"{zlib.crc32(np.load(shard)):08x}" != shard.name.split(".")[1]:
             raise ValueError("its content is not what its checksum says")
 
 
 def open_shard(path: Path, dtype: np.dtype, shape: tuple[int | None, ...], mode: str = "r") -> np.ndarray:
-    """A shard's array, mapped. shape: what it must be; None is any. Raises DamagedFile."""
+    """A shard's array, memory-mapped. shape: the expected one; None fits any size. Raises DamagedFile."""
     with reading(path, "a shard of a cache", REMAKE):
         array = np.load(path, mmap_mode=mode)
         if array.dtype != dtype or len(array.shape) != len(shape) or any(
@@ -95,11 +95,11 @@ def open_shard(path: Path, dtype: np.dtype, shape: tuple[int | None, ...], mode:
         return array
 
 
-MAX_MAPS = 256  # of a RowCache: each holds a file open, of which a process may have about a thousand
+MAX_MAPS = 256  # open maps of a RowCache: each holds a file open, and a process may have about a thousand
 
 
 class RowCache(ShardCache):
-    """Rows of one shape and type."""
+    """A cache of rows of one shape and dtype."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -117,7 +117,7 @@ class RowCache(ShardCache):
         return self.paths()
 
     def open(self, shard: int) -> np.ndarray:
-        """The rows of a shard, mapped."""
+        """The rows of a shard, memory-mapped."""
         return open_shard(self._paths[shard], self.dtype, (len(self.rows_of(shard)), *self.row_shape))
 
     def _map(self, shard: int) -> np.ndarray:
@@ -128,18 +128,18 @@ class RowCache(ShardCache):
         return self._maps[shard]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """The rows at the indices given, copied: (len(rows), *row_shape). ValueError while a shard is missing."""
+        """A copy of the rows at these indices: (len(rows), *row_shape). ValueError while a shard is missing."""
         out = np.empty((len(rows), *self.row_shape), self.dtype)
         for place, row in enumerate(rows):
             out[place] = self._map(row // self.shard_rows)[row % self.shard_rows]
         return out
 
     def __getstate__(self):
-        return {**self.__dict__, "_maps": {}}  # loader workers open maps of their own
+        return {**self.__dict__, "_maps": {}}  # loader workers open their own maps
 
 
 class ClipCache(ShardCache):
-    """Ready frames of videos of any length: row i is the (num_frames, size, size, 3) uint8 of video i.
+    """A cache of resized frames of videos of any length: row i is video i, (num_frames, size, size, 3) uint8.
 
     A shard is one array of bytes: the lengths of its videos (int64), then their frames. A video that could not be
     decoded has no frames. 32 videos of ten seconds are 400 MB at a size of 128.
@@ -149,7 +149,7 @@ class ClipCache(ShardCache):
         super().__init__(folder, "clips", key, num_videos, (size, size, 3), "uint8", shard_rows)
 
     def write(self, shard: int, videos: Sequence[np.ndarray]) -> None:
-        """videos: those of rows_of(shard)."""
+        """videos: the videos of rows_of(shard)."""
         if len(videos) != len(self.rows_of(shard)) or any(
             video.shape[1:] != self.row_shape or video.dtype != self.dtype for video in videos
         ):
@@ -160,7 +160,7 @@ class ClipCache(ShardCache):
 
     @cached_property
     def index(self) -> tuple[list[Path], np.ndarray, np.ndarray]:
-        """The shards, and of each video the number of frames and the first of them in its shard."""
+        """(the shards' paths, the number of frames of each video, the place of its first frame in its shard)."""
         paths, lengths, starts = self.paths(), [], []
         for shard, path in enumerate(paths):
             content = open_shard(path, np.uint8, (None,))
@@ -178,11 +178,12 @@ class ClipCache(ShardCache):
         return int(self.index[1][video])
 
     def read(self, video: int, frames: np.ndarray) -> np.ndarray:
-        """(len(frames), size, size, 3) uint8, still on disk: copied once, by who uses it. frames: their indices,
-        ascending and evenly apart."""
+        """(len(frames), size, size, 3) uint8, memory-mapped: the caller copies it once. frames: ascending, evenly
+        spaced indices."""
         paths, _, starts = self.index
         shard = video // self.shard_rows
-        # Mapped each time: that takes 0.1 ms, and maps kept would each hold a file. Writing to them changes no file.
+        # Mapped anew at each read, which takes 0.1 ms: a map that is kept holds a file open. Copy-on-write ("c"), so
+        # writing to the frames does not change the file.
         content = np.asarray(open_shard(paths[shard], np.uint8, (None,), "c"))[8 * len(self.rows_of(shard)) :]
         first, last = starts[video] + frames[0], starts[video] + frames[-1]
         step = frames[1] - frames[0] if len(frames) > 1 else 1
@@ -199,4 +200,4 @@ if __name__ == "__main__":
             check(shard)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"{len(shards)} shards are what they were when they were written")
+    print(f"{len(shards)} shards match their checksums")

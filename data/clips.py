@@ -1,7 +1,7 @@
-"""Lists of videos, clips drawn from them, and the order in which a run sees them.
+"""Clips: windows of videos, as samples for training and evaluation; and the quarantine of damaged videos.
 
-Everything random is a pure function of (seed, position), position being the number of the sample in the run. So a clip
-does not depend on the number of workers, processes, or accumulation steps, and a resumed run sees what it would have.
+A clip is a pure function of (seed, position), where position is the number of the sample in the run: see
+data/loader.py.
 """
 import contextlib
 import fcntl
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from common import distributed
@@ -25,10 +26,9 @@ from common.rng import Stream, generator
 from data.cache import ClipCache
 from data.lists import VideoFile
 from data.patch_sampling import random_frames, random_patches
-from data.video import TIMEOUT, FrameError, VideoError, probe, read_chosen, resize_crop, resize_crop_8bit
+from data.video import TIMEOUT, FrameError, VideoError, probe, read_chosen, resize_crop, resize_crop_8bit, to_video
 
-MAX_ATTEMPTS = 100  # clips tried in place of a damaged one before a data set of damaged videos is given up
-
+MAX_ATTEMPTS = 100  # clips tried in place of a damaged one before giving up, if all videos are known to be damaged
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ log = logging.getLogger(__name__)
 class Quarantine:
     """The damaged videos of a run, one line "path<TAB>reason" each, in a file that all its processes share.
 
-    A video is `in` it, and not to be opened again, unless its reason starts with PARTIAL: then only some of its frames
-    were bad. It is named all the same, but used where its frames are good, as whether a clip is delivered must not
-    depend on the clips that were tried before.
+    A video that is `in` the quarantine is not opened again. Where the reason starts with PARTIAL only some frames were
+    bad, and the video is not `in` it: it stays listed, but its readable frames are still used, so that which clips are
+    delivered does not depend on the order of reads.
     path: the list's file, kept from run to run; None keeps the list in this process's memory.
     """
 
@@ -57,19 +57,19 @@ class Quarantine:
         return len(self.read())
 
     def read(self) -> dict[str, str]:
-        """path -> reason. The file is read again only where its time or size has changed."""
+        """path -> reason. The file is read again only if its time or size has changed."""
         if self.path and self.path.exists():
             stat = self.path.stat()
             if self._version != (stat.st_mtime_ns, stat.st_size):
                 self._version = (stat.st_mtime_ns, stat.st_size)
                 lines = self.path.read_text(errors="surrogateescape").split("\n")
-                fields = [line.partition("\t") for line in lines if "\t" in line]  # without: cut short by a kill
+                fields = [line.partition("\t") for line in lines if "\t" in line]  # others were cut short by a kill
                 self._reasons = {unescaped(video): reason for video, _, reason in fields}
         return self._reasons
 
     def review(self, timeout: float = TIMEOUT) -> None:
-        """Look again at the videos not to be opened, whose files may have been mended: those that open now are taken
-        off. For one process, before others use the list. Raises StorageError."""
+        """Try the videos in quarantine again, as their files may have been repaired, and remove those that open. Call
+        it in one process, before others use the list. Raises StorageError."""
 
         def opens(video: str) -> bool:
             try:
@@ -78,18 +78,18 @@ class Quarantine:
                 return False
             return True
 
-        shunned = [video for video in self.read() if video in self]
+        avoided = [video for video in self.read() if video in self]
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
-            mended = {video for video, good in zip(shunned, pool.map(opens, shunned)) if good}
+            mended = {video for video, good in zip(avoided, pool.map(opens, avoided)) if good}
         if mended:
-            log.warning("%d of %d videos in %s can be read again", len(mended), len(shunned), self.path)
+            log.warning("%d of %d videos in %s can be read again", len(mended), len(avoided), self.path)
             with write_whole(self.path, "w", errors="surrogateescape") as file:
                 file.write("".join(f"{escaped(video)}\t{reason}\n" for video, reason in self.read().items()
                                    if video not in mended))
 
     def add(self, video: str, reason: str) -> None:
-        """Names the video in the log and the list, unless one of the processes has done so before (or found it less
-        damaged than now)."""
+        """Add a video to the list and warn in the log, unless a process has listed it already. A video that was listed
+        as damaged in part is added again where the new reason is worse."""
         with contextlib.ExitStack() as stack:
             if self.path:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,10 +102,10 @@ class Quarantine:
                 if self.path:
                     line = f"{escaped(video)}\t{escaped(reason)}\n".encode(errors="surrogateescape")
                     file.seek(max(file.tell() - 1, 0))
-                    file.write(line if file.read() in (b"", b"\n") else b"\n" + line)  # after one that a kill cut short
+                    file.write(line if file.read() in (b"", b"\n") else b"\n" + line)  # after one cut short by a kill
 
     def add_error(self, video: str, error: VideoError) -> str:
-        """`add` for what decoding raised. Returns the reason."""
+        """`add` a video for an error of its decoding. Returns the reason."""
         partial = self.PARTIAL if isinstance(error, FrameError) else ""
         reason = partial + str(error).removeprefix(f"{shown(video)}: ")
         self.add(video, reason)
@@ -113,7 +113,7 @@ class Quarantine:
 
 
 def escaped(name: str) -> str:
-    """A name as one field of one line: \\, tabs and ends of lines are written as \\\\, \\t, \\n and \\r."""
+    """A name as one field of one line: \\, tab, line feed and carriage return become \\\\, \\t, \\n and \\r."""
     return name.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 
@@ -125,7 +125,7 @@ def unescaped(field: str) -> str:
 # --- clips ---
 class ClipKey(NamedTuple):
     """position: the sample's number in the run, which seeds its draws. index: which video; None draws one uniformly.
-    start: its first frame; None leaves that to the data set's window rule."""
+    start: the first frame; None leaves it to the data set's window rule."""
 
     position: int
     index: int | None = None
@@ -133,7 +133,8 @@ class ClipKey(NamedTuple):
 
 
 class PatchSampling(NamedTuple):
-    """Which patches to decode: `num` single "patches", or those of whole "frames", of a clip of `grid` (t, h, w)."""
+    """Which patches of a clip to decode. kind: "patches" draws `num` single patches, "frames" the `num` patches of
+    whole frames. grid: patches of the clip along t, h, w. patch_t: frames in a patch."""
 
     kind: str
     num: int
@@ -142,7 +143,7 @@ class PatchSampling(NamedTuple):
 
 
 def num_starts(num_frames: int, length: int, stride: int) -> int:
-    """How many windows of `length` frames, `stride` apart, a video has; a short one has one."""
+    """The number of windows of `length` frames, `stride` apart, in a video. A video shorter than that has one."""
     return max(num_frames - (length - 1) * stride, 1)
 
 
@@ -155,15 +156,15 @@ class ClipDataset(Dataset):
     """Windows of videos, ready for training.
 
     files: the videos. num_frames, stride: length and step of a window. seed: of all draws.
-    size, rule: as in `resize_crop`. resize: "worker" ships frames of `size` (uint8, or float32 in [0, 1] under rule
-        "larp", whose results are not 8-bit); "device" ships native uint8 frames, for `to_video` to resize in batch.
-    window: where it starts, "random" (uniform), "start" or "center" of the video; a key's own start goes before.
-    short: a video shorter than the window is continued by zeros ("pad") or by its last frame ("repeat").
-    damaged: a video that cannot be decoded is quarantined and, by "replace", another one is drawn in its place; by
-        "skip", the sample says so and `collate` leaves it out (for evaluation, where nothing may be put in its place).
-    points: a PointRule adds patch indices to each sample. timeout: seconds for one video.
-    cache: ready uint8 frames of `files` by `size` and `rule`. A video that is not in it is read from its file, resized
-        in the worker to the same kind of frames.
+    size, rule: as in `resize_crop`. resize: "worker" sends frames of `size` (uint8, or float32 in [0, 1] under rule
+        "larp", whose results are not 8-bit); "device" sends native uint8 frames, which `to_video` resizes in batch.
+    window: where it starts: "random" (uniform), "start" or "center" of the video. A key's `start` overrides it.
+    short: a video shorter than the window is filled up with zeros ("pad") or with its last frame ("repeat").
+    damaged: a video that cannot be decoded is quarantined. "replace" then draws another clip; "skip" returns a sample
+        with an error, which `collate` leaves out (for evaluation, where no other clip may take its place).
+    points: adds patch indices to each sample. timeout: seconds for one video.
+    cache: decoded uint8 frames of `files`, resized by `size` and `rule`. A video that is not in it is read from its
+        file, and resized in the worker to the same kind of frames.
     """
 
     def __init__(
@@ -190,12 +191,13 @@ class ClipDataset(Dataset):
         return len(self.files)
 
     def __getitem__(self, key: ClipKey) -> dict:
-        """frames (T, h, w, 3), n_frames (how many are real), label, path, start, position, and with points index
-        (N, 3) int64; or path, position and error. Raises StorageError, and VideoError where no video is left."""
+        """A sample: frames (T, h, w, 3), n_frames (how many are real), label, path, start, position, and with `points`
+        index (N, 3) int64; or, where it is skipped, path, position and error. Raises StorageError, and VideoError
+        where no video is left."""
         key = ClipKey(*key)
         for attempt in itertools.count():
-            # Each attempt has a stream of its own, so that the outcome is the same whether a damaged video was opened
-            # or already known.
+            # Each attempt has its own random numbers, so that the result is the same whether a damaged video is found
+            # now or was in quarantine before.
             rng = generator(self.seed, key.position, Stream.WINDOW, attempt)
             index, start = int(rng.integers(len(self.files))), None
             if attempt == 0:
@@ -215,6 +217,11 @@ class ClipDataset(Dataset):
         root = os.path.commonpath([os.path.dirname(file.path) for file in self.files])
         raise VideoError(f"no readable video left of {len(self.files)} under {root} "
                          f"(see {self.quarantine.path or 'the warnings above'})")
+
+    def to_video(self, batch: dict, device: torch.device | str) -> Tensor:
+        """The frames of a batch of this data set as the models take them: (B, 3, T, size, size) float32 in [0, 1] on
+        `device`. See `data.video.to_video`."""
+        return to_video(batch["frames"], self.size, self.rule, device)
 
     def _sample(self, index: int, position: int, start: int | None, rng: np.random.Generator) -> dict:
         file = self.files[index]
@@ -248,10 +255,9 @@ class ClipDataset(Dataset):
 
 
 def open_quarantine(folder: Path, timeout: float) -> Quarantine:
-    """The list of damaged videos in a run's folder, on every process; those of an earlier run are looked at again."""
+    """The quarantine of a run's folder, on every process. The videos of an earlier run are tried again first."""
     quarantine = Quarantine(folder / "quarantine.txt")
     if distributed.is_main():
         quarantine.review(timeout)
     distributed.barrier()
     return quarantine
-

@@ -29,7 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder, data/ included
 from common.errors import ArgumentParser, read_json  # noqa: E402
 
-# Direction of the camera's way: right, down (in view widths and heights), zoom in (log), clockwise turn (radians).
+# Direction in which the camera moves: right, down (in view widths and heights), zoom in (log), clockwise turn
+# (radians).
 MOTIONS = {
     "PanLeft": (-1, 0, 0, 0),
     "PanRight": (1, 0, 0, 0),
@@ -41,11 +42,11 @@ MOTIONS = {
     "ZoomOut": (0, 0, -1, 0),
 }
 # With these four numbers no corner of a view leaves its photo.
-REACH = np.array([0.43, 0.43, math.log(1.75), math.radians(60)])  # half of the longest way
-ZOOM = 1.75  # at the middle of the way
-CENTRE = 0.05  # the middle of the way is at most this far from that of the photo, in view widths and heights
-MARGIN = 1.8  # width and height of the scaled photo, at least, in view widths and heights
-PHOTOS = ("astronaut", "camera", "coffee")  # of strong contrast, so that motion shows in small frames
+REACH = np.array([0.43, 0.43, math.log(1.75), math.radians(60)])  # half of the longest path
+ZOOM = 1.75  # at the middle of the path
+CENTRE = 0.05  # largest distance of the path's middle from the photo's, in view widths and heights
+MARGIN = 1.8  # least width and height of the scaled photo, in view widths and heights
+PHOTOS = ("astronaut", "camera", "coffee")  # with strong contrast, so that motion is visible in small frames
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def load_photo(name: str, size: tuple[int, int]) -> np.ndarray:
 
 def render_clip(config: DemoConfig, action: str, group: int, clip: int) -> Iterator[np.ndarray]:
     """Frames of one video, uint8 (height, width, 3) RGB."""
-    # Photo and crop are drawn alike in all classes and groups, so that only the motion tells the class. Test clips show
-    # other crops and ways than training clips, of the same few photos: a demo, no measure of generalisation.
+    # Photo and crop have the same distribution in all classes and groups, so that only the motion shows the class. Test
+    # clips show other crops and paths than training clips, but of the same few photos: generalisation is not measured.
     rng = np.random.default_rng([config.seed, group, clip, list(MOTIONS).index(action)])
     photo = load_photo(str(rng.choice(PHOTOS)), config.size)
     centre = rng.uniform(-CENTRE, CENTRE, 4) * (1, 1, 0, 0)
@@ -107,7 +108,7 @@ def render_clip(config: DemoConfig, action: str, group: int, clip: int) -> Itera
 def write_clip(folder: Path, config: DemoConfig, action: str, group: int, clip: int) -> None:
     """Write one video as UCF-101's are: avi, XviD, 25 fps."""
     path = folder / action / f"v_{action}_g{group:02d}_c{clip:02d}.avi"
-    # One thread and bitexact: the same file on machines with other numbers of cores.
+    # One thread and bitexact, so that the file does not depend on the number of cores.
     writer = imageio_ffmpeg.write_frames(
         str(path), config.size, fps=25, codec="mpeg4", quality=None, macro_block_size=2,
         output_params=["-vtag", "xvid", "-q:v", "3", "-threads", "1", "-bitexact"])
@@ -120,12 +121,12 @@ def write_clip(folder: Path, config: DemoConfig, action: str, group: int, clip: 
 def make_demo(root: str | os.PathLike, config: DemoConfig | None = None, replace: bool = False) -> Path:
     """Make the demo data set unless it is there, and return its folder, ROOT/UCF-101.
 
-    Raises FileExistsError if the folder holds anything but this set; `replace` makes a demo set of other settings anew,
-    and never touches a folder without demo.json, as that may be the real UCF-101.
+    Raises FileExistsError if the folder holds anything else. `replace` replaces a demo set of other settings, but never
+    a folder without demo.json, which may be the real UCF-101.
     """
     config = config or DemoConfig()
     folder, part = Path(root, "UCF-101"), Path(root, "UCF-101.part")
-    settings = json.loads(json.dumps(asdict(config)))  # as they come back from the file: tuples become lists
+    settings = json.loads(json.dumps(asdict(config)))  # as read from the file: tuples become lists
     if folder.exists():
         manifest = folder / "demo.json"
         if not manifest.is_file():
@@ -147,7 +148,7 @@ def make_demo(root: str | os.PathLike, config: DemoConfig | None = None, replace
         done = pool.map(partial(write_clip, part, config), *zip(*jobs))
         list(tqdm(done, "demo videos", total=len(jobs), disable=None))
     (part / "demo.json").write_text(json.dumps(settings, indent=1) + "\n")
-    # Renamed when whole, so that a folder UCF-101 is never half a set.
+    # Renamed when complete, so that a folder UCF-101 is never half a set.
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     return folder

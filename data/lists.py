@@ -1,4 +1,7 @@
-"""Which videos there are: folders, csv lists, classes and labels."""
+"""Lists of videos: from folders and csv files, with their classes and labels, and the checks of those.
+
+Which files count as videos, and the naming rule of UCF-101, are in data/metadata.py, which needs no torch.
+"""
 import csv
 import os
 import re
@@ -8,16 +11,12 @@ from typing import NamedTuple
 
 from common.errors import reading
 from common.files import manifest_sha256
-from data.metadata import REPOSITORY, VIDEO_SUFFIXES, walk_videos
+from data.metadata import REPOSITORY, UCF_NAME, VIDEO_SUFFIXES, walk_videos
 from data.video import NULL, VideoError, file_size
 
 METADATA = REPOSITORY / "data" / "metadata"
 
 
-UCF_NAME = re.compile(r"v_(\w+)_g\d+_c\d+")
-
-
-# --- lists of videos ---
 class VideoFile(NamedTuple):
     path: str
     label: int = -1  # -1: unknown
@@ -26,9 +25,9 @@ class VideoFile(NamedTuple):
 def list_folder(root: str | Path) -> list[VideoFile]:
     """The videos in ROOT and ROOT/CLASS, sorted by path; hidden files and folders are left out (`walk_videos`).
 
-    Classes are those that have videos, numbered in byte order. A UCF-101 name (v_CLASS_gGG_cCC) says its class itself:
-    folder HandstandPushups holds v_HandStandPushups files. Other videos take their folder's, and those directly in ROOT
-    have none (-1).
+    Only classes that have videos count; they are numbered in byte order. A file named as in UCF-101 (v_CLASS_gGG_cCC)
+    has the class in its name, since folder HandstandPushups holds v_HandStandPushups files. Another video has the class
+    of its folder, and one directly in ROOT has none (-1). Raises FileNotFoundError where there are no videos.
     """
     root = Path(root)
     paths = sorted(map(str, walk_videos(root, depth=2))) if root.is_dir() else []
@@ -41,7 +40,7 @@ def list_folder(root: str | Path) -> list[VideoFile]:
 
 
 def _class_name(path: Path, root: Path) -> str | None:
-    ucf = UCF_NAME.fullmatch(path.stem)
+    ucf = UCF_NAME.fullmatch(path.name)
     if ucf:
         return ucf[1]
     return path.parent.name if path.parent != root else None
@@ -50,9 +49,9 @@ def _class_name(path: Path, root: Path) -> str | None:
 def list_csv(names: str, want_labels: bool = False) -> list[VideoFile]:
     """The videos of "a.csv+b.csv", sorted by path.
 
-    A list is a file, or the name of one in data/metadata, with columns id, path, action, label; relative paths start at
-    the repository. Labels are those of a single list whose name starts with "ucf", or of any single list if
-    `want_labels`; otherwise they are -1. "null128...", "null...": 128 or 224,000 random clips without files.
+    A list is a file, or the name of one in data/metadata, with columns id, path, action, label. Relative paths start at
+    the repository. Labels are read from a single list whose name starts with "ucf", or from any single list if
+    `want_labels`; otherwise they are -1. "null128..." is 128 random clips without files, other "null..." 224,000.
     """
     if names.startswith("null"):
         count = 128 if names.startswith("null128") else 224_000
@@ -64,7 +63,7 @@ def list_csv(names: str, want_labels: bool = False) -> list[VideoFile]:
 
 
 def find_lists(names: str) -> list[Path]:
-    """The lists of "a.csv+b.csv", each a file or the name of one in data/metadata, which may have a + in its path."""
+    """The lists of "a.csv+b.csv", each a file or the name of one in data/metadata. Their paths may hold a "+"."""
     parts, found = names.split("+"), []
     while parts:
         for count in range(len(parts), 0, -1):
@@ -99,7 +98,8 @@ def _read_csv(path: Path, label_column: str | None) -> list[VideoFile]:
 
 
 def class_names(files: Sequence[VideoFile]) -> list[str]:
-    """The folder of each label's first video, by label ("" where there is none); empty where a video has no label."""
+    """The folder name of each label's first video, by label ("" for a label without videos). Empty if a video has no
+    label."""
     names = {file.label: Path(file.path).parent.name for file in reversed(files)}
     return [] if -1 in names else [names.get(label, "") for label in range(max(names) + 1)]
 
@@ -109,8 +109,8 @@ def is_broken_link(path: str) -> bool:
 
 
 def files_sha256(files: Sequence[VideoFile]) -> str:
-    """SHA-256 of the videos' paths, relative to the folder they share, and sizes in bytes (0 for a random clip, which
-    has no file, and one that is missing): what caches of them are found by."""
+    """SHA-256 that identifies a list of videos in the keys of caches: of their paths, relative to the folder they
+    share, and sizes in bytes (0 for a random clip, which has no file, and for a missing file)."""
     root = os.path.commonpath([os.path.dirname(file.path) for file in files])
     if all(is_broken_link(file.path) for file in files):
         raise FileNotFoundError(f"all {len(files)} videos under {root} are links to nothing: is their disk there?")
@@ -125,19 +125,33 @@ def files_sha256(files: Sequence[VideoFile]) -> str:
     return manifest_sha256([f"{file.path} {size}" for file, size in zip(files, sizes)], root)
 
 
-def check_labels(files: Sequence[VideoFile], num_classes: int, source: str) -> None:
-    """ValueError where a label is too large, or no video has one."""
-    largest = max(file.label for file in files)
-    if largest >= num_classes:
-        raise ValueError(f"--num_classes is {num_classes}, but {source} has label {largest}: give {largest + 1}")
-    if largest < 0:
-        raise ValueError(f"no video of {source} has a label: give a folder of class folders, or one list whose name "
-                         "starts with ucf; or train with --frame_prediction, which needs none")
+def check_labels(files: Sequence[VideoFile], num_classes: int, source: str, trained: bool = False) -> None:
+    """ValueError where a label is not below the model's `num_classes`, or labels are missing.
+
+    trained: the model is trained, so every video needs a label that it knows. To train one, some videos need a label.
+    """
+    labels = [file.label for file in files]
+    if max(labels) >= num_classes:
+        advice = "give one list like the one that it was trained on"
+        if not trained:
+            advice = f"give --num_classes {max(labels) + 1}"
+        raise ValueError(f"{source} has label {max(labels)}, but the model has {num_classes} classes: {advice}")
+    if max(labels) < 0 or trained and min(labels) < 0:
+        which = "no video of {} has a label" if max(labels) < 0 else "{} has videos without a label"
+        raise ValueError(f"{which.format(source)}: give a folder of class folders, or one list whose name starts with "
+                         "ucf; a model for --frame_prediction needs none")
+
+
+def check_class_names(files: Sequence[VideoFile], known: Sequence[str], source: str) -> None:
+    """ValueError where a label is another class in `files` than in a trained model, which knows it as known[label]."""
+    for label, (here, there) in enumerate(zip(class_names(files), known)):
+        if here and there and here != there:
+            raise ValueError(f"label {label} is {here} in {source}, and {there} to the model: give a list with the "
+                             "labels that it was trained on")
 
 
 def check_classes(files: Sequence[VideoFile], val_files: Sequence[VideoFile], source: str, val_source: str) -> None:
-    """Labels of folders number the classes found in each: ValueError where those differ."""
+    """ValueError where training and validation videos have different classes: each list numbers its own."""
     if differ := (set(class_names(files)) ^ set(class_names(val_files))) - {""}:
         raise ValueError(f"{source} and {val_source} have different classes: {', '.join(sorted(differ))} is in one "
                          "alone; give both the same, or --num_val 0")
-

@@ -1,4 +1,8 @@
-"""Batches of clips: which samples, in which process, by which workers."""
+"""Batches of clips: the sampler that decides which process takes which samples, the loader and its workers.
+
+Everything random is a pure function of (seed, position), where position is the number of a sample in the run. So a
+clip does not depend on the number of workers, processes or accumulation steps, and a resumed run sees the same clips.
+"""
 import atexit
 import multiprocessing
 import os
@@ -16,7 +20,7 @@ from data.shared_memory import ship
 
 def collate(samples: list[dict]) -> dict:
     """A batch: frames (B, T, h, w, 3), or a list of clips where sizes differ; n_frames, label, position (B,) long;
-    path, start lists; index (B, N, 3) long where there are points; skipped: (path, reason) of samples left out."""
+    path, start lists; index (B, N, 3) long where patches are drawn; skipped: (path, reason) of each sample left out."""
     good = [sample for sample in samples if "error" not in sample]
     frames = [sample["frames"] for sample in good]
     batch = {name: torch.tensor([sample[name] for sample in good], dtype=torch.long)
@@ -29,26 +33,26 @@ def collate(samples: list[dict]) -> dict:
 
 
 def deliver(batch: dict, frames: list[torch.Tensor], alike: bool) -> dict:
-    """The batch with its frames, stacked where they are `alike` in shape; from a worker through shared memory."""
-    if get_worker_info() and hasattr(os, "memfd_create"):  # Linux has it
+    """The batch with its frames, stacked if they are `alike` in shape. A worker sends them through shared memory."""
+    if get_worker_info() and hasattr(os, "memfd_create"):  # on Linux
         return ship(batch, frames, alike)
     return {**batch, "frames": torch.stack(frames) if alike else frames}
 
 
-# --- order ---
 def check_shares(global_batch: int, world_size: int, accum: int) -> None:
-    """ValueError where a batch cannot be shared equally."""
+    """ValueError where a global batch cannot be split equally over processes and accumulation steps."""
     if global_batch < 1 or global_batch % (world_size * accum):
         raise ValueError(f"a global batch of {global_batch} cannot be shared by {world_size} processes x {accum} "
                          f"accumulation steps: give a multiple of {world_size * accum}")
 
 
 class GlobalBatchSampler(Sampler):
-    """The keys of one process's micro-batches, step after step; the global batch does not depend on the process count.
+    """The keys of one process's micro-batches, step by step. The global batch does not depend on the number of
+    processes.
 
-    Sample `slot` of step `step` has position step * global_batch + slot. Rank r of W takes the r-th W-th of the slots,
-    in `accum` micro-batches. order "replacement": each sample draws its video. "epoch": each epoch is a permutation of
-    the videos, whose last partial batch is dropped.
+    Sample `slot` of step `step` has position step * global_batch + slot. The slots are split into W equal runs, one for
+    each rank, and those into `accum` micro-batches. order "replacement": each sample draws its video. "epoch": each
+    epoch is a permutation of the videos, whose last partial batch is dropped.
     """
 
     def __init__(self, num_files: int, global_batch: int, num_steps: int, rank: int = 0, world_size: int = 1,
@@ -86,13 +90,13 @@ class GlobalBatchSampler(Sampler):
 
 
 class Loader(DataLoader):
-    """A DataLoader whose failures are an OSError of one line. Its workers start when it is first iterated over."""
+    """A DataLoader whose failures are OSErrors of one line. Its workers start with the first iteration."""
 
     def __iter__(self) -> Iterator:
         raise_file_limit()
         batches = reason = None
-        # torch's iterator, left half-made, complains when it is freed: Ctrl-C waits until it is whole, and an error of
-        # the system, which would keep it until the process ends, is raised anew.
+        # A half-built iterator of torch's prints errors when it is freed. So Ctrl-C is blocked until it is built, and a
+        # new OSError is raised below: the original one would keep the iterator until the process ends.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             batches = super().__iter__()
@@ -117,8 +121,8 @@ class Loader(DataLoader):
 
 
 def raise_file_limit(wanted: int = 2**16) -> None:
-    """Let this process and those it starts have more files open, as far as the system lets anyone: the usual limit of
-    1,024 is low for a loader of many workers."""
+    """Raise the limit of open files of this process and its children, as far as the system allows: the usual 1,024 are
+    few for a loader of many workers."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if resource.RLIM_INFINITY != soft < most:
@@ -127,16 +131,17 @@ def raise_file_limit(wanted: int = 2**16) -> None:
 
 def make_loader(dataset: ClipDataset, batches: Sampler, num_workers: int, prefetch_factor: int = 2,
                 pin_memory: bool = False) -> Loader:
-    """Loads the batches of keys that `batches` yields, in worker processes of one thread each."""
+    """A loader of the batches of keys that `batches` yields, with single-threaded worker processes."""
     return Loader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, worker_init_fn=init_worker,
         prefetch_factor=prefetch_factor if num_workers else None, persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else every pass over the loader would draw from the global generator
+        generator=torch.Generator(),  # otherwise each pass over the loader would draw from the global generator
     )
 
 
 def init_worker(worker: int) -> None:
+    """Set up a worker process: one thread, and no reaction to SIGTERM and SIGINT."""
     torch.set_num_threads(1)
     # Schedulers send SIGTERM to all processes of a job, and terminals send Ctrl-C: the training process saves and then
     # ends its workers.
@@ -146,10 +151,9 @@ def init_worker(worker: int) -> None:
 
 @atexit.register
 def end_workers() -> None:
-    """End the workers that an error has left. multiprocessing, whose turn at exit comes after this, would send them
-    SIGTERM, which they ignore, and wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch would report their end as an error
+    """Kill the workers that an error has left behind. Otherwise multiprocessing, whose exit handler runs after this
+    one, would send them SIGTERM, which they ignore, and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # otherwise torch would report their end as an error
     for process in multiprocessing.active_children():
-        if process.daemon:  # as loader workers are
+        if process.daemon:  # loader workers are
             process.kill()
-

@@ -1,4 +1,4 @@
-"""csv lists of UCF-101 and Kinetics-600, and the naming rules of UCF-101.
+"""Makes the csv lists of UCF-101 and Kinetics-600. Also the rules of which files are videos and of UCF-101's names.
 
     python data/metadata.py ucf101 --root data/ucf101
     python data/metadata.py k600 --annotations train.csv val.csv --root data/k600
@@ -21,6 +21,7 @@ sys.path.insert(0, str(REPOSITORY))  # runs from any folder, data/ included
 from common.errors import ArgumentParser, reading  # noqa: E402
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif")
+UCF_NAME = re.compile(r"v_(\w+)_g(\d\d)_c(\d\d)\.\w+")  # class, group, clip
 UCF101_CLASSES = 101
 UCF101_COUNTS = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}  # split: (train, test), 13,320 in all
 K600_SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val"}  # releases spell it differently
@@ -36,10 +37,10 @@ def parse_name(path: str | os.PathLike) -> VideoName:
     """(class, group, clip) of a file named v_CLASS_gGG_cCC.avi (any suffix, with or without folders).
 
     The class is the one in the file name: folder HandstandPushups of UCF-101 holds v_HandStandPushups files.
-    Raises ValueError if the name does not follow.
+    Raises ValueError for any other name.
     """
     name = os.path.basename(path)
-    match = re.fullmatch(r"v_(\w+)_g(\d\d)_c(\d\d)\.\w+", name)
+    match = UCF_NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"{name}: the name is not v_CLASS_gGG_cCC.avi, as in UCF-101")
     return VideoName(match[1], int(match[2]), int(match[3]))
@@ -51,27 +52,28 @@ def class_labels(actions: Iterable[str]) -> dict[str, int]:
 
 
 def in_train(group: int, split: int = 1) -> bool:
-    """Whether a group of UCF-101 trains: split 1 tests on groups 1 to 7, split 2 on 8 to 14, split 3 on 15 to 21."""
+    """Whether a group of UCF-101 is in the training set: split 1 tests on groups 1 to 7, split 2 on 8 to 14, split 3 on
+    15 to 21."""
     if split not in UCF101_COUNTS:
         raise ValueError(f"split is {split}; UCF-101 has 1, 2 and 3")
     return (group - 1) // 7 != split - 1
 
 
 def first_few(items: Sequence, count: int = 3) -> str:
-    """The first items for a message of one line."""
+    """The first items, as text for a one-line message."""
     return ", ".join(map(str, items[:count])) + (", ..." if len(items) > count else "")
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's data: hidden, an archiver's, or written in part."""
+    """Whether to skip a file or folder: it is hidden, an archiver's, or only partly written."""
     return name.startswith(".") or name == "__MACOSX" or Path(name).suffixes[-2:-1] == [".part"]
 
 
 def walk_videos(root: Path, depth: int | None = None) -> Iterator[Path]:
-    """The video files under root: the one listing that all others start from. Links are followed, and what `is_hidden`
-    names is left out.
+    """The video files under root. All listings of videos use this one. Links are followed; files and folders that
+    `is_hidden` names are left out.
 
-    depth: how many levels of folders to look into; 1 is root itself, None all. Raises OSError for a folder that cannot
+    depth: how many levels of folders to search; 1 is root alone, None all. Raises OSError for a folder that cannot
     be read.
     """
 
@@ -120,7 +122,7 @@ def find_ucf(root: Path) -> dict[Path, VideoName]:
 
 
 def ucf_note(names: Iterable[VideoName], split: int) -> str | None:
-    """What differs from the full UCF-101, in one line; None if nothing does."""
+    """One line on how these videos differ from the full UCF-101; None if they do not."""
     names = list(names)
     train = sum(in_train(name.group, split) for name in names)
     found = len({name.action for name in names}), train, len(names) - train
@@ -132,7 +134,7 @@ def ucf_note(names: Iterable[VideoName], split: int) -> str | None:
 
 
 def list_path(path: Path) -> str:
-    """Path as it stands in a list; links are kept, as data/ucf101 is usually one."""
+    """The path as written in a list. Links are not resolved: data/ucf101 is usually one."""
     path = Path(os.path.abspath(path))
     return (path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path).as_posix()
 
@@ -151,7 +153,7 @@ def write_list(file: Path, actions: dict[Path, str], labels: dict[str, int]) -> 
 def ucf101(root: Path, out: Path, split: int = 1) -> None:
     """Write ucf101_train.csv and ucf101_val.csv (the test groups of the split)."""
     videos = find_ucf(root)
-    # Labels count the classes found in both lists together, so a copy that lacks classes shifts those after them.
+    # Labels number the classes of both lists together, so a copy that lacks a class shifts the labels after it.
     labels = class_labels(name.action for name in videos.values())
     for part, train in ("train", True), ("val", False):
         actions = {path: name.action for path, name in videos.items() if in_train(name.group, split) == train}
@@ -192,7 +194,7 @@ def k600(annotations: Sequence[Path], root: Path, out: Path) -> None:
         on_disk[path.name].append(path)
 
     both = sorted(actions["train"].keys() & actions["val"].keys())
-    for name in both:  # validation keeps them: what is tested on must not be trained on
+    for name in both:  # kept in validation only: no test video may be trained on
         del actions["train"][name]
     labels = class_labels([*actions["train"].values(), *actions["val"].values()])
     if not any(name in on_disk for split in actions.values() for name in split):
@@ -202,7 +204,7 @@ def k600(annotations: Sequence[Path], root: Path, out: Path) -> None:
         if not names:
             print(f"no {split} rows in the annotations: k600_{split}.csv is not written", file=sys.stderr)
             continue
-        # A name that lies in several folders is taken from the one named as its split.
+        # Where several folders hold a file of this name, the folder named as the split wins.
         chosen = {next((p for p in on_disk[name] if split in p.parts), on_disk[name][0]): action
                   for name, action in names.items() if name in on_disk}
         write_list(out / f"k600_{split}.csv", chosen, labels)

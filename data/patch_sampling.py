@@ -1,4 +1,5 @@
-"""Which patches of a clip a training step decodes (CoordTok, arXiv 2411.14762, section 3.3)."""
+"""Which patches of a clip a training step decodes (CoordTok, arXiv 2411.14762, section 3.3): pure functions of a random
+generator."""
 import numpy as np
 
 Grid = tuple[int, int, int]  # patches of a clip along t, h, w
@@ -14,8 +15,8 @@ def random_patches(rng: np.random.Generator, num: int, grid: Grid, n_frames: int
 
 
 def random_frames(rng: np.random.Generator, num: int, grid: Grid, n_frames: int, patch_t: int) -> np.ndarray:
-    """All patches of `num // (h * w)` whole frames in random order: distinct ones, until a short clip runs out of them
-    and its frames come round again in another order.
+    """All patches of `num // (h * w)` whole frames, in random order. A frame is repeated only after every real frame of
+    the clip was drawn.
 
     Returns (num, 3) int64, (t, h, w) patch index, frame after frame, each in h, w order.
     """
@@ -27,7 +28,7 @@ def random_frames(rng: np.random.Generator, num: int, grid: Grid, n_frames: int,
 
 
 def count_frames(num: int, grid: Grid) -> int:
-    """How many whole frames `num` patches make up. ValueError where they make up none, or a part of one is left."""
+    """The number of whole frames that `num` patches fill. ValueError where that is none, or not a whole number."""
     _, height, width = grid
     if num < 1 or num % (height * width):
         raise ValueError(f"{num} points are no whole number of frames of {height}x{width} patches: "
@@ -37,4 +38,3 @@ def count_frames(num: int, grid: Grid) -> int:
 
 def _real_times(grid: Grid, n_frames: int, patch_t: int) -> int:
     return min(max(n_frames // patch_t, 1), grid[0])
-

@@ -1,4 +1,8 @@
-"""Batches on their way from a loader worker to the training process, through shared memory that is used again."""
+"""Transfer of batches from a loader worker to the training process, through a pool of reusable shared memory.
+
+`ship` packs a batch in the worker; unpickling it in the training process gives the batch, whose frames are views of the
+shared memory.
+"""
 import fcntl
 import io
 import mmap
@@ -14,18 +18,19 @@ from torch import Tensor
 
 
 def ship(batch: dict, frames: list[Tensor], alike: bool) -> "Packed":
-    """What the training process receives as the batch with its frames: one tensor, or a list where sizes differ."""
+    """The batch with its frames, packed for the training process. There the frames are one tensor if their shapes are
+    `alike`, else a list."""
     batch = {name: ByValue(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    # Pickled here, as the error of a queue's own thread would reach nobody, and the batch would be waited for for ever.
+    # Pickled here: an error in the queue's own thread would be lost, and the training process would wait for ever.
     try:
-        return Packed(bytes(ForkingPickler.dumps({**batch, "frames": SHELF.pack(frames, alike)})))
+        return Packed(bytes(ForkingPickler.dumps({**batch, "frames": POOL.pack(frames, alike)})))
     except OSError as error:
         raise OSError(f"a batch cannot be handed over in shared memory: {error.strerror or error}: lower --num_workers "
                       "or the batch size, or raise the limit (`ulimit -n` for files)") from error
 
 
 class Packed(NamedTuple):
-    """What is pickled already."""
+    """An object that is already pickled."""
 
     content: bytes
 
@@ -34,7 +39,8 @@ class Packed(NamedTuple):
 
 
 class ByValue(NamedTuple):
-    """A small tensor on its way. torch would share it through a file of its own, which takes half a millisecond."""
+    """A small tensor, pickled by value. torch would share it through a file of its own, which takes half a
+    millisecond."""
 
     tensor: Tensor
 
@@ -43,7 +49,7 @@ class ByValue(NamedTuple):
 
 
 class SharedTensor(NamedTuple):
-    """Large tensors on their way, through shared memory: one file, as a process may have few open."""
+    """Large tensors in shared memory, all in one file, since a process may have only so many open."""
 
     file: io.FileIO
     shapes: list[tuple[int, ...]]
@@ -55,8 +61,9 @@ class SharedTensor(NamedTuple):
 
 
 def unpack(file: DupFd, shapes: list[tuple[int, ...]], dtype: torch.dtype, alike: bool) -> Tensor | list[Tensor]:
+    """What a SharedTensor becomes when it is unpickled."""
     descriptor = file.detach()
-    # The map has a copy of the descriptor until its end.
+    # mmap duplicates the descriptor, and closes its copy when the tensor is freed.
     memory = mmap.mmap(descriptor, sum(map(prod, shapes)) * dtype.itemsize)
     os.close(descriptor)
     values = torch.frombuffer(memory, dtype=dtype)
@@ -66,17 +73,20 @@ def unpack(file: DupFd, shapes: list[tuple[int, ...]], dtype: torch.dtype, alike
 
 
 class SharedMemoryPool:
-    """A worker's shared memory, used again once the training process has let go of the tensors in it. Memory made anew
-    for each batch, as torch does, costs five times as much as copying the clips: the system clears and maps its pages.
+    """A worker's shared memory. A piece is reused once the training process has freed the tensors in it. Allocating new
+    memory for each batch, as torch does, costs five times as much as copying the clips: the system clears and maps
+    pages.
 
-    A parcel's file is locked, and the lock lasts until no process has the descriptor any more: the tensors hold one.
+    The file of a piece in use is locked. The lock is released when the last descriptor closes, that is, when the
+    receiver frees the tensor.
     """
 
     def __init__(self):
         self.pieces: dict[int, Tensor] = {}  # file descriptor: its bytes
 
     def pack(self, clips: list[Tensor], alike: bool) -> SharedTensor | Tensor | list[Tensor]:
-        """Clips of one type. They arrive as one tensor, stacked, where they are alike in shape, else as a list."""
+        """Copy clips of one dtype into a free piece. The receiver gets one stacked tensor if they are `alike` in shape,
+        else a list."""
         if not any(clip.numel() for clip in clips):
             return torch.stack(clips) if alike else clips
         shapes, dtype = [tuple(clip.shape) for clip in clips], clips[0].dtype
@@ -91,12 +101,13 @@ class SharedMemoryPool:
         room = self.pieces[piece][:size].view(dtype)
         for part, clip in zip(room.split([clip.numel() for clip in clips]), clips):
             part.view(clip.shape).copy_(clip)
-        file = io.FileIO(f"/proc/self/fd/{piece}", "r+")  # opened anew, for a lock of its own
+        file = io.FileIO(f"/proc/self/fd/{piece}", "r+")  # opened again, so that it has its own lock
         fcntl.flock(file, fcntl.LOCK_SH)
         return SharedTensor(file, shapes, dtype, alike)
 
 
 def is_free(piece: int) -> bool:
+    """Whether nobody holds the lock of a piece, which is given by its descriptor."""
     try:
         fcntl.flock(piece, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -105,5 +116,4 @@ def is_free(piece: int) -> bool:
     return True
 
 
-SHELF = SharedMemoryPool()
-
+POOL = SharedMemoryPool()

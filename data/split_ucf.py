@@ -2,10 +2,10 @@
 
     cd data && python split_ucf.py --data_root /datasets --data_name UCF-101
 
-The official lists follow a rule, so none is needed: split 1 tests on groups 1 to 7 of each class and trains on 8 to 25,
-split 2 tests on 8 to 14, split 3 on 15 to 21. A list given by --list is checked against the rule.
-Run again, it keeps what is right and adds what is missing. Anything else in the two folders is an error, as videos left
-over from another split would put test videos into training.
+The official lists follow a rule, so no list is needed: split 1 tests on groups 1 to 7 of each class and trains on 8 to
+25, split 2 tests on 8 to 14, split 3 on 15 to 21. A list given by --list is checked against the rule. A second run
+keeps the files that are right and adds those that are missing. Any other file in the two folders is an error: videos
+left over from another split would put test videos into training.
 """
 import argparse
 import os
@@ -19,7 +19,7 @@ from data.metadata import VideoName, find_ucf, find_videos, first_few, in_train,
 
 
 def check_list(file: Path, videos: dict[Path, VideoName], split: int) -> None:
-    """Raise ValueError if an official training list (lines "CLASS/v_CLASS_gGG_cCC.avi LABEL") breaks the rule."""
+    """Raise ValueError where an official training list (lines "CLASS/v_CLASS_gGG_cCC.avi LABEL") breaks the rule."""
     with reading(file, "a training list of UCF-101", f"expected trainlist0{split}.txt"):
         listed = {line.split()[0].rsplit("/", 1)[-1] for line in file.read_text(encoding="utf-8").splitlines()
                   if line.strip()}
@@ -46,7 +46,7 @@ def is_right(target: Path, source: Path, copy: bool) -> bool:
 def place(target: Path, source: Path, copy: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if copy:
-        part = target.with_suffix(".part")  # renamed when whole, so that an interrupted copy is not taken for a video
+        part = target.with_suffix(".part")  # renamed when complete: a partial copy is no video
         shutil.copy2(source, part)
         os.replace(part, target)
     else:  # relative, so that the data can be moved or mounted elsewhere
@@ -58,7 +58,7 @@ def split_ucf(data_root: Path, data_name: str, split: int = 1, copy: bool = Fals
     """Make the two folders, with the class folders and file names of DATA_ROOT/DATA_NAME.
 
     Raises FileNotFoundError for a missing or empty folder; ValueError for misnamed videos, a list that breaks the rule,
-    or files in the two folders that this call would not have made. Nothing is written then.
+    or files in the two folders that this call would not make. It writes nothing then.
     """
     source_root = data_root.resolve() / data_name
     videos = find_ucf(source_root)

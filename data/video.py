@@ -1,8 +1,8 @@
 """Video files to tensors: decode, resize, crop, write.
 
-decord decodes. What it gets wrong or leaves open is settled here: files are read from their first frame on, GIF is read
-by Pillow and what decord refuses by ffmpeg, damaged frames are errors, and a decoder that hangs is abandoned after a
-time limit.
+decord decodes, with its faults worked around: every file is read from its first frame, GIF is read by Pillow and the
+files that decord refuses by ffmpeg, damaged frames are errors, and a decoder that hangs is abandoned after a time
+limit.
 """
 import errno
 import logging
@@ -32,8 +32,8 @@ from common.errors import MendableError, shown
 from common.files import of_system
 
 TIMEOUT = 60.0  # seconds for one file: ten seconds of 1080p take two on a busy core
-PATIENCE = 60.0  # seconds for which a file that the system does not give is tried again
-NULL = "null:"  # paths that start so are random clips without files, for trying a training loop
+PATIENCE = 60.0  # seconds for which reading a file is retried while the system refuses it
+NULL = "null:"  # prefix of the paths of random clips, which have no files: for trying a training loop
 NULL_SHAPE = (256, 128, 128, 3)
 QUICKTIME = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # first atoms of an mp4 or mov file
 CHUNK = 2**26  # values resized at a time: 256 MiB in floating point
@@ -41,8 +41,8 @@ CHUNK = 2**26  # values resized at a time: 256 MiB in floating point
 # decord raises the first four, Pillow and the file system the others.
 DECODER_ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, OSError, EOFError)
 
-# What decord says of good files that it refuses: those of a codec that it lacks (AV1), and those less than 94 pixels
-# wide whose lines, padded for the processor, it takes for lines of four channels.
+# decord's errors for good files that it refuses: files of a codec that it lacks (AV1), and videos less than 94 pixels
+# wide, whose padded lines it takes for lines of four channels.
 LACKS_CODEC, PADDED_LINES = "cannot find video stream", "from_size == to_size"
 
 decord.logging.set_level(decord.logging.QUIET)
@@ -54,18 +54,18 @@ class VideoError(MendableError):
 
 
 class FrameError(VideoError):
-    """A video that opens, of which these frames cannot be decoded, or are not there though its index lists them. Other
-    frames may be good."""
+    """A video that opens, but these frames cannot be decoded, or are missing though its index lists them. Other frames
+    may be good."""
 
 
 class StorageError(OSError):
-    """The system does not give a file: a disk is away or busy, a right, memory or descriptors are lacking. That says
-    nothing of the video, which is not damaged."""
+    """The system cannot read a file: a disk is missing or busy, or permission, memory or descriptors are lacking. It
+    does not mean that the video is damaged."""
 
 
 class VideoInfo(NamedTuple):
-    """`num_frames` counts the packets in the file, whatever its header says, without those that an edit list hides;
-    sizes are after rotation."""
+    """num_frames: packets in the file, whatever its header says, without those that an edit list hides. height, width:
+    after rotation."""
 
     num_frames: int
     height: int
@@ -119,14 +119,14 @@ def _frames(path: str, source: _Source, indices: np.ndarray) -> Tensor:
 
 
 def file_size(path: str) -> int:
-    """In bytes. Raises VideoError where there is no such file, StorageError where the system does not say."""
+    """Size in bytes. Raises VideoError where there is no such file, StorageError where the system cannot tell."""
     return persist(lambda: os.path.getsize(path), path)
 
 
 def persist(function: Callable, path: str):
-    """function(), called again while the system refuses it, for PATIENCE seconds; then StorageError.
+    """Return function(), retried for PATIENCE seconds while it raises errors of the system; then StorageError.
 
-    A file that is missing from a folder that is there is a VideoError.
+    A file that is missing from an existing folder is a VideoError.
     """
     start, wait = None, 0.5
     while True:
@@ -148,7 +148,7 @@ def persist(function: Callable, path: str):
 
 
 def _is_missing(path: str) -> bool:
-    """Whether there is no such file in a folder that holds others. An empty one may be where a disk was mounted."""
+    """Whether the file is missing from a folder that holds others. An empty folder may be that of an unmounted disk."""
     try:
         with os.scandir(os.path.dirname(os.path.realpath(path))) as others:
             return any(others) and not os.path.exists(path)
@@ -157,15 +157,15 @@ def _is_missing(path: str) -> bool:
 
 
 def _bounded(function: Callable, path: str, timeout: float):
-    """function() within `timeout` seconds. VideoError where it fails twice though the whole file can be read in
-    between, StorageError where that cannot be."""
+    """Return function(), run within `timeout` seconds. After a failure the whole file is read: if that succeeds and the
+    function fails again, the video is damaged (VideoError); if not, the storage is at fault (StorageError)."""
 
     def attempt():
         try:
             return _limited(function, path, timeout)
         except VideoError:
             if not path.startswith(NULL) and os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-                raise  # a pipe gives nothing, however often
+                raise  # a pipe cannot be read twice
         try:
             _limited(lambda: _read_through(path), path, timeout)
         except VideoError:
@@ -176,7 +176,7 @@ def _bounded(function: Callable, path: str, timeout: float):
 
 
 def _read_through(path: str) -> None:
-    """Raises OSError where a part of the file cannot be read."""
+    """Read a whole file. Raises OSError where a part of it cannot be read."""
     if not path.startswith(NULL):
         with open(path, "rb") as file:
             while file.read(2**20):
@@ -184,21 +184,21 @@ def _read_through(path: str) -> None:
 
 
 def _limited(function: Callable, path: str, timeout: float):
-    """function() in a thread of its own, given up after `timeout` seconds; its failures become VideoError, but for
-    those of the system.
+    """Return function(), run in its own thread and abandoned after `timeout` seconds. Its errors become VideoError,
+    except those of the system.
 
-    decord works outside the interpreter lock, so the caller stays alive when it hangs, and a daemon thread does not
-    keep the process from ending.
+    decord releases the interpreter lock, so the caller can go on when decord hangs, and a daemon thread does not keep
+    the process from ending.
     """
     future = Future()
 
     def work(future: Future) -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # not swallowed: raised again by result()
+        except BaseException as error:  # result() raises it again
             future.set_exception(error)
         finally:
-            del future  # as below
+            del future  # see below
 
     Thread(target=work, args=(future,), daemon=True, name=f"decode {path}").start()
     try:
@@ -208,7 +208,7 @@ def _limited(function: Callable, path: str, timeout: float):
             raise
         raise type(error)(str(error).replace(path, shown(path))) from None
     except FutureTimeout:
-        if future.done():  # the system's own
+        if future.done():  # function() itself raised it
             raise
         raise VideoError(f"{shown(path)}: the decoder was still busy after {timeout:g} s") from None
     except DECODER_ERRORS as error:
@@ -216,13 +216,13 @@ def _limited(function: Callable, path: str, timeout: float):
             raise
         raise VideoError(f"{shown(path)}: {_reason(error)}") from None
     finally:
-        # Else the error and what it was raised in would keep each other, and the decoder, until they are collected:
-        # in a loader worker forked before that, a decoder without its threads hangs the process or ends it.
+        # Breaks a reference cycle of the error and its frame, which would keep the decoder alive. In a loader worker
+        # forked meanwhile, the decoder has lost its threads, and hangs or crashes the process when it is freed.
         del future
 
 
 def _reason(error: Exception) -> str:
-    """One line. decord's text has several, each piece led by a time and a place in its source."""
+    """The reason as one line. decord's text has several, each with a time and a place in its source."""
     text = getattr(error, "strerror", None) or re.sub(r"\[[\d:]+\] \S+?:\d+: ", "", str(error))
     return shown(text.strip().split("\n")[0]) or type(error).__name__
 
@@ -236,8 +236,8 @@ def _open(path: str) -> _Source:
         raise VideoError(f"{path}: the file is empty")
     if head.startswith(b"GIF8"):
         return _open_gif(path)
-    # A frame that decord cannot decode it replaces by its neighbour, which is an error. In AVI one in a window is let
-    # pass, as an XviD stream with packed B-frames ends on an empty packet; a tolerance below 1 allows none.
+    # decord replaces frames that it cannot decode by their neighbours, up to a tolerance; beyond it raises. In AVI one
+    # is tolerated, as an XviD stream with packed B-frames ends on an empty packet. A tolerance below 1 allows none.
     quicktime = head[4:8] in QUICKTIME
     try:
         reader = _open_decord(path, num_threads=1, fault_tol=1e-9 if quicktime else 1)
@@ -247,8 +247,8 @@ def _open(path: str) -> _Source:
         return _open_ffmpeg(path)
     num_frames = len(reader)
     if quicktime:
-        # Packets before the start of the edit list have negative times: they are decoded, but never shown. A cut that
-        # was made without re-encoding starts with them, at the keyframe before it.
+        # Packets before the start of the edit list have negative times: they are decoded, but never shown. A clip cut
+        # without re-encoding starts with such packets, from the keyframe before the cut.
         num_frames = int((reader.get_frame_timestamp(range(num_frames))[:, 0] >= 0).sum())
         if not num_frames:
             raise VideoError(f"{shown(path)}: its edit list shows none of its frames")
@@ -256,8 +256,8 @@ def _open(path: str) -> _Source:
 
 
 def _open_decord(path: str, **options) -> decord.VideoReader:
-    """A reader by an absolute path, as FFmpeg takes "c:d/x.mp4" for a protocol c; names that are not UTF-8, which
-    decord does not take, are opened here."""
+    """A reader of a file. The path is made absolute, since FFmpeg reads "c:d/x.mp4" as protocol c. decord does not take
+    names that are not UTF-8: such files are opened here and passed as descriptors."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -276,9 +276,10 @@ def _read_narrow(path: str, reader: decord.VideoReader, indices: np.ndarray) -> 
 
 
 def _read(reader: decord.VideoReader, indices: np.ndarray) -> Tensor:
-    """Decodes from the first frame on, as decord's seeking and skipping are not exact: against that, and OpenCV, they
-    are off by whole GOPs in AVI with B-frames (UCF-101), by the leading B-frames after an open-GOP keyframe, and
-    everywhere in an mp4 cut without re-encoding. The videos are clips of seconds, so this costs little."""
+    """Decode from the first frame on, since decord's seeking and skipping are not exact. Compared with decoding from
+    the start, and with OpenCV, they are off by whole GOPs in AVI with B-frames (UCF-101), by the leading B-frames after
+    an open-GOP keyframe, and everywhere in an mp4 cut without re-encoding. Videos last seconds, so this costs
+    little."""
     first, last = indices.min(), indices.max()
     for _ in range(first):
         reader.next()
@@ -287,7 +288,8 @@ def _read(reader: decord.VideoReader, indices: np.ndarray) -> Tensor:
 
 
 def _open_ffmpeg(path: str) -> _Source:
-    """Counts the frames by decoding them all, so that each index is a frame. Damage anywhere is damage of the file."""
+    """A source whose frames are counted by decoding them all, so that every index is a frame. Damage anywhere makes the
+    file damaged."""
     done = _ffmpeg(path, "-f", "null", "-stats", "-", level="info")
     text = done.stderr.decode(errors="replace")
     count, rate = re.findall(r"frame= *(\d+)", text), re.search(r"Video: .*?([\d.]+) fps", text)
@@ -297,7 +299,7 @@ def _open_ffmpeg(path: str) -> _Source:
 
 
 def _read_ffmpeg(path: str, indices: np.ndarray) -> Tensor:
-    """Frames bit for bit as decord gives them, where it does. PPM says the size of each."""
+    """Frames, bit for bit equal to decord's where it can read the file. PPM headers hold the size of each."""
     first, last = int(indices.min()), int(indices.max())
     done = _ffmpeg(path, "-vf", f"select=between(n\\,{first}\\,{last})", "-frames:v", str(last - first + 1),
                    "-f", "image2pipe", "-c:v", "ppm", "-")
@@ -315,7 +317,7 @@ def _read_ffmpeg(path: str, indices: np.ndarray) -> Tensor:
 
 
 def _ffmpeg(path: str, *output: str, level: str = "error") -> subprocess.CompletedProcess:
-    """ffmpeg on a file's video stream, every decoded frame once; it ends at the first error."""
+    """Run ffmpeg on a file's video stream: it outputs every decoded frame once, and ends at the first error."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-v", level, "-xerror", "-threads", "1",
                "-i", f"file:{path}", "-an", "-sn", "-dn", "-fps_mode", "passthrough", *output]
     try:
@@ -325,12 +327,12 @@ def _ffmpeg(path: str, *output: str, level: str = "error") -> subprocess.Complet
 
 
 def _open_gif(path: str) -> _Source:
-    """decord refuses GIF, whose header holds no duration."""
+    """A source read by Pillow: decord refuses GIF, whose header holds no duration."""
     try:
         with Image.open(path) as image:
             frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
-            fps = 1000 / image.info["duration"] if image.info.get("duration") else 10.0  # 10: what browsers play then
-    except (ValueError, SyntaxError, IndexError, KeyError, struct.error) as error:  # Pillow's, of damaged files
+            fps = 1000 / image.info["duration"] if image.info.get("duration") else 10.0  # browsers play 10 fps then
+    except (ValueError, SyntaxError, IndexError, KeyError, struct.error) as error:  # Pillow's, of damage
         raise VideoError(f"{path}: {_reason(error)}") from None
     return _Source(len(frames), fps, lambda indices: torch.from_numpy(frames[indices]))
 
@@ -366,7 +368,7 @@ def resize_crop(frames: Tensor, size: int, rule: str) -> Tensor:
 
 
 def resize_crop_8bit(frames: Tensor, size: int, rule: str) -> Tensor:
-    """`resize_crop` rounded to 8 bits, where its rule does not do so itself: (..., size, size, 3) uint8."""
+    """`resize_crop`, rounded to 8 bits where its rule does not do so itself: (..., size, size, 3) uint8."""
     frames = resize_crop(frames, size, rule)
     return frames if frames.dtype == torch.uint8 else frames.mul_(255).round_().to(torch.uint8)
 
@@ -380,8 +382,8 @@ def _bicubic_8bit(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def _bicubic_two_pass(images: Tensor, height: int, width: int) -> Tensor:
-    """`_bicubic_8bit` for devices that interpolate floating point only. It is not linear: Pillow resizes the width
-    first and stores 8 bits between the passes."""
+    """`_bicubic_8bit` for devices that interpolate floating point only. Two passes, as Pillow does it: it resizes the
+    width first and rounds to 8 bits between the passes."""
     images = F.interpolate(images.float(), (images.shape[2], width), mode="bicubic", antialias=True)
     images = F.interpolate(images.round_().clamp_(0, 255), (height, width), mode="bicubic", antialias=True)
     return images.round_().clamp_(0, 255).to(torch.uint8)
@@ -391,7 +393,7 @@ def to_video(frames: Tensor | list[Tensor], size: int, rule: str, device: torch.
     """A batch of clips as the models take it: (B, 3, T, size, size) float32 in [0, 1] on `device`.
 
     frames: (B, T, H, W, 3) uint8, or a list of (T, H, W, 3) of different sizes; native frames are resized on `device`
-    by `resize_crop`. Frames that the loader has resized are only scaled (uint8) or taken as they are (float32).
+    by `resize_crop`. Frames that the loader has resized are scaled (uint8) or kept as they are (float32).
     """
     if isinstance(frames, list):
         return torch.cat([to_video(clip[None], size, rule, device) for clip in frames])
@@ -403,22 +405,22 @@ def to_video(frames: Tensor | list[Tensor], size: int, rule: str, device: torch.
 
 
 def to_bytes(video: Tensor) -> Tensor:
-    """Float, clamped to [0, 1], to uint8, rounded."""
+    """Float, clamped to [0, 1], to rounded uint8."""
     return video.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
-    """Write an mp4 (H.264), whole or not at all. video: (3, T, H, W) float in [0, 1] (see `to_bytes`), or uint8.
+    """Write an mp4 (H.264) atomically. video: (3, T, H, W) float in [0, 1] (see `to_bytes`), or uint8. Raises OSError.
 
-    Raises OSError. ffmpeg is called here and not by imageio, which forks the whole process for it, 20 to 90 ms with the
-    interpreter lock held, and takes what ffmpeg could not end for a video. Ctrl-C does not reach another session.
+    ffmpeg is called directly: imageio forks the whole process for it, 20 to 90 ms with the interpreter lock held, and
+    accepts a file that ffmpeg could not finish. In its own session ffmpeg does not get Ctrl-C.
     """
     path = Path(path)
     video = video if video.dtype == torch.uint8 else to_bytes(video.detach())
     frames = rearrange(video, "c t h w -> t h w c").cpu().numpy()
     height, width = frames.shape[1:3]
     pixels = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"  # yuv420p halves the colour planes
-    part = path.absolute()  # "c:d/x" would be of a protocol c
+    part = path.absolute()  # ffmpeg reads "c:d/x" as protocol c
     part = part.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error",

@@ -1,4 +1,5 @@
-"""What the evaluation scripts of all tokenizers share: flags, clips split over processes, report, record, pictures."""
+"""Evaluation of a tokenizer, as both evaluation scripts run it: flags, clips shared by processes, metrics, report.json
+and contact sheet."""
 import argparse
 import os
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from torch import Tensor
 from common import distributed
 from common.cli import Parser, add_perceptual
 from common.console import print_main
-from common.files import git_revision, manifest_sha256
+from common.files import manifest_sha256
 from data.clips import ClipDataset, open_quarantine
 from data.lists import VideoFile
 from data.loader import make_loader
@@ -19,7 +20,7 @@ from eval.metrics import psnr_frame
 from eval.pictures import contact_sheet
 from eval.protocols import LARP_RESIZE, PROTOCOLS
 from eval.reconstruction import merge, protocol_clips, reconstruct_rows, summary
-from eval.report import describe, record, write_record
+from eval.report import describe, run_record, write_record
 from models.pretrained import WeightsError
 from models.stlpips import perceptual_metric
 
@@ -30,7 +31,7 @@ def add_evaluation(parser: Parser, protocol: str, batch_size: int = 8) -> None:
     group.add_argument("--protocol", choices=names, default=protocol, help="how the numbers are made")
     group.add_argument("--num_clips", type=int, help="clips, where it is not the protocol's number")
     group.add_argument("--batch_size", type=int, default=batch_size, help="clips at once in each process")
-    group.add_argument("--seed", type=int, default=0, help="seeds the first frames of clips")
+    group.add_argument("--seed", type=int, default=0, help="seed of the clips' first frames")
     group.add_argument("--i3d_weights", metavar="PATH", help="I3D weights (default: the cache, or a download into it)")
     group.add_argument("--i3d_eps", type=float, default=1e-3, help="eps of I3D's batch norms; 1e-5 is the older port's")
     add_perceptual(group)
@@ -48,14 +49,13 @@ def evaluate(
     """Measure a tokenizer under args.protocol. Rank 0 prints and writes report.json and sheet.png.
 
     reconstruct: as `reconstruct_rows` takes it. model: names the weights. dataset: the folder or list of `files`.
-    more: called at the end, on every process, for numbers to report beside the rest.
+    more: called at the end, on every process, for further numbers to report.
     """
     protocol = PROTOCOLS[args.protocol]
     folder = Path(args.output_dir or Path("results/eval") / protocol.name)
     quarantine = open_quarantine(folder, args.decode_timeout)
     paths = [file.path for file in files]
     manifest = manifest_sha256(paths, os.path.commonpath(paths))
-    split = next((name for name in ("train", "test", "val") if name in dataset), "all")
     num_videos = len(files)
     files, keys = distributed.broadcast(
         protocol_clips(protocol, files, num_frames, args.num_clips, quarantine, args.decode_timeout)
@@ -82,21 +82,19 @@ def evaluate(
 
     progress = "clips" if distributed.is_main() else None
     rows, examples = reconstruct_rows(
-        reconstruct, loader, device, size, rule, i3d, protocol.i3d_resize, perceptual, progress
+        reconstruct, loader, device, i3d, protocol.i3d_resize, perceptual, progress
     )
     rows = merge(distributed.gather(rows))
     numbers = summary(rows, protocol.divisor) | more()
     if not distributed.is_main():
         return numbers
     if len(rows["index"]) < len(keys):
-        print_main(f"{len(keys) - len(rows['index'])} clips could not be decoded and are left out: see "
-                   f"{quarantine.path}")
-    facts = record(
-        protocol, num_real=len(rows["index"]), num_generated=len(rows["index"]), num_frames=num_frames, size=size,
-        dataset="UCF-101" if is_ucf101(dataset, num_videos) else dataset, split=split,
-        extractor_sha256=i3d.weights_sha256 if i3d else "none: --no_fvd", i3d_eps=args.i3d_eps, seed=args.seed,
-        manifest_sha256=manifest, num_videos=num_videos, sampler=settings, model=model,
-        git_revision=git_revision(), world_size=distributed.world_size(), **learned,
+        print_main(f"{len(keys) - len(rows['index'])} clips could not be decoded and are left out: "
+                   f"see {quarantine.path}")
+    facts = run_record(
+        protocol, dataset, num_videos, i3d, num_real=len(rows["index"]), num_generated=len(rows["index"]),
+        num_frames=num_frames, size=size, i3d_eps=args.i3d_eps, seed=args.seed, manifest_sha256=manifest,
+        sampler=settings, model=model, **learned,
     )
     write_record(folder / "report.json", facts, numbers)
     captions = [f"PSNR {psnr_frame(a[None], b[None]).item():.2f} dB" for a, b in examples]
@@ -105,10 +103,3 @@ def evaluate(
     print_main("\n".join(f"{name:>20}  {value:.6g}" for name, value in numbers.items()))
     print_main(f"report: {folder / 'report.json'}   pictures: {folder / 'sheet.png'}")
     return numbers
-
-
-def is_ucf101(dataset: str, num_videos: int) -> bool:
-    """Whether a folder or list that calls itself UCF-101 has as many videos as a split of it."""
-    name = Path(dataset).name.upper().replace("-", "")
-    return name.startswith("UCF101") and num_videos in (9537, 3783, 13320)
-

@@ -1,8 +1,8 @@
-"""What else two sets of features say, beside their Fréchet distance: kernel distance, precision and recall, density and
-coverage. Pure functions of features that are in memory, deterministic, for real and generated sets of any sizes.
+"""Metrics of two sets of features beside their Fréchet distance: kernel distance, precision and recall, density and
+coverage. Pure, deterministic functions of features in memory, for real and generated sets of any sizes.
 
-Features are (N, dim), any real dtype, and computed with in float64. Distances between 50,000 features and 50,000 others
-are computed in blocks of rows: BLOCK values of them are in memory at a time.
+Features are (N, dim), any real dtype; computations are in float64. Distances between 50,000 and 50,000 features are
+computed in blocks of rows, with BLOCK values in memory at a time.
 """
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 
 BLOCK = 2**24
 
-# For the protocol record: how each number of `feature_metrics` and `eval.fvd.frechet_infinity` is defined.
+# For the record of a number: how each result of `feature_metrics` and `eval.fvd.frechet_infinity` is defined.
 FEATURE_METRICS_RECORD = {
     "kvd": "squared MMD with kernel (x.y / 400 + 1)^3, unbiased, mean over 100 subsets of 1,000 clips of each side, "
     "or of the smaller side where it has fewer (arXiv 1801.01401, 1812.01717)",
@@ -30,8 +30,8 @@ FEATURE_METRICS_RECORD = {
 def kvd(real: Tensor, fake: Tensor, seed: int = 0, num_subsets: int = 100, subset_size: int = 1000) -> float:
     """Kernel video distance: the squared maximum mean discrepancy with the kernel (x.y / dim + 1)^3.
 
-    The unbiased estimate, so that it may be negative, averaged over random subsets of both sides; where the subsets
-    are all there is, it is computed once. real, fake: (N, dim), two or more. Source: "Demystifying MMD GANs" (arXiv
+    The unbiased estimate, which may be negative, averaged over random subsets of both sides. If a subset would be the
+    whole of both sides, it is computed once. real, fake: (N, dim), two or more. Source: "Demystifying MMD GANs" (arXiv
     1801.01401); on the features of I3D, "FVD" (arXiv 1812.01717).
     """
     real, fake = _prepared(real, 2), _prepared(fake, 2)
@@ -107,7 +107,7 @@ def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _squared_radii(x: Tensor, k: int) -> Tensor:
-    """(N,) squared distances to the k-th nearest other feature, a little more than rounding wider."""
+    """(N,) squared distances to the k-th nearest other feature, wider by a little more than rounding errors."""
     radii = []
     for rows, distances in _squared_distances(x, x):
         distances[torch.arange(len(distances)), torch.arange(len(x))[rows]] = math.inf

@@ -1,8 +1,8 @@
-"""Fréchet video distance (arXiv 1812.01717): mergeable statistics, the distance, its floor and spread.
+"""Fréchet video distance (arXiv 1812.01717): mergeable statistics, the distance, its floor and spread, and a command.
 
 Distance between two folders (or file lists) of videos:
     python -m eval.fvd REAL GENERATED --num_frames 16 --size 128
-Proof of an installation, against the value that TensorFlow's own implementation gives (minutes on a CPU):
+Check of an installation against the value that TensorFlow's own implementation gives (minutes on a CPU):
     python -m eval.fvd --self_test
 """
 import argparse
@@ -18,21 +18,21 @@ from tqdm import tqdm
 
 from common.cli import Parser, one_line_errors
 from common.errors import shown
-from common.files import git_revision, manifest_sha256
+from common.files import manifest_sha256
 from data.clips import ClipDataset, ClipKey
 from data.lists import VideoFile, list_csv, list_folder
 from data.loader import make_loader
-from data.video import TIMEOUT, to_video
+from data.video import TIMEOUT
 from eval.features import feature_metrics
 from eval.i3d import I3D, MIN_FRAMES, RESIZE_RULES
 from eval.protocols import COORDTOK_RESIZE, PROTOCOLS, Protocol
-from eval.report import describe, record, write_record
+from eval.report import describe, run_record, write_record
 
 DIVISORS = ("N", "N-1")
 
 
 class FeatureStats:
-    """Count, sum and sum of outer products of features, in float64: what their mean and covariance follow from.
+    """Count, sum and sum of outer products of features, in float64, from which mean and covariance follow.
 
     Statistics add up, `a + b`, across batches and processes; `to_tensor` is one flat tensor to all-reduce.
     """
@@ -57,7 +57,7 @@ class FeatureStats:
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"expected features (N, {self.dim}), got {tuple(features.shape)}")
         if not features.isfinite().all():
-            raise ValueError(f"{(~features.isfinite()).any(1).sum()} of {len(features)} clips have features not finite")
+            raise ValueError(f"{(~features.isfinite()).any(1).sum()} of {len(features)} clips have non-finite features")
         self.count += len(features)
         self.sum += features.sum(0)
         self.outer += features.T @ features
@@ -100,8 +100,8 @@ class FeatureStats:
 def frechet_distance(a: FeatureStats, b: FeatureStats, divisor: str = "N-1") -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features; covariances with `divisor`.
 
-    The trace of (A B)^(1/2) is that of (A^(1/2) B A^(1/2))^(1/2), a symmetric matrix, whose eigenvalues are real and
-    not negative also where the covariances are rank-deficient.
+    tr (A B)^(1/2) is computed as tr (A^(1/2) B A^(1/2))^(1/2): that matrix is symmetric, with eigenvalues that are real
+    and not negative even if the covariances are rank-deficient.
     """
     cov_a, cov_b = a.cov(divisor), b.cov(divisor)
     values, vectors = torch.linalg.eigh(cov_a)
@@ -113,21 +113,22 @@ def frechet_distance(a: FeatureStats, b: FeatureStats, divisor: str = "N-1") -> 
 
 
 def _nonnegative(eigenvalues: Tensor) -> Tensor:
-    """Eigenvalues of a positive semi-definite matrix with those set to 0 that rounding alone tells from it: the root
-    of 400 values of 1e-16 would not be small."""
+    """Eigenvalues of a positive semi-definite matrix; those within rounding error of 0 are set to 0, as the sum of 400
+    roots of 1e-16 would not be small."""
     floor = eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
     return torch.where(eigenvalues > floor, eigenvalues, 0)
 
 
 def rank_note(count: int, dim: int = 400) -> str | None:
-    """What to say beside a distance of covariances of `count` clips: None where they can have full rank."""
+    """A warning for a distance whose covariances are of `count` clips; None if they can have full rank."""
     if count > dim:
         return None
     return f"{count} clips for {dim} features: the covariance is rank-deficient and the distance is biased upwards"
 
 
 def frechet_floor(features: Tensor, divisor: str = "N-1", seed: int = 0) -> float:
-    """Distance between two disjoint random halves of features (N, dim): what no difference at all measures at N/2."""
+    """Distance between two disjoint random halves of features (N, dim): the value for equal distributions at N/2
+    clips."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
     half = len(features) // 2
     first, second = (FeatureStats.from_features(features[order[start : start + half]]) for start in (0, half))
@@ -145,17 +146,17 @@ def frechet_spread(real: Tensor, fake: Tensor, divisor: str = "N-1", seed: int =
     return float(np.std(distances, ddof=1))
 
 
-NUM_GROUPS, STUDENT_T = 10, 2.262  # of the jackknife; the 97.5 % quantile of Student's t with 9 degrees of freedom
+NUM_GROUPS, STUDENT_T = 10, 2.262  # of the jackknife; 97.5 % quantile of Student's t with 9 degrees of freedom
 
 
 def frechet_infinity(real: Tensor, fake: Tensor, divisor: str = "N-1", seed: int = 0) -> tuple[float, float, float]:
     """(distance, low, high): extrapolated to infinitely many clips, and its 95 % interval.
 
-    The distance of N and N clips is biased upwards by about c / N ("Effectively unbiased FID", arXiv 1911.07023): the
-    intercept of a straight line over 1 / N, through the distances at a half, three quarters and all of the clips, is
-    rid of it. It may be negative. The interval is the jackknife's over groups of clips. Below 2.5 clips a feature the
-    covariances of a half are rank-deficient, no line fits, and all three are nan. real, fake: (N, dim); of the larger
-    set, as many clips as the other has are drawn.
+    The distance of N and N clips is biased upwards by about c / N ("Effectively unbiased FID", arXiv 1911.07023). The
+    intercept of a straight line over 1 / N, through the distances at a half, three quarters and all of the clips, has
+    no such bias; it may be negative. The interval is from a jackknife over groups of clips. Below 2.5 clips a feature
+    the covariances of a half are rank-deficient, no line fits, and all three are nan. real, fake: (N, dim); the larger
+    set is subsampled to the size of the other.
     """
     count, rng = min(len(real), len(fake)), np.random.default_rng(seed)
     if count < 2.5 * real.shape[1]:
@@ -181,7 +182,7 @@ def frechet_infinity(real: Tensor, fake: Tensor, divisor: str = "N-1", seed: int
 
 
 def report(real: Tensor, fake: Tensor, divisor: str = "N-1", seed: int = 0) -> dict[str, float | bool]:
-    """The distance between real and generated features (N, dim) and what it has to be read with.
+    """The distance between real and generated features (N, dim), and the numbers to read it with.
 
     fvd; fvd_floor: between disjoint halves of the real clips; fvd_spread: over resamples (see above; both nan for fewer
     than four clips); fvd_rank_deficient: no more clips than features on either side (see `rank_note`); fvd_infinity,
@@ -200,8 +201,7 @@ def report(real: Tensor, fake: Tensor, divisor: str = "N-1", seed: int = 0) -> d
     }
 
 
-# ---- command line: folders of videos ----
-
+# --- command line: folders of videos ---
 FOLDERS = Protocol(
     name="folders",
     description="one clip per video of two folders",
@@ -220,7 +220,8 @@ FOLDERS = Protocol(
 )
 CHOICES = {"folders": FOLDERS} | {name: PROTOCOLS[name] for name in ("styleganv_fvd2048_16f", "styleganv_fvd2048_128f")}
 
-# Distance of 128 and 128 clips of uniform noise, given as they are, by TensorFlow's implementation with divisor N-1.
+# Distance of 128 and 128 clips of uniform noise, without preprocessing, by TensorFlow's implementation with divisor
+# N-1.
 ANCHOR = 10.138085
 
 
@@ -247,8 +248,8 @@ def folder_features(
 ) -> tuple[Tensor, dict[str, int]]:  # fmt: skip
     """I3D logits of one clip each of `num_clips` videos, drawn without replacement; None: of all.
 
-    Videos too short for a clip or damaged are left out, and others take their place as long as there are any. Which
-    clips are taken depends on `files` and `seed` alone.
+    Short and damaged videos are left out, and replaced by others while there are any. The choice of clips depends on
+    `files` and `seed` alone.
     Returns features (n, 400) float32 and the numbers left out: {"short": .., "damaged": ..}.
     """
     dataset = ClipDataset(
@@ -275,7 +276,7 @@ def folder_features(
             else:
                 whole.append(place[key.position])
         if whole:
-            video = to_video(batch["frames"][whole], protocol.size, "coordtok", device)
+            video = dataset.to_video(batch, device)[whole]
             features.append(i3d(video, resize=protocol.i3d_resize).cpu())
         taken += len(whole)
         bar.update(len(whole))
@@ -295,7 +296,7 @@ def self_test(i3d: I3D, batch_size: int = 4) -> float:
     for seed in (1, 2):
         rng, part = np.random.RandomState(seed), FeatureStats()
         for _ in tqdm(range(0, 128, batch_size), desc=f"noise {seed} of 2", unit="batch"):
-            # Drawn bit by bit, RandomState gives the same numbers as in one go.
+            # RandomState gives the same numbers in parts as in one call.
             noise = torch.from_numpy(rng.rand(batch_size, 16, 224, 224, 3).astype(np.float32))
             part.update(i3d.forward_prepared(noise.to(device).permute(0, 4, 1, 2, 3)))
         stats.append(part)
@@ -354,24 +355,23 @@ def main(argv: list[str] | None = None) -> int:
             args.decode_timeout,
         )
     results = report(features["real"], features["generated"], protocol.divisor, args.seed)
-    full = record(
+    full = run_record(
         planned,
+        args.real,
+        len(files["real"]),
+        i3d,
         **chosen,
         dataset=args.dataset or Path(args.real).stem,
         split=args.split or "all",
         pixels="files",
         num_real=len(features["real"]),
         num_generated=len(features["generated"]),
-        extractor_sha256=i3d.weights_sha256,
         seed=args.seed,
         manifest_sha256=manifest_sha256(
             (file.path for file in files["real"]), args.real if Path(args.real).is_dir() else None
         ),
-        num_videos=len(files["real"]),
         sampler="none: videos in files",
         model=args.generated,
-        git_revision=git_revision(),
-        world_size=1,
     )
     print(describe(full))
     for side, numbers in left_out.items():

@@ -59,7 +59,7 @@ TENSORFLOW = {
 
 
 def same_pad(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Zero padding of the last three axes by TensorFlow's SAME rule: the odd element goes behind."""
+    """Zero padding of the last three axes by TensorFlow's SAME rule: the odd element goes to the end."""
     total = [max((math.ceil(n / s) - 1) * s + k - n, 0) for n, k, s in zip(x.shape[-3:], kernel, stride)]
     if not any(total):
         return x
@@ -80,7 +80,7 @@ class Unit(nn.Module):
 
 
 class Pool(nn.Module):
-    """Max pooling. Padding with zeros is exact, as every input comes out of a ReLU."""
+    """Max pooling with SAME padding. Zeros are right for it: every input is the output of a ReLU."""
 
     def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]):
         super().__init__()
@@ -116,8 +116,8 @@ class Logits(nn.Module):
 class I3D(nn.Module):
     """The network; always in evaluation mode and in float32. Build it with `I3D.from_weights()`.
 
-    eps: of the batch norms. 1e-3 is the tfhub module's; 1e-5 that of the port which CoordTok and others copied, which
-        moves a Fréchet distance by about 0.3 %.
+    eps: of the batch norms. 1e-3 is the value in the tfhub module, which defines the metric. 1e-5, PyTorch's default,
+        is in the port that CoordTok and much of the field copied: logits move by 0.015 and a distance by about 0.3 %.
     `weights_sha256` names the weights in use: the SHA-256 of the file they came from.
     """
 
@@ -148,7 +148,7 @@ class I3D(nn.Module):
         Raises WeightsError.
         """
         state, sha256 = read_weights(cached_weights() if path is None else Path(path))
-        with torch.random.fork_rng(devices=[]):  # its first weights must not draw from the run's generator
+        with torch.random.fork_rng(devices=[]):  # the initialisation must not draw from the run's generator
             model = cls(eps)
         expected = model.state_dict()
         wrong = [name for name, tensor in state.items() if tensor.shape != expected[name].shape]
@@ -159,7 +159,7 @@ class I3D(nn.Module):
         return model.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "I3D":
-        """Stays in evaluation mode: a metric's batch norm must never learn from the batch."""
+        """Stays in evaluation mode: a metric's batch norms must not adapt to the batch."""
         return super().train(False)
 
     def forward(self, video: Tensor, resize: str | None = "square") -> Tensor:
@@ -210,9 +210,7 @@ def prepare(video: Tensor, resize: str | None) -> Tensor:
     return video * 2 - 1
 
 
-# ---- weights: reading ----
-
-
+# --- weights: reading ---
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """(state dict under our names, float32; SHA-256 of the published file) from any of
 
@@ -234,7 +232,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         return _rename(_read_torch(path), path), _sha256(data)
     except WeightsError:
         raise
-    except Exception as error:  # damaged bytes fail in too many ways to list
+    except Exception as error:  # damaged files raise too many kinds of errors to list
         reason = str(error).split("\n")[0]
         raise WeightsError(f"{path} cannot be read ({reason}); get it anew, or delete it from the cache") from None
 
@@ -270,8 +268,8 @@ class _Scripted:
 
 
 class _ScriptedUnpickler(pickle.Unpickler):
-    """Reads the objects of a TorchScript archive and none of its code: torch.jit.load would run what their classes do
-    when they are loaded."""
+    """Reads the objects of a TorchScript archive without its code: torch.jit.load would run the classes' code for
+    loading."""
 
     STORAGES = {f"{name}Storage": dtype for name, dtype in {
         "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
@@ -310,7 +308,7 @@ def _scripted_tensors(path: Path) -> dict[str, Tensor] | None:
 
 
 def _names() -> list[str]:
-    """Names of all tensors of the network that weights must give."""
+    """Names of all tensors that a file of weights must hold."""
     with torch.device("meta"):
         return [name for name in I3D().state_dict() if not name.endswith("num_batches_tracked")]
 
@@ -323,7 +321,7 @@ def _hassony2(name: str) -> str:
 
 
 def _rename(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Bring a known layout to our names; any other is an error that lists the first strange names."""
+    """Rename the tensors of a known layout to our names. WeightsError with the first unknown names for any other."""
     state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
     names = _names()
     for layout in (str, _hassony2):
@@ -338,7 +336,7 @@ def _rename(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays alone, so that reading a foreign pickle runs none of its code."""
+    """Unpickles numpy arrays alone, so that no code of a foreign pickle runs."""
 
     ALLOWED = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],  # numpy 1's name of it, and numpy 2's
@@ -375,9 +373,7 @@ def _from_pickle(data: bytes) -> dict[str, Tensor]:
     return state
 
 
-# ---- weights: getting ----
-
-
+# --- weights: getting ---
 def cached_weights() -> Path:
     """The converted weights in the cache, downloaded on first use."""
 

@@ -1,7 +1,8 @@
-"""Distances between clips, one value a clip: MSE, PSNR (two definitions), SSIM. LPIPS is `models.lpips.Perceptual`.
+"""Distances between clips, one value for each clip: MSE, PSNR (two definitions), SSIM. LPIPS is
+`models.lpips.Perceptual`.
 
-Every function takes two clips (B, 3, T, H, W), float, [0, 1], clamped here (a decoder may overshoot), and returns (B,)
-float64: a clip's value does not depend on the others in its batch.
+Every function takes two clips (B, 3, T, H, W), float in [0, 1] (clamped here: a decoder may overshoot), and returns
+(B,) float64. A clip's value does not depend on the other clips of its batch.
 """
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +19,8 @@ def psnr_clip(a: Tensor, b: Tensor) -> Tensor:
 
 
 def psnr_frame(a: Tensor, b: Tensor) -> Tensor:
-    """PSNR of each frame, then the mean over frames, in dB (CoordTok, arXiv 2411.14762): (B,) float64, inf where a
-    frame is equal."""
+    """PSNR of each frame, then the mean over frames, in dB (CoordTok, arXiv 2411.14762): (B,) float64, inf
+    where a frame is equal."""
     return -10 * _squared_error(a, b).mean(dim=(1, 3, 4)).log10().mean(dim=1)
 
 

@@ -11,7 +11,7 @@ from common.files import write_whole
 
 MARGIN = 4
 TEXT = 14  # height of a line of text
-SMALLEST = 96  # frames lower than this are shown in larger pixels
+SMALLEST = 96  # frames less high than this are enlarged
 
 
 def contact_sheet(

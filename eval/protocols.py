@@ -1,38 +1,36 @@
-"""Named evaluation protocols, and the record that accompanies every number.
+"""Named evaluation protocols: the published ways of measuring.
 
-A Fréchet video distance means nothing without the split, stride, resize, number of clips and extractor behind it, so a
-number is printed and saved with the record of how it was made. `PROTOCOLS` holds the published ways of measuring;
-`record` adds the facts of a run, notes where the run departs from its protocol and refuses to leave a fact out.
+A Fréchet video distance means nothing without the split, stride, resize, number of clips and extractor behind it. So
+every number is printed and saved with a record of how it was made: the protocol, and the facts of the run that
+`eval.report` adds.
 """
-import math
 from dataclasses import dataclass
-from typing import Any
 
 NOT_OURS = "published, not reproduced here"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a number is measured: all that is fixed before a run."""
+    """How a number is measured: everything that is fixed before a run."""
 
     name: str
     description: str
     metrics: tuple[str, ...]
-    dataset: str | None  # None, here and below: the run says
+    dataset: str | None  # None, here and below: the run decides
     split: str | None
     num_frames: int
-    stride: int  # frames between two frames of a clip
+    stride: int  # of the frames of a clip in its video
     clip_start: str  # which clips: how files and first frames are chosen
     short_videos: str  # what happens to videos shorter than a clip
     size: int  # height and width of the clips compared
     resize: str  # from a file's frames to `size`
     num_real: int | None
     num_generated: int | None
-    whole_clip: bool = True  # one pass of the extractor a clip, or the clip cut into chunks
+    whole_clip: bool = True  # one pass of the extractor for a clip; False: the clip is cut into chunks
     input_range: str = "[0, 1], clamped"
-    pixels: str = "tensors"  # or: files, both sides through the same 8-bit storage
+    pixels: str = "tensors"  # or "files": both sides were stored as 8-bit videos
     extractor: str = "I3D Kinetics-400, 400 logits averaged over time, float32"
-    i3d_eps: float = 1e-3
+    i3d_eps: float = 1e-3  # see eval.i3d.I3D
     i3d_resize: str = "square"
     divisor: str = "N-1"  # of the covariance
     num_cond_frames: int = 0  # frames of each clip given to the generator
@@ -49,9 +47,7 @@ class Protocol:
 
 LARP_RESIZE = "shorter side to size, bilinear with antialias on float, centre crop"
 
-
 COORDTOK_RESIZE = "shorter side to size, bicubic with antialias on 8-bit images, centre crop"
-
 
 _LARP_16 = {
     "num_frames": 16,
@@ -61,7 +57,6 @@ _LARP_16 = {
     "resize": LARP_RESIZE,
     "divisor": "N",
 }
-
 
 _STYLEGANV = {
     "description": "2,048 real against 2,048 generated clips (StyleGAN-V, arXiv 2112.14683)",
@@ -76,7 +71,6 @@ _STYLEGANV = {
     "num_real": 2048,
     "num_generated": 2048,
 }
-
 
 PROTOCOLS = {
     protocol.name: protocol
@@ -162,13 +156,3 @@ PROTOCOLS = {
         ),
     )
 }
-
-
-def nulls(value: Any) -> Any:
-    """The same with null for every number that is not finite, since JSON has no others."""
-    if isinstance(value, dict):
-        return {name: nulls(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [nulls(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-

@@ -1,19 +1,20 @@
-"""How well a tokenizer reconstructs: one row of numbers a clip, gathered, checked and summarised under a protocol.
+"""How well a tokenizer reconstructs: one row of numbers for each clip, gathered, checked and averaged.
 
-Rows, not running sums, cross between processes: 10,000 clips are 32 MB, the result does not depend on batch size or on
-the number of processes, and it can be checked that every clip was counted once.
+Processes exchange rows, not running sums. 10,000 clips are 32 MB, the result does not depend on the batch size or the
+number of processes, and every clip is checked to be counted once.
 """
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.clips import ClipKey, Quarantine
 from data.lists import VideoFile
-from data.video import VideoError, probe, to_video
+from data.video import VideoError, probe
 from eval import fvd
 from eval.metrics import mse_clip, psnr_clip, psnr_frame, ssim_frame
 from eval.protocols import Protocol
@@ -28,7 +29,7 @@ def protocol_clips(
 ) -> tuple[list[VideoFile], list[ClipKey]]:
     """The videos and clips that a reconstruction protocol compares; see its `clip_start` and `short_videos`.
 
-    num_clips: fewer or more than the protocol's; None: as many as it says. timeout: seconds for one video.
+    num_clips: their number; None: the protocol's. timeout: seconds for one video.
     """
     files = list(files)
     if protocol.short_videos == "discarded":
@@ -56,10 +57,8 @@ def length(file: VideoFile, quarantine: Quarantine, timeout: float) -> int:
 @torch.inference_mode()
 def reconstruct_rows(
     reconstruct: Callable[[Tensor, list[int]], Tensor],
-    loader: Iterable[dict],
+    loader: DataLoader,
     device: torch.device,
-    size: int,
-    rule: str,
     i3d: nn.Module | None = None,
     i3d_resize: str = "square",
     perceptual: FrameDistance | None = None,
@@ -67,17 +66,17 @@ def reconstruct_rows(
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
     """Compare clips with their reconstructions.
 
-    reconstruct: (B, 3, T, H, W) float [0, 1] and the clips' global indices -> the same, need not be clamped: it is
-        here. What it draws for a clip should depend on the clip's index alone.
-    loader: batches of data.loader.collate, whose `position` is that index.
+    reconstruct: (B, 3, T, H, W) float [0, 1] and the clips' global indices -> reconstructions of that shape, which are
+        clamped here. Random numbers for a clip should depend on its index alone.
+    loader: batches of clips (data.loader.make_loader) whose `position` is that index.
     Returns ({index (n,), metric (n,), real and fake I3D logits (n, 400)}, the first batch's (input, reconstruction)
-    pairs), on the CPU. psnr_mean_frame is of the clip's mean frame, which a useful tokenizer must beat.
+    pairs), on the CPU. psnr_mean_frame is the PSNR of the clip's mean frame, which a useful tokenizer must beat.
     """
     rows, examples = [], []
     for batch in tqdm(loader, desc=progress, disable=progress is None):
         if not len(batch["position"]):
             continue  # all its clips were damaged
-        video = to_video(batch["frames"], size, rule, device)
+        video = loader.dataset.to_video(batch, device)
         output = reconstruct(video, batch["position"].tolist()).float().clamp(0, 1)
         row = {
             "index": batch["position"],
@@ -98,7 +97,7 @@ def reconstruct_rows(
 
 
 def merge(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows of all processes in the order of their clips. ValueError where a clip is there twice, or none is."""
+    """Rows of all processes in the order of their clips. ValueError where a clip occurs twice, or there is none."""
     parts = [part for part in parts if part]
     if not parts:
         raise ValueError("no clip could be evaluated: all are damaged (see the quarantine list)")
@@ -111,10 +110,10 @@ def merge(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
-    """Means of the metrics over clips, and rFVD with all that `eval.fvd.report` gives beside it. divisor: of the
+    """Means of the metrics over clips, and rFVD with the other results of `eval.fvd.report`. divisor: of the
     covariance, "N" or "N-1".
 
-    Clips reconstructed without any error have an infinite PSNR; they are left out of its mean and counted beside it.
+    A clip without any error has an infinite PSNR. Such clips are left out of the mean and counted as NAME_infinite.
     """
     means = {"clips": len(rows["index"])}
     for name in METRICS:

@@ -1,4 +1,8 @@
-"""A number and its record: built once, written and read as JSON."""
+"""A number and the record of how it was made: built here, written and read as JSON.
+
+`run_record` is the one way from a run to its record. It adds the facts of the run to those of its protocol, lists where
+the run departs from the protocol, and refuses a record with a missing fact.
+"""
 import dataclasses
 import hashlib
 import json
@@ -6,11 +10,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from common.files import write_whole
+from common import distributed
+from common.files import git_revision, write_whole
 from eval.features import FEATURE_METRICS_RECORD
-from eval.protocols import Protocol, nulls
+from eval.i3d import I3D
+from eval.protocols import Protocol
 
-# What only a run knows. `num_real` and `num_generated` are the protocol's numbers, here the counts in fact.
+# Facts that only a run knows. `num_real` and `num_generated` are the actual counts; the protocol has planned ones.
 FACTS = (
     "num_real",
     "num_generated",
@@ -25,8 +31,41 @@ FACTS = (
 )
 
 
+def run_record(protocol: Protocol, source: str, num_videos: int, i3d: I3D | None, **facts: Any) -> dict[str, Any]:
+    """The record of a measurement in this process group.
+
+    source: the folder or list of the real videos, `num_videos` in number; the data set and its split are named by it,
+    unless `facts` names them. i3d: the extractor, None where FVD was left out. facts: the others, as in `record`.
+    """
+    dataset, split = known_dataset(source, num_videos)
+    own = {
+        "dataset": dataset,
+        "split": split,
+        "num_videos": num_videos,
+        "extractor_sha256": i3d.weights_sha256 if i3d else "none: --no_fvd",
+        "git_revision": git_revision(),
+        "world_size": distributed.world_size(),
+    }
+    return record(protocol, **own | facts)
+
+
+def known_dataset(source: str, num_videos: int) -> tuple[str, str]:
+    """(data set, split) that a folder, list or "LIST+LIST" of videos is called in a record.
+
+    A source counts as UCF-101 or Kinetics-600 if its name says so and it has as many videos as one of their splits.
+    """
+    name = Path(source).name
+    dataset = source
+    if name.upper().replace("-", "").startswith("UCF101") and num_videos in (9537, 3783, 13320):
+        dataset = "UCF-101"
+    if name in ("k600_train.csv", "k600_val.csv") and num_videos > 20_000:  # every copy lacks some of its videos
+        dataset = "Kinetics-600"
+    split = "all" if "+" in name else next((part for part in ("train", "test", "val") if part in name), "all")
+    return dataset, split
+
+
 def record(protocol: Protocol, **facts: Any) -> dict[str, Any]:
-    """The full record of one measurement: the protocol's fields with the facts of the run laid over them.
+    """The fields of the protocol, replaced and completed by the facts of the run.
 
     facts: every name of FACTS; also any field of the protocol in which the run differs (num_frames=8, ...). Each
     difference is listed under "deviations", and the name printed with the number gets a star.
@@ -40,7 +79,7 @@ def record(protocol: Protocol, **facts: Any) -> dict[str, Any]:
     full = dict.fromkeys(FACTS) | dataclasses.asdict(actual) | facts
     missing = [name for name in full if full[name] is None or name in FACTS and name not in facts]
     if missing:
-        raise ValueError(f"the record of {protocol.name} lacks {', '.join(missing)}; a number is not written without")
+        raise ValueError(f"the record of {protocol.name} lacks {', '.join(missing)}; no number is written without")
     changed = [name for name in planned if planned[name] not in (None, full[name])]
     deviations = [f"{name}: {full[name]} instead of {planned[name]}" for name in changed]
     title = protocol.name + ("*" if deviations else "")
@@ -64,15 +103,13 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def comparable(a: dict[str, Any], b: dict[str, Any], ignore: tuple[str, ...] = ()) -> list[str]:
-    """Names of the fields in which two records differ, but for those of `ignore`. Results may stand in one row, or
-    under one heading, only where this is empty."""
+    """Names of the fields in which two records differ, except those in `ignore`. Results may be compared, in one row or
+    under one heading, only if there are none."""
     return sorted(name for name in a.keys() | b.keys() if name not in ignore and a.get(name) != b.get(name))
 
 
 def write_record(path: str | Path, record: dict[str, Any], results: dict[str, Any]) -> None:
-    """Save the numbers with their record as JSON, whole or not at all.
-
-    The SHA-256 of both stands beside them, for `read_record`.
+    """Save the numbers with their record as JSON, atomically, and the SHA-256 of both for `read_record`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +126,15 @@ def as_json(values: dict[str, Any]) -> dict[str, Any]:
     return nulls(values) | notes
 
 
+def nulls(value: Any) -> Any:
+    """The same value with null for every number that is not finite: JSON has no others."""
+    if isinstance(value, dict):
+        return {name: nulls(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def why_not_finite(name: str, value: float) -> str:
     if name.endswith(("fvd_floor", "fvd_spread")):
         return "not defined for fewer than four clips"
@@ -102,17 +148,16 @@ def content_sha256(content: dict[str, Any]) -> str:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """{"results": ..., "record": ...} as `write_record` saved them. ValueError where the file is damaged: no JSON, not
-    of this form, or other numbers than those that were written."""
+    """{"results": ..., "record": ...} as `write_record` saved them. ValueError where the file is damaged: it is not
+    JSON of this form, or its checksum does not fit."""
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in ("results", "record")):
-        raise ValueError(f"{path} is damaged: it holds no results with their record")
-    written = content.pop("sha256", None)  # which reports of earlier versions lack
+        raise ValueError(f"{path} is damaged: it holds no results with a record")
+    written = content.pop("sha256", None)  # reports of earlier versions have none
     if written is not None and written != content_sha256(content):
-        raise ValueError(f"{path} is damaged: its content is not what its checksum says")
+        raise ValueError(f"{path} is damaged: its content does not have its checksum")
     return content
-

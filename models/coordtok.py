@@ -42,7 +42,7 @@ class CoordTokConfig:
     padding: str = "exclude"  # how missing frames are treated: see CoordTok.encode
 
     def __post_init__(self):
-        object.__setattr__(self, "video_shape", tuple(self.video_shape))  # a list when it comes from JSON
+        object.__setattr__(self, "video_shape", tuple(self.video_shape))  # JSON gives a list
         if len(self.video_shape) != 3:
             raise ValueError(f"video_shape is (frames, height, width), got {self.video_shape}")
         if self.padding not in ("exclude", "released"):
@@ -82,8 +82,8 @@ class CoordTokConfig:
 
 
 def released_padding(video: Tensor, n_frames: Tensor) -> Tensor:
-    """Blank the padding as the authors' data set does: it writes -1 before scaling [0, 1] to [-1, 1], so that the
-    released encoder knows padding as -3.
+    """Blank the padding as the authors' data set does. It writes -1 before [0, 1] is scaled to [-1, 1], so the released
+    encoder has learned padding as -3.
 
     video: (B, 3, T, H, W) float in [0, 1]. n_frames: (B,) long, real frames a clip. Returns a new (B, 3, T, H, W).
     """
@@ -111,7 +111,7 @@ class VideoEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, video: Tensor, hidden: Tensor | None) -> Tensor:
-        """video: (B, 3, T, H, W) in [-1, 1]. hidden: (B, L) bool, True where a token is not to be seen, or None."""
+        """video: (B, 3, T, H, W) in [-1, 1]. hidden: (B, L) bool, True where a token is masked, or None."""
         x = self.patch_embed(video)  # (B, L, D)
         x = x + self.pos_emb[:, : x.shape[1]]  # a clip of fewer tubelets has the first positions
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + L, D)
@@ -135,7 +135,7 @@ class QueryBlock(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, key_mask: Tensor | None) -> Tensor:
         """x: (B, Q, D). tokens: (B, L, D). key_mask: (B, L), bool (True hides a token), float (added to its logits)
         or None."""
-        # need_weights=False: the fused attention kernels, which do not form the weights.
+        # need_weights=False selects the fused attention kernels.
         x = x + self.cross_attn(self.norm1(x), tokens, tokens, key_padding_mask=key_mask, need_weights=False)[0]
         y = self.norm2(x)
         x = x + self.self_attn(y, y, y, need_weights=False)[0]
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
 
 
 class PointTransformer(nn.Module):
-    """The points of one video as one sequence: they see one another."""
+    """The points of one video as one sequence, which attend to one another."""
 
     def __init__(self, config: CoordTokConfig):
         super().__init__()
@@ -264,12 +264,12 @@ class CoordTok(nn.Module):
     def from_released(cls, path: str | Path, **config) -> "CoordTok":
         """The model of the authors' .pth file, with padding="released" unless told otherwise.
 
-        config: what differs from the released UCF-101 model. Shapes tell all of it but the numbers of heads, so a file
-        that does not fit raises a ValueError naming the flags to change.
+        config: what differs from the released UCF-101 model. The shapes show all of it but the numbers of heads, so a
+        file that does not fit raises a ValueError that names the flags to change.
         """
         state = strip_prefix(read_released(path, "model")["model"], "module.")
         state = {name: value for name, value in state.items() if not name.startswith("decoder.lpips_loss.")}
-        with torch.device("meta"):  # no time spent on an initialisation that is overwritten
+        with torch.device("meta"):  # skips an initialisation that would be overwritten
             model = cls(**{"padding": "released", **config})
         model.to_empty(device="cpu")
         load_state(model, state, path, FLAGS_BEHIND)
@@ -284,14 +284,15 @@ class CoordTok(nn.Module):
 
         video: (B, 3, T, H, W) float in [0, 1], T up to the trained length.
         n_frames: (B,) long, how many of each clip's T frames are real (more than T count as T); the rest is padding.
-            None: all are, and no mask stands in the way of flash attention.
+            None: all are; without a mask flash attention can be used.
         Returns xy (B, R, R, C), yt (B, R_t, R, C), xt (B, R_t, R, C).
 
-        padding="exclude" hides tubelets without a real frame from every attention and blanks padding frames, so that
-        what stands in the padding changes nothing. padding="released" is what the released weights were trained with:
-        padding is seen, each tubelet from n_frames // enc_patch_size_t on with 1 added to its cross-attention logits.
-        The authors' data set blanks it (`released_padding`); here the given frames are taken as they are, and frames
-        missing up to the trained length are blanked in that way.
+        padding="exclude" masks tubelets without a real frame in every attention and blanks padding frames, so the
+        content of the padding has no effect. padding="released" is what the released weights were trained with: the ViT
+        blocks attend to padding, and the key mask of the cross-attention (tubelets from n_frames // enc_patch_size_t
+        on) is a float of 0 and 1, which adds 1 to the logits of padding instead of masking it. The authors' data set
+        blanks padding as -3 (`released_padding`); here the given frames are used unchanged, and frames missing up to
+        the trained length are blanked like that.
         """
         batch, channels, given, *size = video.shape
         frames, *trained_size = self.config.video_shape
@@ -301,7 +302,7 @@ class CoordTok(nn.Module):
                 f"{trained_size[0]}, {trained_size[1]}): resize or cut it, or change num_frames or img_size"
             )
         released, patch_t = self.config.padding == "released", self.config.enc_patch_size_t
-        # Excluded padding need not be computed: a short clip is filled up to whole tubelets only.
+        # Excluded padding is not computed: a short clip is only filled up to whole tubelets.
         missing = frames - given if released else -given % patch_t
         x = F.pad(2 * video - 1, (0, 0, 0, 0, 0, missing), value=-3.0 if released else 0.0)
         if released and missing and n_frames is None:
@@ -323,8 +324,8 @@ class CoordTok(nn.Module):
         return self.encoder(x, queries, hidden, key_mask)
 
     def decode(self, planes: Planes, index: Tensor) -> Tensor:
-        """The patches at `index` (section 3.2 of the paper). The points of one video see one another, so a patch
-        depends on which others are decoded with it.
+        """The patches at `index` (section 3.2 of the paper). The points of one video attend to one another, so a
+        patch depends on the patches that are decoded with it.
 
         planes: as `encode` returns them, at any resolution. index: (B, N, 3) long, t h w patch index.
         Returns (B, N, p_t * p * p * 3) pixels, in [-1, 1] by training but not clamped, p_t p p 3 order.
@@ -355,7 +356,7 @@ class CoordTok(nn.Module):
         return video if frames is None else video[:, :, position * patch_t + frames % patch_t]
 
 
-# The flags behind the shape or presence of a released tensor, for the error of a file that does not fit.
+# The flags that decide the shape or presence of a released tensor, for the error of a file that does not fit.
 FLAGS_BEHIND = {
     "weight_tokens_xy": "latent_resolution_xy, latent_n_features",
     "weight_tokens_yt": "latent_resolution_t, latent_resolution_xy, latent_n_features",
@@ -392,7 +393,7 @@ def coordtok_loss(
     perceptual: FrameDistance | None = None,
     lpips_scale: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """CoordTok's loss of each video (section 3.3 of the paper): mean squared error, in the second step plus
+    """CoordTok's loss of each video (section 3.3 of the paper): mean squared error, and in the second stage
     lpips_scale times the sum of LPIPS, or of another `perceptual` distance, over the frames.
 
     pred, target: (B, N, p_t * p * p * 3) patches in [-1, 1]. index: (B, N, 3) long, which patches these are; with
@@ -409,4 +410,3 @@ def coordtok_loss(
         loss = loss + lpips_scale * distances.sum(dim=1)
         logs[perceptual.name] = distances.detach().mean()
     return loss, logs
-

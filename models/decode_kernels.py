@@ -1,6 +1,5 @@
-"""Three Triton kernels for decoding one token on a GPU. A step of the generator is bound by how fast the GPU reads
-weights and cache, and by how many kernels it starts; these read each value once and replace about sixteen kernels of a
-layer by four.
+"""Three Triton kernels for decoding one token on a GPU. A step of the generator is bound by the time to read weights
+and cache, and to launch kernels; these read each value once and replace about sixteen kernels of a layer by four.
 
 Triton comes with PyTorch on Linux. With TRITON_INTERPRET=1 the same code runs on CPU tensors, which is how it is tested
 on machines without a GPU.
@@ -57,7 +56,7 @@ def _attend(
     GROUP: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):
     """One program a sequence, head of keys and values, and share of the cached positions. Each of TILE lanes keeps the
-    softmax of the positions that it has seen, so that lanes meet once, at the end."""
+    running softmax of its positions; lanes are combined once, at the end."""
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     heads = kv_heads * GROUP
     column = tl.arange(0, WIDTH)

@@ -1,4 +1,4 @@
-"""How a decoder-only generator is sampled fast: one code after another, from a cache of keys and values.
+"""Fast sampling from a decoder-only generator: one code after another, with a cache of keys and values.
 
 On a CPU a step runs the model's own modules, with weights packed for few rows. On a GPU it runs fused kernels
 (`decode_fused`) and is captured, with the draw of the next code, as one CUDA graph that serves all positions.
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias. Between `start_decoding` and `stop_decoding`, no row of its result depends on how many
-    others there are, on a CPU.
+    """nn.Linear without bias. Between `start_decoding` and `stop_decoding`, on a CPU, a row of its result does not
+    depend on the number of rows.
 
-    BLAS chooses its kernel, and with it the order of a sum, by the number of rows; which code is drawn can depend on
-    the last bit of one. Multiples of eight rows have always given the same bits, for any number of threads, so fewer
-    are filled up. In float32 the weight is also packed for oneDNN: for few rows MKL is less than half as fast.
+    BLAS chooses its kernel by row count, so rounding, and sometimes the sampled code, depends on the batch size.
+    Multiples of eight rows have always given the same bits, for any number of threads, so rows are padded to one. In
+    float32 the weight is also packed for oneDNN: for few rows MKL is less than half as fast.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -61,7 +61,7 @@ def decoding(model: nn.Module) -> Iterator[None]:
     try:
         model.eval()
         for linear in linears:
-            linear.start_decoding()  # anew at each call: the weights may have been trained since the last
+            linear.start_decoding()  # at each call, as the weights may have changed since the last
         yield
     finally:
         for linear in linears:
@@ -70,7 +70,7 @@ def decoding(model: nn.Module) -> Iterator[None]:
 
 
 class Window(NamedTuple):
-    """Where in the cache a decoding pass writes, and what it sees there."""
+    """Where in the cache a decoding pass writes, and which part it attends to."""
 
     position: Tensor  # (T,) long, of the tokens of this pass
     length: int  # how much of the cache is filled, this pass included
@@ -81,9 +81,9 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> Tensor:
     """Attention of one query a head on a CPU. q: (B, H, 1, d); k: (B, H_kv, L, d); v: (B, H_kv, positions, d); rows:
     (B * H, L) int, those of v, flattened, that a query reads. Returns (B, H, 1, d).
 
-    PyTorch's fused kernel would split the keys of a query over threads that the batch leaves idle, so that the order of
-    its sums depends on the batch. These sums' does not. They copy no shared head of keys, and read memory faster: an
-    embedding bag, which is a weighted sum of rows, prefetches.
+    PyTorch's fused kernel splits the keys of a query over threads that the batch leaves idle, so the order of its sums
+    depends on the batch; here it does not. Shared heads of keys are not copied, and an embedding bag (a weighted sum of
+    rows) prefetches, so memory is read faster.
     """
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5  # (B, H_kv, H / H_kv, d)
     scores = (k @ grouped.mT).mT.reshape(rows.shape)
@@ -110,13 +110,14 @@ class Sampling:
 
 
 class Draws:
-    """What a call of `generate` draws. The tensors stay where they are, as captured steps read and write them."""
+    """The codes that a call of `generate` draws. Its tensors keep their addresses: captured steps read and write
+    them."""
 
     def __init__(self, num_samples: int, num_codes: int, device: torch.device):
         self.uniform = torch.empty(num_samples, num_codes, dtype=torch.float64, device=device)
         self.codes = torch.empty(num_samples, num_codes, dtype=torch.long, device=device)
         self.nll = torch.empty(num_samples, device=device)
-        self.last = torch.zeros(2 * num_samples, dtype=torch.long, device=device)  # code; the second half is guidance's
+        self.last = torch.zeros(2 * num_samples, dtype=torch.long, device=device)  # codes; second half for guidance
         self.index = torch.zeros(1, dtype=torch.long, device=device)  # of the next code
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the last code in the cache
 
@@ -162,7 +163,7 @@ class KVCache:
         return rows <= self.buffer.shape[2] and (dtype, device) == (self.buffer.dtype, self.buffer.device)
 
     def read_weights(self, model: "LARPGenerator") -> None:
-        """Join w1 and w3 of each layer, anew at each call, and drop the graphs of weights that lie elsewhere."""
+        """Join w1 and w3 of each layer, at each call, and drop the graphs if the weights have moved in memory."""
         if not self.gates:
             self.gates = [torch.empty_like(layer.feed_forward.w1.weight).repeat(2, 1) for layer in model.layers]
         for layer, gates in zip(model.layers, self.gates):
@@ -214,8 +215,8 @@ def generate(model: "LARPGenerator", cond: Tensor, sampling: Sampling, uniform: 
 def capture(
     model: "LARPGenerator", cache: KVCache, draws: Draws, sampling: Sampling, with_guidance: bool
 ) -> torch.cuda.CUDAGraph:
-    """One decoding step and its draw as a CUDA graph, captured when a batch size and its settings first come. It
-    overwrites `draws` and a cached position that is to be written yet."""
+    """One decoding step and its draw as a CUDA graph, captured on the first use of a batch size and settings. Capturing
+    overwrites `draws` and a cached position that is not yet written."""
     num_samples = len(draws.codes)
     key = num_samples, with_guidance, sampling
     if key not in cache.graphs:
@@ -225,13 +226,13 @@ def capture(
             draws.add(decode_fused(model, cache, code, draws.position), sampling)
 
         draws.start(draws.uniform, model.config.cls_token_num)
-        stream = torch.cuda.Stream()  # a capture must not be the first run: libraries allocate then
+        stream = torch.cuda.Stream()  # libraries allocate in the first run, which must not be captured
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
         torch.cuda.current_stream().wait_stream(stream)
         cache.graphs[key] = graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=cache.pool, capture_error_mode="thread_local"):  # others pin memory meanwhile
+        with torch.cuda.graph(graph, pool=cache.pool, capture_error_mode="thread_local"):  # other threads pin memory
             step()
     return cache.graphs[key]
 
@@ -259,7 +260,7 @@ def decode_one(model: "LARPGenerator", cache: KVCache, code: Tensor, position: i
 
 
 def decode_fused(model: "LARPGenerator", cache: KVCache, code: Tensor, position: Tensor) -> Tensor:
-    """`decode_one` in eight kernels a layer, at a position, (1,) long, that is known on the device alone."""
+    """`decode_one` in eight kernels a layer, at a position, (1,) long, that only the device knows."""
     from models import decode_kernels as kernels  # needs Triton, which is not everywhere
 
     config = model.config
@@ -280,8 +281,8 @@ def sampling_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top
     """The distribution that a code is drawn from: temperature, then top-k, then nucleus filtering (arXiv 1904.09751).
 
     logits: (B, vocab_size) float32.
-    temperature: floored at 1e-5, which is greedy but for near-ties.
-    top_k: keep the k largest, and what ties with the last of them; 0 keeps all.
+    temperature: at least 1e-5, which is greedy except for near-ties.
+    top_k: keep the k largest, and ties with the last of them; 0 keeps all.
     top_p: keep the largest up to the one at which their probability exceeds top_p; 1 keeps all.
     Returns probabilities (B, vocab_size) float32.
     """
@@ -310,6 +311,6 @@ def uniform_numbers(seeds: Sequence | Tensor | None, num_samples: int, num_codes
         return torch.rand(num_samples, num_codes, dtype=torch.float64)
     if len(seeds) != num_samples:
         raise ValueError(f"{len(seeds)} seeds for {num_samples} clips; give one each")
-    # NumPy's, because PyTorch's CPU generator looks at 32 bits of a seed only, and at no pairs.
+    # NumPy's generator: PyTorch's uses only 32 bits of a seed, and takes no pairs.
     seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
     return torch.from_numpy(np.stack([np.random.default_rng(seed).random(num_codes) for seed in seeds]))

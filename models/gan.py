@@ -1,6 +1,6 @@
-"""Adversarial losses on discriminator logits: pure functions, LeCam's moving averages apart.
+"""Adversarial losses on discriminator logits: pure functions, except for LeCam's moving averages.
 
-The order of a step is the discriminator first, on detached reconstructions; then the generator against the updated one:
+A step updates the discriminator first, on detached reconstructions, and then the generator against the updated one:
 
     loss, logs = discriminator_loss(disc(video), disc(fake.detach()), "ns_smooth")
     with frozen(disc):
@@ -53,9 +53,9 @@ def check_kind(kind: str) -> None:
 
 
 class LeCam(nn.Module):
-    """Regularisation of a discriminator on little data (arXiv 2104.03310): real logits are held to the moving average
-    of fake ones and the other way round. Call it, then `update` it, once a discriminator step. As released its weight
-    of 0.001 is multiplied in twice; here the caller applies it once."""
+    """Regularisation of a discriminator on little data (arXiv 2104.03310): real logits are pulled towards the moving
+    average of fake ones and vice versa. Call it, then `update` it, once in each discriminator step. The released code
+    multiplies by the weight of 0.001 twice; here the caller applies it once."""
 
     def __init__(self, decay: float = 0.999):
         super().__init__()
@@ -71,7 +71,7 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, real: Tensor, fake: Tensor) -> None:
-        """real, fake: the same; with several processes their mean over all, or the averages drift apart."""
+        """real, fake: as in `forward`; with several processes means over all, so that their averages stay equal."""
         self.real.lerp_(real.float().mean(), 1 - self.decay)
         self.fake.lerp_(fake.float().mean(), 1 - self.decay)
 
@@ -82,7 +82,7 @@ def r1_penalty(discriminator: nn.Module, video: Tensor) -> Tensor:
     video: (B, 3, T, H, W) real clips. Returns (), differentiable.
     """
     video = video.detach().requires_grad_()
-    # Fused attention and compiled blocks have no second derivative; squares of small gradients leave the range of half
+    # Fused attention and compiled blocks have no second derivative; squares of small gradients underflow in half
     # precision.
     with (torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH),
           torch.autocast(video.device.type, enabled=False)):
@@ -94,7 +94,7 @@ def r1_penalty(discriminator: nn.Module, video: Tensor) -> Tensor:
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
     """Inside, gradients pass through `module` to its input and leave none on its parameters. The forward belongs
     inside; the backward may follow outside, unless activations are checkpointed. Give it, and call, the bare module:
-    DistributedDataParallel would wait for gradients that do not come."""
+    DistributedDataParallel would wait for gradients that are never computed."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

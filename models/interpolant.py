@@ -20,7 +20,7 @@ from models.triplane import Planes
 
 
 class Coefficients(NamedTuple):
-    """Of a path at times t; d_ is the derivative by t. Shaped as t."""
+    """Coefficients of a path at times t, shaped as t. d_ marks the derivative by t."""
 
     alpha: Tensor
     sigma: Tensor
@@ -29,8 +29,8 @@ class Coefficients(NamedTuple):
 
     @property
     def wronskian(self) -> Tensor:
-        """alpha' sigma - alpha sigma': finite and positive where the ratios that the formulas are usually written in,
-        alpha / alpha' and alpha' / alpha, are not. The paper's D0 is sigma wronskian / alpha."""
+        """alpha' sigma - alpha sigma'. It is finite and positive also where the ratios of the usual formulas, alpha /
+        alpha' and alpha' / alpha, are not. The paper's D0 is sigma wronskian / alpha."""
         return self.d_alpha * self.sigma - self.alpha * self.d_sigma
 
 
@@ -87,16 +87,13 @@ def heun_step(drift: Callable, x: Planes, kick: Planes, t: float, dt: float) -> 
 
 PATHS = {"Linear": linear_path, "GVP": gvp_path, "VP": vp_path}
 
-
 PREDICTIONS = ("velocity", "score", "noise")
-
 
 LOSS_WEIGHTS = {
     None: lambda c: 1.0,
     "velocity": lambda c: (c.wronskian / c.alpha) ** 2,  # (D0 / sigma)^2
     "likelihood": lambda c: c.wronskian / (c.alpha * c.sigma),  # D0 / sigma^2
 }
-
 
 # D(t) of the SDE, before the norm n; "decreasing" takes the norm inside. Any D >= 0 has the same marginals.
 DIFFUSION_FORMS = {
@@ -108,23 +105,17 @@ DIFFUSION_FORMS = {
     "increasing-decreasing": lambda t, c, n: n * torch.sin(math.pi * t) ** 2,
 }
 
-
 SDE_METHODS = {"Euler": euler_maruyama_step, "Heun": heun_step}
-
 
 LAST_STEPS = ("Mean", "Euler", "Tweedie", None)
 
-
-# torchdiffeq's methods whose samples do not see one another. Adaptive ones choose one step size for the whole batch;
-# implicit_adams iterates until the whole batch has converged.
+# Solvers that treat each sample independently. Adaptive ones choose one step size for the whole batch; implicit_adams
+# iterates until the whole batch has converged.
 INDEPENDENT = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams")
-
 
 MAX_STEPS = 10_000  # of an adaptive method: hundreds of times what usual tolerances take
 
-
 FIXED_GRID = (*INDEPENDENT, "implicit_adams", "fixed_adams")
-
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
@@ -156,7 +147,7 @@ class Interpolant:
 
     loss_weight acts on score and noise predictions; a velocity's weight is always 1.
     train_eps, sample_eps: margins. Times are drawn and integrated on [eps, 1 - eps] (VP: [0, 1 - eps]), because score
-        and noise predictions bring divisions by alpha and sigma, which vanish at the ends, and VP's velocity target is
+        and noise predictions are divided by alpha and sigma, which vanish at the ends, and VP's velocity target is
         infinite at t = 1. None: 0 for the velocity on Linear and GVP; else 1e-3, but 1e-5 to train with VP.
     """
 
@@ -216,7 +207,7 @@ class Interpolant:
         Returns (B,) losses, one a sample, and detached scalars: the mean loss of each plane.
         """
         planes = Planes(*planes)
-        # At least float32: bfloat16 has 8 bits, too few to tell times apart.
+        # At least float32: the 8 bits of bfloat16 are too few to distinguish times.
         dtype = torch.promote_types(planes.xy.dtype, torch.float32)
         if t is None:
             t = self.training_times(
@@ -350,7 +341,7 @@ class Interpolant:
         dt = (1 - h - low) / (num_steps - 1)
 
         def coefficients(time: float) -> tuple[Coefficients, Tensor]:
-            """Of the path, and D. Scalars on the CPU: they cost the device nothing, and it is asked for nothing."""
+            """Of the path, and D, as CPU scalars: they need neither the device nor a wait for it."""
             t = torch.tensor(time, dtype=torch.float64)
             c = PATHS[self.path](t)
             diffusion = DIFFUSION_FORMS[diffusion_form](t, c, diffusion_norm)
@@ -405,12 +396,12 @@ class Interpolant:
         times = torch.linspace(*ends, num_steps, dtype=state[0].dtype, device=state[0].device)
         options = dict(options or {})
         if method in FIXED_GRID:
-            # Asked for at its ends only: torchdiffeq keeps the state at every time that it is asked for.
+            # Only the ends are asked for: torchdiffeq keeps the state at every requested time.
             options.setdefault("grid_constructor", lambda func, state, ends: times)
         elif method in ADAPTIVE:
             options.setdefault("max_num_steps", MAX_STEPS)
         if method in ADAPTIVE and self._singular:
-            # These step past the end and interpolate back, here into the singularity: make them step onto the end.
+            # These step past the end and interpolate back, here into the singularity; step_t makes them stop there.
             options.setdefault("step_t", times[-1:])
         together = coupled or method in INDEPENDENT
         solved = []
@@ -458,12 +449,11 @@ def draw_noise(generators: list[torch.Generator], shapes: Iterable[tuple[int, ..
 
 
 def noise_stream(generators: list[torch.Generator]) -> Callable[[int, Planes], Planes]:
-    """`step_noise` for `Interpolant.sample_sde` that draws on from one generator a sample: what sample i gets does not
-    depend on the batch that it is in."""
+    """`step_noise` for `Interpolant.sample_sde` that draws from one generator for each sample, so that the noise of
+    sample i does not depend on its batch."""
     return partial(_next_noise, generators)
 
 
 def _next_noise(generators: list[torch.Generator], step: int, planes: Planes) -> Planes:
     noise = draw_noise(generators, (plane.shape[1:] for plane in planes))
     return noise.map(lambda noise, plane: noise.to(plane, non_blocking=True), planes)
-

@@ -1,8 +1,7 @@
 """LARP's generator (arXiv 2410.21264): a LLaMA-like decoder over the tokenizer's codes, and its sampling.
 
-It continues a condition, which is either the label of a class or the codes of the frames given, by the codes of a clip,
-in order. `forward` scores codes that are known; `generate` draws them, one after the other, from a cache of keys and
-values.
+Its input is a condition, either a class label or the codes of the given frames, and then the codes of a clip in order.
+`forward` computes the logits of known codes; `generate` draws codes one by one (models/decoding.py).
 """
 import math
 from collections.abc import Sequence
@@ -89,7 +88,7 @@ class LARPGeneratorConfig:
 
     @property
     def num_positions(self) -> int:
-        """The last code is never read, so that it has no position."""
+        """The last code is never an input, so it has no position."""
         return self.cls_token_num + self.max_seq_len - 1
 
 
@@ -118,7 +117,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: Tensor | None = None, window: Window | None = None) -> Tensor:
         """x: (B, T, dim). cache: (2, B, n_kv_head, num_positions, head_dim) keys and values, written at `window`; a
-        pass of one token reads them, a longer one starts at position 0 and sees itself alone."""
+        pass of one token attends to all of them, a longer one starts at position 0 and attends to itself alone."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads of q, k and v, T, head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if cache is not None:
@@ -168,7 +167,7 @@ class Layer(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """One row a class and a last one for "no label", which any negative label takes."""
+    """One row for each class and a last one for "no label", which every negative label uses."""
 
     def __init__(self, num_classes: int, dim: int):
         super().__init__()
@@ -186,7 +185,7 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
     None gives back the memory that `generate` keeps.
     """
 
-    def __init__(self, **options):  # not **config: the mixin reads a meaning into that name
+    def __init__(self, **options):  # not **config: the mixin treats that name specially
         super().__init__()
         self.config = config = LARPGeneratorConfig(**options)
         self._hub_mixin_config = asdict(config)  # what save_pretrained writes: the defaults too
@@ -200,7 +199,7 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
             self.abs_pe = nn.Parameter(torch.empty(1, config.num_positions, config.dim))
         if not config.frame_prediction:
             self.cls_embedding = LabelEmbedding(config.num_classes, config.dim)
-        # The separator between the codes given and those to come is one more code.
+        # The separator between the given codes and the predicted ones is one more code.
         self.tok_embeddings = nn.Embedding(config.vocab_size + config.frame_prediction, config.dim)
         self.tok_dropout = nn.Dropout(config.token_dropout_p)
         rates = torch.linspace(0, config.drop_path_rate, config.n_layer, device="cpu").tolist()
@@ -262,7 +261,7 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         return self.tok_embeddings(cond) if self.config.frame_prediction else self.cls_embedding(cond)[:, None]
 
     def forward(self, codes: Tensor, cond: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Scores of each code after those before it.
+        """Logits of each code given the codes before it.
 
         codes: (B, n) long in [0, vocab_size), the first n <= max_seq_len of the clip. The last of a whole clip is not
             read: nothing comes after it.

@@ -1,4 +1,4 @@
-"""LARP's video tokenizer (arXiv 2410.21264): learned queries gather a clip into a sequence of discrete codes, and a
+"""LARP's video tokenizer (arXiv 2410.21264): learned queries turn a clip into a sequence of discrete codes, and a
 decoder turns the codes back into the clip. Parameter names and configuration are those of the released files."""
 
 import math
@@ -43,7 +43,7 @@ class LARPTokenizerConfig:
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
     prior_model: PriorConfig = field(default_factory=PriorConfig)
     transformer_name: str = "transformer_encoder_parallel"
-    encoder_name: str | None = "none"  # none: transformer_name
+    encoder_name: str | None = "none"  # none: the same as transformer_name
     decoder_name: str | None = "none"
     bottleneck_token_num: int = 1024
     input_size: int = 128
@@ -67,7 +67,7 @@ class LARPTokenizerConfig:
     use_encoder_latent_query_token_type_embed: bool = False
     use_decoder_latent_token_type_embed: bool = False
     use_decoder_patch_query_token_type_embed: bool = True
-    encoder_query_gaussian_init: bool = True  # of learned queries; else they start from the sin-cos table
+    encoder_query_gaussian_init: bool = True  # of learned queries; otherwise they start from the sin-cos table
     latent_pe_scale_factor: float = 10000  # base of the sin-cos tables of latents and queries
     query_init_std: float = 0.02
 
@@ -75,7 +75,7 @@ class LARPTokenizerConfig:
         for name in ("transformer_name", "encoder_name", "decoder_name"):
             value = getattr(self, name)
             if value != "transformer_encoder_parallel" and (name == "transformer_name" or not is_none(value)):
-                raise ValueError(f"{name} is 'transformer_encoder_parallel', the one there is, got {value!r}")
+                raise ValueError(f"{name} is 'transformer_encoder_parallel', the only one, got {value!r}")
         for name, kind in get_type_hints(type(self)).items():
             if kind is int and getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}: change --{name}")
@@ -111,7 +111,7 @@ class LARPTokenizerConfig:
 
 def parse_config(cls: type, data: Mapping[str, Any], where: str = "config") -> Any:
     """The dataclass `cls`, and those nested in it, from nested mappings. A key that is unknown, or a value of another
-    type, is a ValueError. A nested None is one without a name: `prior_model: null` is no prior."""
+    type, is a ValueError. A nested None means that its `name` is None: `prior_model: null` is no prior."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} holds keys and values, got {data!r}")
     kinds = get_type_hints(cls)
@@ -160,7 +160,7 @@ class LARPTokenizer(
         tubelet = (c.temporal_patch_size, c.patch_size, c.patch_size)
         pixels = c.decoder_temporal_patch_size * c.decoder_patch_size**2 * c.in_channels
 
-        # Frozen tables are buffers, and like the released ones tensors of the saved file.
+        # Frozen tables are buffers. They are saved too, as in the released files.
         self.x_embedder = nn.Sequential(OrderedDict(proj=TubeletEmbedding(c.in_channels, dim, tubelet)))
         if c.learned_encoder_patch_pe:
             self.encoder_t_embed, self.encoder_h_embed, self.encode_w_embed = axis_tables(dim, c.grid)
@@ -198,8 +198,8 @@ class LARPTokenizer(
             self.prior_model = Prior(c.prior_model, c.bottleneck.args.bottleneck_dim, num_codes)
 
     def initialize(self) -> None:
-        """Linears Xavier-uniform, but the last 0: training starts from a black clip. Learned tables as built, from
-        sin-cos, but queries and latent positions normal, as the type vectors are."""
+        """Linears are Xavier-uniform, except the last, which is 0: training starts from a black clip. Queries, latent
+        positions and type vectors are normal; other learned tables start from sin-cos tables."""
         c = self.config
         xavier_linears(self)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -294,8 +294,8 @@ class LARPTokenizer(
             )
 
     def load_weights(self, weights: Mapping[str, Tensor], source: str | Path) -> None:
-        """Load tensors under their released names; `source` is for the error. Those of the prior may be absent, all of
-        them (it then stays as it is) or superfluous; frozen tables may be absent; nothing else may."""
+        """Load tensors under their released names; `source` is for the error. The prior's may all be missing (it
+        then keeps its own) or be superfluous, and frozen tables may be missing; any other difference is an error."""
         optional = {name for name, _ in self.named_buffers()}
         if not any(name.startswith("prior_model.") for name in weights):
             optional |= {name for name in self.state_dict() if name.startswith("prior_model.")}

@@ -1,4 +1,4 @@
-"""Building blocks that more than one model stands on."""
+"""Building blocks that several models share."""
 import itertools
 from functools import partial
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def vit_block(dim: int, num_heads: int, qkv_bias: bool, eps: float, mlp_ratio: float = 4.0) -> Block:
-    """timm's pre-norm ViT block with exact GELU. `eps` is always given: timm's default moved from 1e-5 to 1e-6."""
+    """timm's pre-norm ViT block with exact GELU. `eps` is explicit: timm's default changed from 1e-5 to 1e-6."""
     return Block(dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=partial(nn.LayerNorm, eps=eps))
 
 
@@ -42,8 +42,8 @@ class Fused(nn.Module):
 
 
 def compile_blocks(*models: nn.Module, **options) -> None:
-    """Compile every block and every `Fused` of the models in place, so that names of weights stay as they are. Blocks
-    of one kind share their code, so that the time this takes does not grow with depth. options: of torch.compile."""
+    """Compile every block and every `Fused` of the models in place, so that the names of weights do not change. Blocks
+    of one kind share compiled code, so the compile time does not grow with depth. options: of torch.compile."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # kinds x shapes x modes
     for module in itertools.chain(*(model.modules() for model in models)):
         for part in module if isinstance(module, Blocks) else [module] if isinstance(module, Fused) else []:
@@ -51,8 +51,8 @@ def compile_blocks(*models: nn.Module, **options) -> None:
 
 
 class TubeletEmbedding(nn.Conv3d):
-    """A 3-D convolution whose stride is its kernel, computed as the matrix product that it is: cuDNN takes many times
-    as long for the gradient of its weights."""
+    """A 3-D convolution whose stride equals its kernel, computed as a matrix product: cuDNN takes many times as long
+    for the gradient of the weights."""
 
     def __init__(self, in_channels: int, dim: int, size: tuple[int, int, int]):
         super().__init__(in_channels, dim, size, stride=size)

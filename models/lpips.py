@@ -1,4 +1,4 @@
-"""Training losses, each (B,) or a scalar with a dict of detached scalars, and LPIPS."""
+"""LPIPS between clips, and what it shares with ST-LPIPS (models/stlpips.py)."""
 import hashlib
 import warnings
 from importlib.metadata import version
@@ -16,9 +16,9 @@ from models.pretrained import WeightsError, load_state, read_released
 
 
 class FrameDistance(nn.Module):
-    """A learned distance between two clips, frame by frame: always frozen and in eval mode.
+    """Base class of learned distances between two clips, frame by frame. Always frozen and in eval mode.
 
-    `name`: of the metric, for logs and columns. `description`: the network and its weights, for records.
+    `name`: the metric, for logs and columns. `description`: the network and its weights, for records.
     """
 
     name: str
@@ -26,6 +26,7 @@ class FrameDistance(nn.Module):
     distance: nn.Module  # two (N, 3, H, W) in [0, 1] -> (N,)
 
     def freeze(self) -> None:
+        """Called at the end of a subclass's __init__."""
         # channels_last: a fifth less time on a CPU, and the layout of a GPU's fast half-precision convolutions.
         self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
@@ -34,8 +35,8 @@ class FrameDistance(nn.Module):
         return super().train(False)
 
     def per_frame(self, pred: Tensor, target: Tensor, chunk: int = 128) -> Tensor:
-        """pred, target: (B, 3, T, H, W) float in [0, 1], H and W from 32 on. chunk: frames computed at a time, which
-        bounds the memory of an evaluation. Returns (B, T) float32 distances."""
+        """pred, target: (B, 3, T, H, W) float in [0, 1], H and W from 32 on. chunk: frames computed at a time, to
+        bound the memory. Returns (B, T) float32 distances."""
         frames = (rearrange(video, "b c t h w -> (b t) c h w").split(chunk) for video in (pred, target))
         return torch.cat([self.distance(*pair) for pair in zip(*frames)]).view(len(pred), -1)
 
@@ -47,11 +48,11 @@ class FrameDistance(nn.Module):
 class Perceptual(FrameDistance):
     """LPIPS (arXiv 1801.03924, version 0.1) between two clips, frame by frame.
 
-    net: "vgg" or "alex"; the two differ fourfold. weights: of the ImageNet backbone that the `lpips` package's linear
-    layers stand on. "auto" is torchvision's download, kept in torch.hub's cache; a path is a copy of that file;
+    net: "vgg" or "alex", whose distances differ fourfold. weights: of the ImageNet backbone below the linear layers of
+    the `lpips` package. "auto" is torchvision's download, kept in torch.hub's cache; a path is a copy of that file;
     "random" is a fixed random backbone, good for trying a pipeline and not for numbers.
-    Frozen and in eval mode, but for `dropout`: that keeps the dropout of 0.5 that `lpips` has before its linear layers
-    on, as CoordTok's released training does.
+    dropout: keep the dropout of 0.5 before the linear layers of `lpips` on, as in CoordTok's released training. All
+    else stays in eval mode.
     """
 
     name = "lpips"
@@ -61,8 +62,8 @@ class Perceptual(FrameDistance):
         self.dropout = dropout
         if net not in BACKBONES:
             raise ValueError(f"net is one of {', '.join(BACKBONES)}, got {net!r}: change --lpips_net")
-        with torch.device("meta"), warnings.catch_warnings():  # no 550 MB of classifier that lpips then throws away
-            warnings.simplefilter("ignore")  # lpips calls torchvision by deprecated arguments
+        with torch.device("meta"), warnings.catch_warnings():  # lpips would build and drop a classifier of 550 MB
+            warnings.simplefilter("ignore")  # lpips passes deprecated arguments to torchvision
             self.lpips = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
         self.lpips.to_empty(device="cpu")
         self.lpips.scaling_layer = lpips.ScalingLayer()
@@ -85,7 +86,7 @@ class Perceptual(FrameDistance):
         self.freeze()
 
     def train(self, mode: bool = True) -> "Perceptual":
-        """Stays in eval mode, but for the dropout where it was asked for."""
+        """Stays in eval mode, except for the dropout if it is on."""
         super().train(False)
         for lin in self.lpips.lins:
             lin.train(self.dropout)
@@ -95,8 +96,8 @@ class Perceptual(FrameDistance):
 class Distance(Fused):
     """LPIPS of frames.
 
-    network: as the `lpips` package's: `net`, frames (N, 3, H, W) -> features of five layers, `scaling_layer` before it
-    and `lins`, a head for each layer.
+    network: with the attributes of the `lpips` package's: `scaling_layer`, then `net`, frames (N, 3, H, W) -> features
+    of five layers, and `lins`, a head for each layer.
     """
 
     def __init__(self, network: nn.Module):
@@ -129,7 +130,6 @@ def backbone_state(net: str, weights: str) -> tuple[dict[str, Tensor], str, str]
         return BACKBONES[net].get_state_dict(progress=False, check_hash=True), url, f"torchvision {BACKBONES[net].name}"
     except (OSError, RuntimeError) as error:  # no network; a download cut short
         raise WeightsError(
-            f"LPIPS needs torchvision's weights, and {url} could not be had ({error}): copy {url.rsplit('/')[-1]} here "
-            f"and give --lpips_weights PATH, or try the pipeline with --lpips_weights random"
+            f"LPIPS needs torchvision's weights, and {url} could not be downloaded ({error}): copy "
+            f"{url.rsplit('/')[-1]} here and give --lpips_weights PATH, or try the pipeline with --lpips_weights random"
         ) from error
-

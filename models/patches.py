@@ -1,4 +1,4 @@
-"""The three coordinate planes of a clip as one value, and the cutting of clips into patches."""
+"""Clips to patches and back: pure functions, shared by CoordTok and LARP."""
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -29,11 +29,11 @@ def gather_patches(video: Tensor, index: Tensor, patch_t: int, patch: int) -> Te
 
 
 def assemble_frames(patches: Tensor, index: Tensor, grid: tuple[int, int, int], patch_t: int, patch: int) -> Tensor:
-    """The frames that patches make up: any number of time steps, each with all of its patches, in any order; a time
-    step may be there more than once.
+    """Frames from their patches: any number of time steps, each with all of its patches, in any order. A time step may
+    occur more than once.
 
     patches: (B, N, patch_t * patch * patch * 3). index: (B, N, 3) long, (t, h, w) patch index. grid: (t, h, w) of the
-    whole clip. Returns (B, 3, N / (h * w) * patch_t, H, W), by time.
+    whole clip. Returns (B, 3, N / (h * w) * patch_t, H, W), in order of time.
     """
     times, height, width = grid
     if index.shape[1] % (height * width):
@@ -43,4 +43,3 @@ def assemble_frames(patches: Tensor, index: Tensor, grid: tuple[int, int, int], 
     patches = patches.gather(1, order[..., None].expand_as(patches))
     sizes = {"h": height, "w": width, "pt": patch_t, "p": patch, "q": patch}
     return rearrange(patches, "b (h w t) (pt p q c) -> b c (t pt) (h p) (w q)", **sizes)
-

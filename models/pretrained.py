@@ -1,4 +1,5 @@
-"""Reads the files that the papers' authors released, without running code that such a file may carry."""
+"""Reads published weights: the files of the papers' authors, without running code that they may contain, and folders or
+Hugging Face hub ids with config.json and model.safetensors."""
 import argparse
 import collections
 import re
@@ -18,15 +19,15 @@ from common.errors import DamagedFile, read_json, reading
 
 
 class WeightsError(OSError):
-    """Published weights that cannot be had; the message is one line: what was tried, and the ways out."""
+    """Published weights that cannot be obtained. The message is one line: what was tried, and what to do."""
 
 
-# What the unpickler admits beside torch's own list of tensors and plain containers. Names with numpy.core are those of
+# What the unpickler admits beside torch's own list (tensors, plain containers). Names with numpy.core are those of
 # numpy 1, numpy._core those of numpy 2.
 _ADMITTED = [
     argparse.Namespace,
-    # The configuration type inside LARP's trainer files: a dict that repeats its items as attributes. An OrderedDict
-    # is what torch's unpickler lets have both.
+    # The configuration type inside LARP's trainer files: a dict that repeats its items as attributes. torch's
+    # unpickler gives both to an OrderedDict.
     (collections.OrderedDict, "easydict.EasyDict"),
     np.ndarray,
     np.dtype,
@@ -54,9 +55,9 @@ def read_released(path: str | Path, *keys: str) -> dict:
         raise ValueError(f"{path}: an HTML page, not a checkpoint; the download failed, fetch the file again")
     try:
         with torch.serialization.safe_globals(_ADMITTED):
-            # Mapped where the format allows: the files also hold optimizer states, which nobody reads.
+            # Memory-mapped if the format allows: the files also hold optimizer states, which are not read.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # an unpickler fails on foreign bytes in too many ways to list
+    except Exception as error:  # an unpickler raises too many kinds of errors to list
         foreign = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
         reason = f"holds a {foreign[1]}, which is not admitted" if foreign else "not a whole PyTorch file"
         raise ValueError(f"{path}: {reason}; expected plain containers, numpy arrays and tensors") from error
@@ -114,7 +115,7 @@ def load_state(
         for start, text in (flags or {}).items()
         if any(name.startswith(start) for name, _ in differences)
     ]
-    # One wrong flag stands behind all that differs; where no flag does, several are wrong.
+    # If one wrong flag explains all differences, name it; otherwise several flags are wrong.
     suspects = sorted(set.intersection(*behind) or set.union(*behind)) if behind else []
     advice = f"; check {', '.join('--' + flag for flag in suspects)}" if suspects else ""
     first = ", ".join(text for _, text in differences[:3])
@@ -122,8 +123,7 @@ def load_state(
 
 
 def build(kind: type[nn.Module], config: dict, path: str | Path | None) -> nn.Module:
-    """A model of a `kind` by the configuration that the file at `path` holds, or, where that is None, by one of flags.
-    Raises DamagedFile."""
+    """kind(**config). path: the file that `config` is from, whose errors become DamagedFile; None: it is from flags."""
     if path is None:
         return kind(**config)
     with reading(path, f"a {kind.__name__}", "it is of another model or version, or damaged: give another"):
@@ -186,4 +186,3 @@ def read_sit_statistics(path: str | Path) -> dict[str, Tensor]:
     if len(sizes) != 1 or not all(values.isfinite().all() for values in statistics.values()):
         raise ValueError(f"{path}: statistics of {sorted(sizes)} channels; expected finite numbers, as many for each")
     return statistics
-

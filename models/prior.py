@@ -75,7 +75,7 @@ class CausalAttention(nn.Module):
         heads = (
             rearrange(part(x), "b n (h d) -> b h n d", h=self.num_heads) for part in (self.query, self.key, self.value)
         )
-        # As released the attention's dropout stays on at evaluation; ours is off there.
+        # The released code leaves this dropout on at evaluation; here it is off.
         x = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         return self.resid_drop(self.proj(rearrange(x, "b h n d -> b n (h d)")))  # (B, N, D)
 
@@ -98,9 +98,9 @@ class CodeScores(Fused):
 
     def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """logits: (B, N, K) float32. target: (B, N) long. Returns the cross-entropy () and the rank (B, N) long of each
-        true code: how many are thought likelier."""
-        truth = logits.detach().gather(-1, target[..., None])
-        rank = (logits.detach() > truth).sum(-1)
+        true code: how many codes have a larger logit."""
+        true_logit = logits.detach().gather(-1, target[..., None])
+        rank = (logits.detach() > true_logit).sum(-1)
         return F.cross_entropy(logits.flatten(0, 1), target.flatten()), rank
 
 
@@ -120,8 +120,8 @@ class Prior(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """Linears Xavier-uniform, biases 0; positions normal. The released code builds the linears as GPT-2 does, and
-        then overwrites them by the tokenizer's rule."""
+        """Linears Xavier-uniform, biases 0; positions normal. The released code initialises the linears as in
+        GPT-2, and then overwrites them with the tokenizer's rule."""
         nn.init.normal_(self.pos_emb, std=0.02)
         xavier_linears(self)
 
@@ -142,8 +142,8 @@ class Prior(nn.Module):
         """Cross-entropy of codes 2 to N, in rounds: the first on the true codes, each later one on a mix with codes
         sampled from the round before (scheduled sampling for transformers, arXiv 1906.07651).
 
-        vectors: (B, N, d), straight-through and *with* gradient: so the prior shapes the encoder.
-        codes: (B, N) long, their indices. codebook: (K, d); held fixed, so that the codes are not drawn to predictions.
+        vectors: (B, N, d), straight-through and *with* gradient, by which the prior shapes the encoder.
+        codes: (B, N) long, their indices. codebook: (K, d); detached, so that codes do not move towards predictions.
         ratio: the share of sampled codes. Returns the loss () and logs: first round's loss and accuracies.
         """
         c, codebook = self.config, codebook.detach()
@@ -153,7 +153,7 @@ class Prior(nn.Module):
             last = i == num_rounds - 1
             with torch.set_grad_enabled(torch.is_grad_enabled() and (last or not c.no_grad_before_last_round)):
                 predictions = self(inputs)  # (B, N-1, d)
-                # In float32, as the quantiser: rounded to half precision, many of the codes would tie.
+                # In float32, as in the quantiser: in half precision many codes would tie.
                 with torch.autocast(inputs.device.type, enabled=False):
                     logits = predictions.float() @ codebook.T / c.latent_ce_temperature  # (B, N-1, K)
                 loss, rank = self.score(logits, target)

@@ -23,7 +23,7 @@ class VQArgs:
     entropy_loss_temperature: float = 0.01
     l2_normalized: bool = True
     stochastic: bool = True
-    stochastic_temperature: float = 0.03  # negative: learned, from its magnitude on
+    stochastic_temperature: float = 0.03  # negative: learned, starting from its magnitude
 
     def __post_init__(self):
         if self.codebook_size < 2:
@@ -135,15 +135,15 @@ class VectorQuantizer(nn.Module):
         """z: (B, N, d), any float dtype. deterministic: the best code instead of a draw. temperature: of the draw,
         instead of the configured one (annealing)."""
         c = self.config
-        # Half precision cannot order thousands of cosines: bfloat16 knows 128 values in [0.5, 1), and the released
-        # model's closest calls are 5e-5 apart.
+        # Half precision cannot order thousands of cosines: bfloat16 has 128 values in [0.5, 1), and in the released
+        # model the two best cosines are at times only 5e-5 apart.
         with torch.autocast(z.device.type, enabled=False):
             codebook = self.codebook()  # (K, d)
             z = F.normalize(z.float(), dim=-1) if c.l2_normalized else z.float()  # (B, N, d)
             similarity = z.detach() @ codebook.detach().T  # (B, N, K)
             if not c.l2_normalized:
                 similarity = 2 * similarity - codebook.detach().square().sum(-1)  # |z|^2 less the squared distance
-            # Of unit vectors the nearest is that of the largest cosine, so one argmax serves both.
+            # For unit vectors the nearest code has the largest cosine, so one argmax serves both cases.
             draw = c.stochastic and not deterministic
             logits = similarity * self._sharpness(temperature) if draw else similarity
             if draw:
@@ -158,10 +158,10 @@ class VectorQuantizer(nn.Module):
                 terms["entropy"] = entropy_loss(z, codebook, c.entropy_loss_temperature)
                 loss = loss + c.entropy_loss_weight * terms["entropy"]
 
-            vectors = code.detach() + (z - z.detach())  # the code to the last bit, with z's gradient
+            vectors = code.detach() + (z - z.detach())  # exactly the code, with z's gradient
             if draw and logits.requires_grad:
-                # A draw has no gradient: the learned temperature takes that of the expected code (straight-through
-                # softmax, arXiv 1611.01144), which reaches neither z nor the codebook.
+                # A draw has no gradient. The learned temperature gets that of the expected code (straight-through
+                # softmax, arXiv 1611.01144), which does not reach z or the codebook.
                 expected = logits.softmax(-1) @ codebook.detach()
                 vectors = vectors + (expected - expected.detach())
         return Quantized(vectors, codes, loss, {name: term.detach() for name, term in terms.items()})
@@ -207,4 +207,3 @@ class Bottleneck(nn.Module):
     def expand(self, vectors: Tensor) -> Tensor:
         """vectors: (B, N, d) -> (B, N, out_dim)."""
         return self.out_linear(vectors.to(self.out_linear.weight.dtype))  # float32, also in a model cast to half
-

@@ -57,7 +57,7 @@ class SiTConfig:
 def timestep_sinusoids(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
     """(B,) times -> (B, dim) sinusoids, cos half before sin half, dtype of `t`.
 
-    Products and cosines only: autocast leaves them in t's float32, where bfloat16 would merge neighbouring times.
+    Products and cosines only: autocast leaves them in t's float32. In bfloat16 neighbouring times would be equal.
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device, dtype=t.dtype))
@@ -231,7 +231,7 @@ class SiT(nn.Module):
         unlabelled = torch.full_like(y, self.config.num_classes)
         doubled = Planes(*(torch.cat([plane, plane]) for plane in planes))
         output = self(doubled, torch.cat([t, t]), torch.cat([y, unlabelled]))
-        # A tensor, not a branch: asking the device for t would stall it at every step.
+        # A tensor, not a branch: reading t on the host would wait for the device at every step.
         scale = torch.where((interval[0] <= t) & (t <= interval[1]), cfg_scale, 1.0)[:, None, None, None]
         halves = (plane.chunk(2) for plane in output)
         return Planes(*(without + scale * (with_label - without) for with_label, without in halves))
@@ -249,7 +249,7 @@ class SiT(nn.Module):
         """The EMA weights of the authors' .pt file, in evaluation mode. `config` as in `SiTConfig`, whose defaults are
         the released model's. Raises ValueError, naming the first tensors, where file and architecture disagree.
 
-        The statistics that its latents are standardised by stand in the run's log.txt: see `models.pretrained`.
+        The statistics that standardise its latents are in the log.txt of the run: see models/pretrained.py.
         """
         state = read_released(path, "ema")["ema"]
         model = cls(**config)
@@ -257,7 +257,7 @@ class SiT(nn.Module):
         return model.eval()
 
 
-# Start of a tensor's name, and the flags that decide its shape.
+# The flags that decide a tensor's shape, by the start of its name.
 _FLAGS = {
     "x_embedder": "model, latent_n_features",
     "final_layer": "model, latent_n_features",

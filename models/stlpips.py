@@ -1,7 +1,7 @@
 """ST-LPIPS (shift-tolerant LPIPS, arXiv 2207.13686), and the choice between it and LPIPS.
 
-Its backbone and heads are trained together, and PyPI's stlpips-pytorch 0.0.2 carries them (BSD-2), so that its weights
-can be had wherever packages can. It is another metric than LPIPS: their numbers must not be compared.
+Its backbone and heads are trained together, and PyPI's stlpips-pytorch 0.0.2 (BSD-2) contains them, so its weights are
+available wherever packages are. It is another metric than LPIPS: their numbers must not be compared.
 """
 import hashlib
 import io
@@ -29,8 +29,8 @@ MEMBER = "stlpips_pytorch/weights/vST0.0/{}_shift_tolerant.pth"
 class STLPIPS(FrameDistance):
     """ST-LPIPS between two clips, frame by frame.
 
-    net: "alex" or "vgg". weights: "auto" is the cache, or a download into it; a path is that of the wheel on PyPI, of
-    a .pth file inside it, or of our safetensors file; "random" is a fixed random network, good for trying a pipeline
+    net: "alex" or "vgg". weights: "auto" is the cache, or a download into it. A path is that of the wheel on PyPI, of
+    a .pth file from it, or of our safetensors file. "random" is a fixed random network, good for trying a pipeline
     and not for numbers. Raises WeightsError where a download fails, FileNotFoundError or ValueError for a bad path.
     """
 
@@ -41,7 +41,7 @@ class STLPIPS(FrameDistance):
         if net not in SLICES:
             raise ValueError(f"the network of ST-LPIPS is one of {', '.join(SLICES)}, got {net!r}")
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # and not torch.manual_seed, which would seed the GPUs as well
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the GPUs too
             network = Network(SLICES[net]())
         if weights == "random":
             source = "RANDOM network"
@@ -61,8 +61,8 @@ class Network(nn.Module):
         self.scaling_layer, self.net = lpips.ScalingLayer(), Backbone(slices)
         for number, layers in enumerate(slices):
             width = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)][-1]
-            head = lpips.NetLinLayer(width, use_dropout=True)  # the published names count the dropout
-            head.model[1].weight.data.abs_()  # as the published ones are, so that a random distance is positive too
+            head = lpips.NetLinLayer(width, use_dropout=True)  # the published names number the dropout
+            head.model[1].weight.data.abs_()  # not negative, like the published ones: a distance stays positive
             self.add_module(f"lin{number}", head)
 
     @property
@@ -71,7 +71,7 @@ class Network(nn.Module):
 
 
 class Backbone(nn.Sequential):
-    """Slices of layers, named by their places in the whole sequence."""
+    """Slices of layers. The layers are named by their places in the whole sequence."""
 
     def __init__(self, slices: list[list[nn.Module]]):
         names = iter(range(sum(map(len, slices))))
@@ -90,7 +90,7 @@ class Backbone(nn.Sequential):
 
 
 class BlurPool(nn.Module):
-    """Every second pixel after a blur (arXiv 1904.11486). The reflection padding of 2 is one more than it needs."""
+    """Every second pixel after a blur (arXiv 1904.11486). As published it pads by 2, one more than needed."""
 
     def __init__(self, dim: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The three planes of a clip."""
+"""The three coordinate planes of a clip, as one value."""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,4 +24,3 @@ class Planes(NamedTuple):
     def channels_last(self) -> "Planes":
         """(B, C, R, R) planes, as SiT holds them, to (B, R, R, C), as CoordTok does."""
         return self.map(lambda plane: rearrange(plane, "b c r s -> b r s c"))
-

@@ -1,4 +1,5 @@
-"""LARP's generator as sample.py samples from it."""
+"""LARP's generator as sample.py samples from it: its flags, and the Generator that they make. By class, or by frames
+(frame prediction)."""
 import argparse
 
 import torch
@@ -13,9 +14,8 @@ from training.flags import add_code_draws
 from training.load import load_larp_ar, load_larp_tokenizer, weights_sha256
 
 
-# --- LARP ---
 def add_larp_sampling(parser: Parser) -> list[argparse.Action]:
-    """Returns the flags, which no other model takes."""
+    """Add the flags of LARP alone, and return them."""
     group = parser.add_argument_group("LARP sampling")
     add = group.add_argument
     return [
@@ -62,8 +62,9 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
 
     def generate(indices: list[int], labels: list[int], real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         num = len(indices)
-        # A product may round by the number of rows, and a draw hangs on the last bit: on a GPU every batch is filled up
-        # to the same size, on a CPU the tokenizer takes clip after clip (and the generator sees to it itself).
+        # Matrix products may round differently for another number of rows, and a draw can depend on the last bit. So a
+        # batch on a GPU is filled up to a fixed size, and on a CPU the tokenizer takes one clip at a time (the model
+        # itself takes care of it: see models.decoding.Linear).
         place = list(range(num)) if device.type == "cpu" else [min(i, num - 1) for i in range(args.sample_batch_size)]
         parts = [slice(i, i + 1) for i in place] if device.type == "cpu" else [slice(None)]
         indices = [indices[i] for i in place]
@@ -89,7 +90,7 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
     }
     if not fp:
         del settings["condition_codes"]
-    if device.type == "cuda":  # products round by the size of the batch
+    if device.type == "cuda":  # rounding depends on the size of the batch
         settings["sample_batch_size"] = args.sample_batch_size
     return Generator(
         generate, num_labels=0 if fp or args.class_label is not None else config.num_classes, needs_real=fp,
@@ -102,9 +103,10 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
 
 
 def larp_condition(args: argparse.Namespace, carried: int | None, fp: bool, num_frames: int) -> int:
-    """How many frames are given to the model, 0 for a class-conditional one. ValueError where the flags do not fit it.
+    """The number of frames that the model is given, 0 for a class-conditional one. ValueError where the flags do not
+    fit.
 
-    carried: the number that its checkpoint holds. fp: whether it predicts frames."""
+    carried: the number in its checkpoint, if any. fp: whether the model predicts frames."""
     if not fp:
         if args.frame_prediction or args.num_cond_frames or args.det:
             raise ValueError(f"{args.ar_model} is class-conditional: leave --frame_prediction, --num_cond_frames and "
@@ -121,4 +123,3 @@ def larp_condition(args: argparse.Namespace, carried: int | None, fp: bool, num_
     if not 0 < num_cond < num_frames:
         raise ValueError(f"--num_cond_frames is {num_cond}, expected 1 to {num_frames - 1}")
     return num_cond
-

@@ -1,4 +1,7 @@
-"""The real clips beside samples."""
+"""The real clips that samples are paired with: which they are, and their batches.
+
+Real clip i gives sample i its label or first frames, and its features enter the FVD with those of sample i.
+"""
 import json
 import random
 from collections.abc import Iterator
@@ -15,18 +18,16 @@ from common.errors import DamagedFile, read_json
 from common.files import write_whole
 from data.clips import ClipDataset, ClipKey
 from data.loader import make_loader
-from data.video import to_video
 from eval.reconstruction import length
 
 REMAKE = "delete it, and it is made again"
 
 
-# --- real clips beside the samples ---
 def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
-    """Real clip 0, 1, ..., which stand beside samples 0, 1, ...: of videos drawn without replacement from the seed,
-    those too short left out, as `python -m eval.fvd` draws them; first frames uniform. Up to `total` of them.
+    """The real clips of samples 0, 1, ..., up to `total` of them: of videos drawn without replacement from the seed,
+    without those too short, with uniform first frames, as `python -m eval.fvd` draws them.
 
-    clips: with damaged="skip", so that nothing takes a damaged one's place.
+    clips: with damaged="skip", so that no clip replaces a damaged one.
     """
     order = np.random.default_rng(clips.seed).permutation(len(clips.files)).tolist()
     chosen = []
@@ -44,11 +45,11 @@ def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
 
 
 def segments(clips: ClipDataset, total: int, split_seed: int, folder: Path) -> list[ClipKey]:
-    """Real segments 0 .. total - 1, which stand beside samples 0 .. total - 1: drawn by
-    random.Random(split_seed).sample from all non-overlapping windows of the videos, in their order.
+    """The real segments of samples 0 .. total - 1: drawn by random.Random(split_seed).sample from all non-overlapping
+    windows of the videos, in their order.
 
-    A video shorter than a window is one, its last frame repeated. Fewer segments than `total` come round again.
-    folder: keeps the lengths of the videos, so that shards agree on them, and look for them once.
+    A video shorter than a window is one segment, with its last frame repeated. If there are fewer segments than `total`
+    they are reused in order. folder: keeps the lengths of the videos, so that shards agree on them.
     """
     window = clips.num_frames
     starts = [(video, start) for video, frames in enumerate(video_lengths(clips, folder)) if frames
@@ -80,12 +81,11 @@ def real_batches(
 ) -> Iterator[tuple[list[int], Tensor | None]]:
     """For each batch of sample indices: the places in it that have a real clip, and those clips (n, 3, T, H, W).
 
-    keys: of real clip 0, 1, ..., no position twice; samples beyond them have none.
+    keys: of the real clips 0, 1, ..., with distinct positions; samples beyond them have none.
     """
     chosen = [[keys[i] for i in batch if i < len(keys)] for batch in batches]
     loader = make_loader(clips, chosen, min(num_workers, len(chosen)), pin_memory=device.type == "cuda")
     for part, batch in zip(chosen, loader):
         positions = [key.position for key in part]
         places = [positions.index(position) for position in batch["position"].tolist()]
-        yield places, to_video(batch["frames"], clips.size, clips.rule, device) if places else None
-
+        yield places, clips.to_video(batch, device) if places else None

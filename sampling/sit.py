@@ -1,4 +1,5 @@
-"""SiT on CoordTok's planes as sample.py samples from it."""
+"""SiT on CoordTok's planes as sample.py samples from it: its flags, and the Generator that they make. Validation during
+training samples by `sample_planes` too."""
 import argparse
 import math
 from collections.abc import Callable, Sequence
@@ -27,9 +28,8 @@ from training.load import TrainedSiT, load_coordtok, load_sit, weights_sha256
 from training.optim import Precision
 
 
-# --- CoordTok-SiT ---
 def add_sit_sampling(parser: Parser) -> list[argparse.Action]:
-    """Returns the flags, which no other model takes."""
+    """Add the flags of SiT alone, and return them."""
     add = parser.add_argument_group("SiT sampling").add_argument
     return [
         add("--mode", choices=["ODE", "SDE"], default="SDE", help="probability flow, or diffusion"),
@@ -100,7 +100,7 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
             )
             if args.likelihood:
                 latents = trained.stats.standardise(planes)
-                # Signs from another stream than the noise: the estimate is unbiased where they are independent.
+                # Another seed than the noise's: the estimate is unbiased only if signs and noise are independent.
                 probe = draw_noise(sample_generators(args.seed + 1, indices, device), sit.plane_shapes).map(torch.sign)
                 values["nll"] = -interpolant.likelihood(model, latents, y=y, probe=probe, **solver)
                 values["bits_per_dim"] = values["nll"] / sum(plane[0].numel() for plane in latents) / math.log(2)
@@ -122,12 +122,12 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
 
 
 def sample_labels(indices: Sequence[int], num_classes: int, seed: int) -> list[int]:
-    """A class for each sample, uniform, from (seed, index) alone."""
+    """A uniformly drawn class for each sample, from (seed, index) alone."""
     return [int(generator(seed, index, Stream.LABEL).integers(num_classes)) for index in indices]
 
 
 def guided(sit: SiT, cfg_scale: float, guidance_interval: tuple[float, float]) -> Callable[..., Planes]:
-    """The model that samplers call: with guidance, unless its scale is 1."""
+    """The model that samplers call: with guidance, unless the scale is 1."""
     return sit if cfg_scale == 1 else partial(sit.forward_with_cfg, cfg_scale=cfg_scale, interval=guidance_interval)
 
 
@@ -135,10 +135,10 @@ def sample_planes(
     trained: TrainedSiT, indices: Sequence[int], seed: int, labels: Tensor, mode: str = "SDE", cfg_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0), start: Planes | None = None, **sampler,
 ) -> Planes:
-    """Planes of a tokenizer for samples `indices`: functions of (seed, index, label), whatever else is in the batch.
+    """Planes of the tokenizer for samples `indices`. Each is a function of (seed, index, label), whatever its batch.
 
-    labels: (B,) long, on the model's device. mode: "ODE" or "SDE". start: noise to start from instead of that of the
-    indices. sampler: further arguments of Interpolant.sample_ode or sample_sde.
+    labels: (B,) long, on the model's device. mode: "ODE" or "SDE". start: noise to start from, instead of noise drawn
+    from the indices. sampler: further arguments of Interpolant.sample_ode or sample_sde.
     """
     sit, interpolant, stats = trained[:3]
     generators = sample_generators(seed, indices, labels.device)
@@ -149,4 +149,3 @@ def sample_planes(
         sample = partial(interpolant.sample_sde, step_noise=noise_stream(generators))
     model = guided(sit, cfg_scale, guidance_interval)
     return stats.restore(sample(model, noise if start is None else start, y=labels, **sampler))
-

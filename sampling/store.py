@@ -1,4 +1,5 @@
-"""Real clips beside the samples, the folder of samples that shards and resumed runs share, and the table of results."""
+"""What sample.py writes: the folder of samples that shards and resumed runs share, the thread that writes it, and the
+table of results."""
 import csv
 import hashlib
 import json
@@ -25,20 +26,18 @@ from data.video import write_video
 from eval.report import read_record, write_record
 from sampling.real_clips import REMAKE
 
-# --- the samples' folder ---
 NUM_PREVIEWS = 16  # samples on the contact sheet
 
-
-NUM_WRITERS = 4  # videos of a batch that are encoded at once
+NUM_WRITERS = 4  # videos that are encoded at once
 
 
 class SampleStore:
     """The folder of one set of samples 0 .. total - 1, filled by any number of shards in any order.
 
-    A batch is kept as one file of chunks/, written whole after its videos: values by name, a row a sample, `index` (n,)
-    among them; and `left_out`, the samples that could not be made. So a killed shard goes on after its last whole
-    batch, and the shard that finishes last reports. All shards must agree on `settings` (plain JSON values), which
-    settings.json holds.
+    Each batch becomes one file in chunks/, written atomically after its videos. It holds values by name, one row for
+    each sample, among them `index` (n,); and `left_out`, the samples that could not be made. So a killed shard resumes
+    after its last complete batch, and the shard that finishes last reports. All shards must agree on `settings` (plain
+    JSON values), which settings.json holds.
     """
 
     def __init__(self, folder: str | Path, settings: dict, total: int):
@@ -53,9 +52,9 @@ class SampleStore:
         self.lock = FileLock(self.folder / ".lock")
 
     def open(self, indices: Sequence[int], replace: bool) -> list[int]:
-        """Those of `indices` that are still to be made. With `replace`, all of them, and whatever other settings made
-        is dropped. ValueError where the folder holds samples of other settings, or another process makes some of
-        these."""
+        """The samples of `indices` that are still to be made. With `replace` these are all, and samples of other
+        settings are removed. ValueError where the folder holds samples of other settings, or another process is making
+        some of these."""
         path = self.folder / "settings.json"
         with self.lock:
             there = self.settings
@@ -83,17 +82,18 @@ class SampleStore:
         return [index for index in indices if index not in done]
 
     def claim(self, touched: Sequence[int], made: Sequence[int]) -> None:
-        """Keep the samples `made` for this process, until it ends. ValueError where another one, which it names, makes
-        some of those `touched`."""
+        """Lock the samples `made` for this process until it ends. ValueError, naming the process, where another one has
+        locked some of those `touched`."""
         for path in self.folder.glob(".samples_*.lock"):
             first, last = map(int, path.stem.split("_")[1:])
             if first <= touched[-1] and touched[0] <= last:
                 claim(path, f"samples {first} to {last} in {self.folder} are being made")
                 release(path)  # by a process that has ended
         claim(self.folder / f".samples_{made[0]}_{made[-1]}.lock", f"{self.folder} is in use")
+
     def drop(self, indices: set[int] | None) -> None:
-        """Remove the report and the chunks that hold any of `indices` (None: all), with whatever was written of their
-        samples: videos, real clips, previews. Damaged chunks go too."""
+        """Remove the report and the chunks that hold any of `indices` (None: all), with all files of their samples:
+        videos, real clips, previews. Damaged chunks are removed too."""
         self.report.unlink(missing_ok=True)
         (self.folder / "sheet.png").unlink(missing_ok=True)
         dropped = set() if indices is None else set(indices)
@@ -112,7 +112,7 @@ class SampleStore:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def done(self) -> dict[int, Path]:
-        """{index: its chunk}. ValueError for chunks of other settings, and where two hold the same sample."""
+        """{index: path of its chunk}. ValueError for chunks of other settings, and for a sample in two chunks."""
         found = {}
         for path in sorted(self.chunks.glob("*.npz")):
             if path.name.split(".")[1] != self.run:
@@ -126,8 +126,8 @@ class SampleStore:
 
     def add(self, index: list[int], videos: Tensor, formats: Sequence[str], given: Tensor | None = None,
             left_out: Sequence[int] = (), **values: Tensor) -> None:
-        """Keep one batch, of tensors on the CPU. videos: (B, 3, T, H, W) uint8. formats: of "mp4" and "png" (a folder
-        of frames, without loss). given: real clips to keep beside them, as `videos`. values: (B, ...) each."""
+        """Write one batch, of tensors on the CPU. videos: (B, 3, T, H, W) uint8. formats: of "mp4" and "png" (a folder
+        of frames, without loss). given: real clips to write too, as `videos`. values: (B, ...) each."""
         shown = {self.videos: videos} if given is None else {self.given: given, self.videos: videos}
 
         def write(folder: Path, i: int, video: Tensor) -> None:
@@ -159,7 +159,8 @@ class SampleStore:
             np.savez(file, index=np.array(index, int), left_out=np.array(left_out, int), **values)
 
     def previews(self) -> dict[int, list[Tensor]]:
-        """A few frames (3, 8, H, W) in [0, 1] of each of the first samples, after those of the clip given, if kept."""
+        """A few frames (3, 8, H, W) in [0, 1] of each of the first samples, preceded by those of its real clip, if
+        written."""
         paths = {i: self.chunks / f"preview_{i:02d}.npy" for i in range(min(NUM_PREVIEWS, self.total))}
         return {i: list(torch.from_numpy(load_array(path)) / 255) for i, path in paths.items() if path.exists()}
 
@@ -176,10 +177,11 @@ class SampleStore:
 
     def finish(self, make_report: Callable[[dict[str, np.ndarray]], tuple[dict, dict, dict | None]],
                table: Path) -> tuple[dict, dict] | None:
-        """Report where no sample is missing and nobody has done so; else say what is missing, and return None.
+        """Write the report if no sample is missing and no process has written it, and return (record, results).
+        Otherwise print what is missing and return None.
 
-        make_report: rows -> (record, results, row of the table or None). report.json is written last, so that a report
-        that was killed is made again. Returns (record, results).
+        make_report: rows -> (record, results, row of the table or None). report.json is written last, so that an
+        interrupted report is made again.
         """
         with self.lock:
             done = self.done()
@@ -203,7 +205,7 @@ class SampleStore:
 
 
 def chunk_indices(path: Path) -> list[int]:
-    """The samples in a chunk, made or left out; none in other files."""
+    """The samples in a chunk, made or left out; none for other files."""
     if path.suffix != ".npz":
         return []
     chunk = load_chunk(path)
@@ -211,7 +213,7 @@ def chunk_indices(path: Path) -> list[int]:
 
 
 def load_chunk(path: Path) -> dict[str, np.ndarray]:
-    """A chunk's values by name. Raises DamagedFile; the zip that it is holds checksums."""
+    """A chunk's values by name. Raises DamagedFile: a chunk is a zip file, which holds checksums."""
     with reading(path, "a chunk of samples", REMAKE), np.load(path) as file:
         chunk = dict(file)
         for name in ("index", "left_out"):
@@ -236,10 +238,10 @@ def write_frames(folder: Path, video: Tensor) -> None:
 
 
 class BackgroundWriter:
-    """Runs one function at a time in a thread, behind the caller, who meanwhile prepares the next.
+    """Runs one job at a time on a background thread. The next `run`, or leaving the block, waits for it and re-raises
+    its error.
 
-    The next `run` waits for it, as does the end of the `with` block, also where an error ends that; what it raised is
-    raised there. seconds: spent in all of them.
+    seconds: the time that all jobs took.
     """
 
     def __init__(self, device: torch.device):
@@ -249,7 +251,8 @@ class BackgroundWriter:
         return self
 
     def run(self, function: Callable, *args, **kwargs) -> None:
-        """function(*args, **kwargs), with tensors as copies on the host: the thread waits for them, not the caller."""
+        """Run function(*args, **kwargs) with tensors copied to the CPU. The thread waits for the copies, not the
+        caller."""
 
         def to_host(value):
             return value.to("cpu", non_blocking=True) if isinstance(value, Tensor) else value  # into pinned memory
@@ -274,19 +277,19 @@ class BackgroundWriter:
             self.last.result()
 
 
-# The columns of LARP's own fvd_report.csv, then ours; others come after them.
+# The columns of LARP's own fvd_report.csv, then ours; any others follow.
 COLUMNS = ("ar_model", "tokenizer", "num_samples", "cfg_scale", "temperature", "top_k", "top_p", "dtype", "NLL_sampled",
            "fvd", "protocol", "report")
 
 
 def append_report(path: Path, row: dict) -> None:
-    """Add a row to a csv table, safe under concurrent writers, unless it is there. Rows are sorted by num_samples down,
-    fvd up; columns of all rows are kept."""
+    """Add a row to a csv table, unless it has it; concurrent writers are safe. Rows are sorted by num_samples (most
+    first), then by fvd (lowest first); columns of all rows are kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     row = {name: "" if value is None else str(value) for name, value in row.items()}
 
     def as_text(cell: str) -> str:
-        """What a spreadsheet would run as a formula, with an apostrophe before it."""
+        """The cell, with an apostrophe before what a spreadsheet would run as a formula."""
         try:
             float(cell)
         except ValueError:
@@ -309,7 +312,7 @@ def append_report(path: Path, row: dict) -> None:
 
 
 def read_report(path: Path) -> list[dict]:
-    """The rows of a csv table of results, also one saved by a spreadsheet. Raises DamagedFile."""
+    """The rows of a csv table of results, also of one that a spreadsheet has saved. Raises DamagedFile."""
     with (reading(path, "a table of results", "mend it, move it away, or name another with --report"),
           open(path, newline="", encoding="utf-8-sig") as file):
         reader = csv.DictReader(file, strict=True)
@@ -330,4 +333,3 @@ def ranges(numbers: Sequence[int]) -> str:
     runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     spans = [[number for _, number in run] for _, run in runs]
     return ", ".join(f"{span[0]} to {span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
-

@@ -397,7 +397,9 @@ def test_unlike_clips_need_few_descriptors(folder):
     code = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-from data.clips import ClipDataset, GlobalBatchSampler, list_folder, make_loader
+from data.clips import ClipDataset
+from data.lists import list_folder
+from data.loader import GlobalBatchSampler, make_loader
 clips = ClipDataset(list_folder({str(folder)!r}), 8, 16, "coordtok", resize="device")
 print(sum(len(batch["frames"]) for batch in make_loader(clips, GlobalBatchSampler(3, 48, 4), 2)))
 """
@@ -428,7 +430,7 @@ def test_workers_that_cannot_start_are_one_line(folder, monkeypatch):
 def test_the_limit_of_open_files_is_raised():
     code = """
 import resource
-from data.clips import raise_file_limit
+from data.loader import raise_file_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 500))
 raise_file_limit()
 print(resource.getrlimit(resource.RLIMIT_NOFILE))
@@ -441,13 +443,15 @@ def test_ctrl_c_while_workers_start_leaves_nothing_half_made(folder):
     """What torch says of a half-made loader would follow the one line."""
     code = f"""
 import os, signal
-from data import clips
+from data import loader
+from data.clips import ClipDataset, ClipKey
+from data.lists import list_folder
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this behind it
-real = clips.DataLoader._get_iterator
-clips.DataLoader._get_iterator = lambda self: (os.kill(os.getpid(), signal.SIGINT), real(self))[1]
-files = clips.list_folder({str(folder)!r})
+real = loader.DataLoader._get_iterator
+loader.DataLoader._get_iterator = lambda self: (os.kill(os.getpid(), signal.SIGINT), real(self))[1]
+files = list_folder({str(folder)!r})
 try:
-    iter(clips.make_loader(clips.ClipDataset(files, 8, 16, "coordtok"), [[clips.ClipKey(0)]], 1))
+    iter(loader.make_loader(ClipDataset(files, 8, 16, "coordtok"), [[ClipKey(0)]], 1))
 except KeyboardInterrupt:
     print("interrupted")
 """

@@ -5,14 +5,14 @@ import pytest
 import torch
 from helpers import tiny_larp
 
+from common import distributed
 from data.augment import draw_flips, flip_half
 from data.clips import ClipDataset, ClipKey
 from data.lists import VideoFile, check_classes, check_labels, class_names
 from data.loader import GlobalBatchSampler, make_loader
 from data.video import VideoError, to_video, write_video
 from models.larp_ar import LARPGenerator, code_loss
-from training import codes as codes_module
-from training import latents
+from training import window_cache
 from training.codes import CodeCache, batches_from_cache, batches_from_video, draw_drops, encode_video, hold_last
 from training.validation import HeldOut, held_out_keys
 
@@ -51,8 +51,8 @@ def encode(tokenizer):
 
 @pytest.fixture
 def cache(tmp_path, clips, tokenizer, monkeypatch):
-    small = latents.RowCache
-    monkeypatch.setattr(latents, "RowCache", lambda *args: small(*args, shard_rows=5))
+    small = window_cache.RowCache
+    monkeypatch.setattr(window_cache, "RowCache", lambda *args: small(*args, shard_rows=5))
 
     def make(views=3, num_cond_frames=GIVEN, flip=True, config=tokenizer.config, **key):
         return CodeCache(tmp_path / "cache", clips, config, views, num_cond_frames, flip, key)
@@ -226,9 +226,9 @@ def test_two_processes_hold_the_clips_of_one(files, tokenizer, monkeypatch):
     clips, keys = ClipDataset(files, 4, 16, "larp", seed=5, short="repeat"), held_out_keys(4, 3, 0)
     hold = lambda: HeldOut(clips, keys, lambda video: encode_video(tokenizer, video, GIVEN), 2, 0, CPU)  # noqa: E731
     whole = hold()
-    monkeypatch.setattr(codes_module.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank, mine in enumerate(([0, 2], [1])):
-        monkeypatch.setattr(codes_module.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         part = hold()
         assert torch.equal(part.codes, whole.codes[mine])
         assert torch.equal(part.cond(mine), whole.conds[mine]), "sample i continues clip i"
@@ -253,7 +253,7 @@ def test_labels_are_checked_and_classes_named(files):
     assert class_names(some) == ["class0", "", "", "class3"]
     assert class_names([*some, VideoFile("/a/b.avi")]) == []
     check_labels(some, 4, "LIST")
-    with pytest.raises(ValueError, match="--num_classes is 3, but LIST has label 3: give 4"):
+    with pytest.raises(ValueError, match="LIST has label 3, but the model has 3 classes: give --num_classes 4"):
         check_labels(some, 3, "LIST")
     with pytest.raises(ValueError, match="no video of LIST has a label"):
         check_labels([VideoFile("a.avi")], 3, "LIST")

@@ -11,8 +11,8 @@ from common.cli import one_line_errors
 SCRIPT = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from training import distributed
-from training.flags import one_line_errors
+from common import distributed
+from common.cli import one_line_errors
 
 with one_line_errors():
     distributed.setup("cpu")
@@ -62,13 +62,13 @@ def test_under_torchrun_the_one_line_comes_last(endings, what):
 
 def test_under_torchrun_a_mistake_of_the_code_keeps_its_traceback(endings):
     *before, last = endings["unforeseen"].stderr.splitlines()
-    assert last.endswith("KeyError: 'x' (not foreseen; see the traceback above)")
+    assert last.endswith("KeyError: 'x' (unexpected: see the traceback above)")
     assert before.count("KeyError: 'x'") == 1
 
 
 def test_a_process_that_was_killed_is_told_by_another(endings):
     last = endings["killed"].stderr.splitlines()[-1]
-    assert last.startswith("error (rank 0): another process of this run has ended without a word, killed perhaps")
+    assert last.startswith("error (rank 0): another process of this run has ended without an error message")
 
 
 def ending(capsys, error: BaseException) -> tuple[int, list[str]]:
@@ -80,10 +80,11 @@ def ending(capsys, error: BaseException) -> tuple[int, list[str]]:
 def test_every_error_ends_in_one_line(capsys):
     assert ending(capsys, ValueError()) == (1, ["error: ValueError"])
     assert ending(capsys, KeyboardInterrupt()) == (130, ["error: interrupted by Ctrl-C"])
-    assert ending(capsys, MemoryError())[1] == ["error: out of memory: lower the batch size or --num_workers"]
+    expected = "error: not enough memory: the system has none left: lower the batch size or --num_workers"
+    assert ending(capsys, MemoryError())[1] == [expected]
     code, lines = ending(capsys, KeyError("x"))
     assert code == 1 and lines[0].startswith("Traceback")
-    assert lines[-1] == "error: KeyError: 'x' (not foreseen; see the traceback above)"
+    assert lines[-1] == "error: KeyError: 'x' (unexpected: see the traceback above)"
 
 
 def test_errors_of_the_system_are_not_damage(tmp_path):

@@ -75,7 +75,7 @@ def test_what_was_there_stays_where_writing_fails(tmp_path, small_files):
 
 def other(code: str) -> subprocess.Popen:
     """A process that runs `code`, says so, and waits."""
-    line = f"from pathlib import Path; from data.files import *; {code}; print(1, flush=True); input()"
+    line = f"from pathlib import Path; from common.files import *; {code}; print(1, flush=True); input()"
     process = subprocess.Popen([sys.executable, "-c", line], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdout.readline()
     return process

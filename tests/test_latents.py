@@ -11,7 +11,7 @@ from data.loader import GlobalBatchSampler
 from data.video import VideoError, write_video
 from models.coordtok import CoordTokConfig
 from models.triplane import Planes
-from training import latents
+from training import window_cache
 from training.latents import LatentCache, LatentStats, batches_from_cache, measure
 
 CONFIG = CoordTokConfig(video_shape=(4, 16, 16), enc_patch_size_xy=16, enc_patch_size_t=4, latent_resolution_xy=2,
@@ -46,8 +46,8 @@ def clips(files):
 
 @pytest.fixture
 def cache(tmp_path, clips, monkeypatch):
-    small = latents.RowCache
-    monkeypatch.setattr(latents, "RowCache", lambda *args: small(*args, shard_rows=5))
+    small = window_cache.RowCache
+    monkeypatch.setattr(window_cache, "RowCache", lambda *args: small(*args, shard_rows=5))
     return lambda views=3, config=CONFIG, **key: LatentCache(tmp_path / "cache", clips, config, views, key)
 
 

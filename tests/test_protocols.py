@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from eval import protocols
+from common import files
+from eval import protocols, report
 from eval.protocols import PROTOCOLS
 from eval.report import comparable, describe, record
 
@@ -39,7 +40,7 @@ def test_a_faithful_run_has_no_deviations():
     assert full == json.loads(json.dumps(full)), "a record equals itself read from a file"
 
 
-@pytest.mark.parametrize("name", protocols.FACTS)
+@pytest.mark.parametrize("name", report.FACTS)
 def test_a_missing_fact_is_refused(name):
     with pytest.raises(ValueError, match=f"lacks {name}"):
         record(PROTOCOLS["larp_gfvd10k"], **{k: v for k, v in FACTS.items() if k != name})
@@ -93,20 +94,20 @@ def test_bad_protocol():
 
 def test_manifest_by_hand():
     expected = hashlib.sha256(b"A/a.avi\nB/b.avi\n").hexdigest()
-    assert protocols.manifest_sha256(["A/a.avi", "B/b.avi"]) == expected
-    assert protocols.manifest_sha256(["/x/A/a.avi", "/x/B/b.avi"], root="/x") == expected
-    assert protocols.manifest_sha256(["B/b.avi", "A/a.avi"]) != expected
+    assert files.manifest_sha256(["A/a.avi", "B/b.avi"]) == expected
+    assert files.manifest_sha256(["/x/A/a.avi", "/x/B/b.avi"], root="/x") == expected
+    assert files.manifest_sha256(["B/b.avi", "A/a.avi"]) != expected
 
 
 def test_git_revision_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert protocols.git_revision() == "unknown"
+    assert files.git_revision() == "unknown"
 
 
 def test_write_record(tmp_path):
     full = record(PROTOCOLS["larp_gfvd10k"], **FACTS)
-    protocols.write_record(tmp_path / "new" / "fvd.json", full, {"fvd": 57.0})
-    assert protocols.read_record(tmp_path / "new" / "fvd.json") == {"results": {"fvd": 57.0}, "record": full}
+    report.write_record(tmp_path / "new" / "fvd.json", full, {"fvd": 57.0})
+    assert report.read_record(tmp_path / "new" / "fvd.json") == {"results": {"fvd": 57.0}, "record": full}
     assert len(list((tmp_path / "new").iterdir())) == 1
 
 
@@ -116,31 +117,47 @@ def no_constants(name):
 
 def test_what_is_not_finite_is_null_and_says_why(tmp_path):
     path = tmp_path / "report.json"
-    protocols.write_record(path, {}, {"rfvd": 1.5, "rfvd_floor": math.nan, "psnr_clip": math.inf, "x": -math.inf})
+    report.write_record(path, {}, {"rfvd": 1.5, "rfvd_floor": math.nan, "psnr_clip": math.inf, "x": -math.inf})
     results = json.loads(path.read_text(), parse_constant=no_constants)["results"]
     assert results == {
         "rfvd": 1.5, "rfvd_floor": None, "rfvd_floor_note": "not defined for fewer than four clips",
         "psnr_clip": None, "psnr_clip_note": "infinite: every clip is without error", "x": None, "x_note": "infinite",
     }
-    assert protocols.read_record(path)["results"] == results
+    assert report.read_record(path)["results"] == results
 
 
 def test_a_damaged_record_is_named(tmp_path):
     path = tmp_path / "report.json"
-    protocols.write_record(path, {"seed": 1}, {"fvd": 57.25})
+    report.write_record(path, {"seed": 1}, {"fvd": 57.25})
     whole = path.read_text()
     assert "57.25" in whole
     for text in ("garbage", '"garbage"', "[]", "{}", whole[:-9], '{"results": 1, "record": {}}',
                  whole.replace("57.25", "47.25"), whole.replace('"seed": 1', '"seed": 2')):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"report\.json is damaged: "):
-            protocols.read_record(path)
+            report.read_record(path)
     content = json.loads(whole)
     del content["sha256"]  # as earlier versions wrote it
     path.write_text(json.dumps(content))
-    assert protocols.read_record(path) == content
+    assert report.read_record(path) == content
+
+
 def test_records_hold_no_nan(tmp_path):
     numbers = {"psnr": float("inf"), "psnr_infinite": 3, "lists": [float("nan"), (1.5, -float("inf"))], "flag": True}
-    protocols.write_record(tmp_path / "report.json", record(PROTOCOLS["larp_gfvd10k"], **FACTS), numbers)
+    report.write_record(tmp_path / "report.json", record(PROTOCOLS["larp_gfvd10k"], **FACTS), numbers)
     read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)["results"]
-    assert read == {"psnr": None, "psnr_infinite": 3, "lists": [None, [1.5, None]], "flag": True}
+    assert read == {"psnr": None, "psnr_infinite": 3, "lists": [None, [1.5, None]], "flag": True,
+                    "psnr_note": "infinite: every clip is without error"}
+
+
+@pytest.mark.parametrize("source, num_videos, named", [
+    ("UCF-101_train", 9537, ("UCF-101", "train")),
+    ("training/ucf101_val.csv", 3783, ("UCF-101", "val")),
+    ("UCF-101_train", 8, ("UCF-101_train", "train")),
+    ("ucf101_train.csv+ucf101_val.csv", 13320, ("UCF-101", "all")),
+    ("k600_val.csv", 29_000, ("Kinetics-600", "val")),
+    ("k600_val.csv", 100, ("k600_val.csv", "val")),
+    ("none", 0, ("none", "all")),
+])
+def test_a_data_set_has_its_name_where_it_is_whole(source, num_videos, named):
+    assert report.known_dataset(source, num_videos) == named

@@ -46,10 +46,13 @@ def test_rows_of_a_perfect_and_of_a_mean_frame_reconstruction():
     def mean_frame(video, _):
         return video.mean(2, keepdim=True).expand_as(video)
 
-    found, examples = reconstruct_rows(mean_frame, [empty, batch], torch.device("cpu"), 16, "coordtok")
+    class Batches(list):
+        dataset = ClipDataset([VideoFile("null:0")], 6, 16, "coordtok")
+
+    found, examples = reconstruct_rows(mean_frame, Batches([empty, batch]), torch.device("cpu"))
     assert torch.equal(found["psnr_frame"], found["psnr_mean_frame"])
     assert len(examples) == 2
-    perfect, _ = reconstruct_rows(lambda video, _: video, [batch], torch.device("cpu"), 16, "coordtok")
+    perfect, _ = reconstruct_rows(lambda video, _: video, Batches([batch]), torch.device("cpu"))
     assert summary(perfect, "N")["mse"] == 0
     assert summary(perfect, "N")["psnr_frame_infinite"] == 2
 

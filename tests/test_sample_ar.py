@@ -326,7 +326,7 @@ def test_our_checkpoints_carry_their_task(sampled, trained, published):
         ("fp", ["--num_cond_frames", "12"], "--num_cond_frames is 12, expected 1 to 11"),
         ("fp", ["--ar_model", "RUN"], "--num_cond_frames 5 was given, but .*fp has 3"),
         ("class", ["--class_label", "2"], "--class_label is 2, expected 0 to 1"),
-        ("class", ["--dataset_csv", "null128.csv"], "null128.csv has labels 0 to 100, the model 0 to 1"),
+        ("class", ["--dataset_csv", "null128.csv"], "null128.csv has label 100, but the model has 2 classes"),
         ("class", ["--dataset_csv", "nowhere.csv"], "no list nowhere.csv"),
         ("class", ["--protocol", "larp_k600fp50k"], "is not for this model: choose larp_gfvd10k"),
         ("class", ["--ar_model", "TOKENIZER"], "config.json cannot be read as a LARPGenerator"),

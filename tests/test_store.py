@@ -110,13 +110,13 @@ def test_a_damaged_chunk_is_named(tmp_path):
     flipped[whole.index(torch.arange(40).double().mul(2).float().numpy().tobytes()) + 40] ^= 4
     for content in (b"", whole[:100], whole[:-100], bytes(flipped)):
         chunk.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{chunk.name} is damaged .*delete it, and its samples are made again"):
+        with pytest.raises(ValueError, match=f"{chunk.name} cannot be read .*delete it, and it is made again"):
             store.finish(report, tmp_path / "table.csv")
     assert not store.report.exists()
     assert store.open(range(2), True) == [0, 1] and store.done() == {}, "--replace removes it"
     preview = store.chunks / "preview_05.npy"
     preview.write_bytes(b"")
-    with pytest.raises(ValueError, match="preview_05.npy is damaged"):
+    with pytest.raises(ValueError, match="preview_05.npy cannot be read as frames of a sample"):
         store.previews()
 
 
@@ -271,19 +271,19 @@ def test_real_clips_are_drawn_without_replacement_and_long_enough():
 def test_segments(tmp_path, monkeypatch):
     """Of videos of 37, 0 (damaged), 3 and 20 frames: 3 + 0 + 1 + 2 segments of ten frames."""
     frames = {"a": 37, "b": 0, "c": 3, "d": 20}
-    monkeypatch.setattr("sampling.store.length", lambda file, quarantine, timeout: frames[file.path])
+    monkeypatch.setattr("sampling.real_clips.length", lambda file, quarantine, timeout: frames[file.path])
     clips = ClipDataset([VideoFile(name) for name in frames], 10, 16, "larp", short="repeat", damaged="skip")
     known = [(0, 0), (0, 10), (0, 20), (2, 0), (3, 0), (3, 10)]
     drawn = [5, 0, 4, 2, 1, 3]  # random.Random(42).sample(range(6), 6)
     assert segments(clips, 6, 42, tmp_path) == [ClipKey(i, *known[k]) for i, k in enumerate(drawn)]
-    monkeypatch.setattr("sampling.store.length", None)  # lengths are kept: shards must agree on them
+    monkeypatch.setattr("sampling.real_clips.length", None)  # lengths are kept: shards must agree on them
     eight = segments(clips, 8, 42, tmp_path)
     assert eight[:6] == segments(clips, 6, 42, tmp_path)
     assert [key[1:] for key in eight[6:]] == [key[1:] for key in eight[:2]], "they come round again"
     assert [key.position for key in eight] == list(range(8))
     assert segments(clips, 6, 0, tmp_path) != eight[:6]
 
-    monkeypatch.setattr("sampling.store.length", lambda file, quarantine, timeout: 2000)
+    monkeypatch.setattr("sampling.real_clips.length", lambda file, quarantine, timeout: 2000)
     clips = ClipDataset([VideoFile("long")], 10, 16, "larp", damaged="skip")
     drawn = [key.start // 10 for key in segments(clips, 5, 42, tmp_path)]
     assert drawn == [163, 28, 6, 189, 70]  # random.Random(42).sample(range(200), 5)

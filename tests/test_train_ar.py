@@ -238,7 +238,7 @@ def test_every_choice_of_the_architecture_has_a_flag():
     [
         (["--cache_codes", 1, "--batch_size", 3, "--accum_iter", 4], "a global batch of 3 cannot be shared"),
         (["--accum_iter", 0], "--accum_iter is 0, expected 1 or more"),
-        (["--num_classes", 1], "--num_classes is 1, but"),
+        (["--num_classes", 1], "but the model has 1 classes: give --num_classes"),
         (["--val_name", "UCF-101_test/PanLeft"], "have different classes: ZoomIn is in one alone"),
         (["--video_name", "nowhere"], "no videos under"),
         (["--batch_size", 7], "6 videos do not fill one batch of 7"),

@@ -14,7 +14,6 @@ from common.rng import Stream, uniform_per_sample
 from data.augment import draw_flips, flip_half
 from data.clips import ClipDataset
 from data.loader import GlobalBatchSampler
-from data.video import to_video
 from models.larp_tokenizer import LARPTokenizer, LARPTokenizerConfig
 from training.window_cache import WindowCache
 
@@ -66,7 +65,7 @@ class CodeCache(WindowCache):
 
     def fill(self, encode: Encode, batch_size: int, num_workers: int, device: torch.device) -> None:
         def flat(batch: dict) -> Tensor:
-            video = to_video(batch["frames"], self.clips.size, self.clips.rule, device)
+            video = self.clips.to_video(batch, device)
             mirrored = [video, video.flip(-1)] if self.flip else [video]
             return torch.stack([encode(one) for one in mirrored], dim=1).flatten(1)
 
@@ -102,7 +101,7 @@ def batches_from_video(loader: DataLoader, encode: Encode, flip: bool, device: t
     """Micro-batches of the loader's clips, encoded as they come; with `flip`, half of them are mirrored."""
     clips = loader.dataset
     for batch in loader:
-        video = to_video(batch["frames"], clips.size, clips.rule, device)
+        video = clips.to_video(batch, device)
         positions = batch["position"].tolist()
         if flip:
             video = flip_half(video, clips.seed, positions)

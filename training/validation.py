@@ -12,7 +12,7 @@ from common.rng import Stream, generator
 from data.clips import ClipDataset, ClipKey, Quarantine
 from data.lists import VideoFile, list_csv, list_folder
 from data.loader import make_loader
-from data.video import to_video, write_video
+from data.video import write_video
 from eval import fvd
 from eval.i3d import I3D
 from eval.pictures import contact_sheet
@@ -62,7 +62,7 @@ class Validation:
         device: torch.device, batch_size: int, num_workers: int, quarantine: Quarantine, perceptual: str,
         lpips_weights: str, timeout: float,
     ):
-        self.size, self.rule, self.device = size, rule, device
+        self.device = device
         keys = [ClipKey(position, index) for position, index in enumerate(evenly_spaced(len(files), num_clips))]
         mine = keys[distributed.rank() :: distributed.world_size()]
         clips = ClipDataset(
@@ -87,7 +87,7 @@ class Validation:
         reconstruct: as `reconstruct_rows` takes it.
         """
         rows, examples = reconstruct_rows(
-            reconstruct, self.loader, self.device, self.size, self.rule, self.i3d, perceptual=self.perceptual
+            reconstruct, self.loader, self.device, self.i3d, perceptual=self.perceptual
         )
         if distributed.is_main() and examples:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ class SampleCheck:
             captions, rows = [captions[index] for index in mine[: len(shown)]], [shown]
             if self.continued:
                 frames = [self.clips[key]["frames"] for key in self.keys[: len(shown)]]
-                rows = [list(to_video(frames, self.clips.size, self.clips.rule, torch.device("cpu"))), shown]
+                rows = [list(self.clips.to_video({"frames": frames}, "cpu")), shown]
             contact_sheet(folder.with_suffix(".png"), list(zip(*rows)), captions, ("real", "generated"), len(shown))
             write_video(folder.with_suffix(".mp4"), torch.cat([torch.cat(row, dim=3) for row in rows], dim=2))
         if self.i3d is None:
@@ -231,7 +231,7 @@ class SampleCheck:
         if self.real is None:
             device = next(self.i3d.parameters()).device
             batches = [self.keys[i : i + self.batch_size] for i in range(0, len(self.keys), self.batch_size)]
-            videos = (to_video(batch["frames"], self.clips.size, self.clips.rule, device)
+            videos = (self.clips.to_video(batch, device)
                       for batch in make_loader(self.clips, batches, min(self.num_workers, len(batches)))
                       if len(batch["position"]))
             self.real = gather_rows([torch.empty(0, 400), *(self.i3d(video).cpu() for video in videos)])
