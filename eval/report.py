@@ -8,6 +8,7 @@ from typing import Any
 
 from common.files import write_whole
 from eval.features import FEATURE_METRICS_RECORD
+from eval.motion import MOTION_RECORD
 from eval.protocols import Protocol, nulls
 
 # What only a run knows. `num_real` and `num_generated` are the protocol's numbers, here the counts in fact.
@@ -45,7 +46,8 @@ def record(protocol: Protocol, **facts: Any) -> dict[str, Any]:
     deviations = [f"{name}: {full[name]} instead of {planned[name]}" for name in changed]
     title = protocol.name + ("*" if deviations else "")
     # Through JSON, so that a fresh record equals one read from a file.
-    full = {"title": title, **full, "feature_metrics": FEATURE_METRICS_RECORD, "deviations": deviations}
+    full = {"title": title, **full, "feature_metrics": FEATURE_METRICS_RECORD, "motion_metrics": MOTION_RECORD,
+            "deviations": deviations}
     return nulls(full)
 
 

@@ -23,6 +23,7 @@ class Generator(NamedTuple):
     row: dict  # of the table of results, beside the settings
     class_names: list[str]  # by label; empty where unknown, or where there are no classes
     num_cond_frames: int = 0  # of the real clip, given to the model
+    patch: tuple[int, int, int] | None = None  # t, h, w of the blocks that the tokenizer's clips are made of
 
 
 def check_class_label(label: int | None, num_classes: int) -> None:
