@@ -29,6 +29,7 @@ from data.lists import check_class_names, check_labels, class_names, find_lists,
 from data.video import to_bytes
 from eval import fvd
 from eval.i3d import I3D
+from eval.motion import evenly_spaced_clips, motion_rows, motion_summary
 from eval.pictures import contact_sheet
 from eval.protocols import LARP_RESIZE, PROTOCOLS
 from eval.report import describe, run_record
@@ -69,6 +70,9 @@ def parse_args():
     names = [name for name, protocol in PROTOCOLS.items() if protocol.metrics == ("fvd",)]
     measure.add_argument("--protocol", choices=names, help="how FVD is measured (default: by the model)")
     measure.add_argument("--no_fvd", action="store_true", help="only sample: no I3D")
+    measure.add_argument("--motion", type=int, default=256, help="samples, and real clips, whose warping error, "
+                         "flicker, frozen frames and seams are measured, evenly spaced; optical flow takes a CPU "
+                         "0.2 s for 16 frames; 0: none")
     measure.add_argument("--report", help="table of results (default: fvd_report.csv beside OUTPUT_DIR)")
     measure.add_argument("--i3d_weights", metavar="PATH", help="I3D weights (default: the cache, or a download)")
     measure.add_argument("--i3d_eps", type=float, default=1e-3, help="eps of I3D's batch norms; 1e-5: the older port's")
@@ -117,7 +121,8 @@ def main():
         if num_frames < 10:
             raise ValueError(f"this model's clips have {num_frames} frames, FVD needs 10 or more: give --no_fvd")
         i3d = I3D.from_weights(args.i3d_weights, eps=args.i3d_eps).to(device)
-        settings |= {"protocol": protocol.name, "i3d": i3d.weights_sha256, "i3d_eps": args.i3d_eps}
+        settings |= {"protocol": protocol.name, "i3d": i3d.weights_sha256, "i3d_eps": args.i3d_eps,
+                     "motion": args.motion}
 
     # Real clip i stands beside sample i: it gives the condition, and is measured by the shard that makes sample i.
     files, clips, manifest, by_segments = [], None, "none", protocol.name.startswith("larp")
@@ -160,6 +165,8 @@ def main():
         if i3d or generator.needs_real:
             reals = real_batches(clips, keys, batches, args.num_workers, device)
 
+    moving = evenly_spaced_clips(total, args.motion)
+
     def features(videos: Tensor) -> Tensor:
         if protocol.num_cond_frames:  # frame prediction is compared at 64x64
             frames = rearrange(videos, "b c t h w -> (b t) c h w")
@@ -187,6 +194,16 @@ def main():
                 if rows:
                     values["real"][rows] = features(real[: len(rows)])
                 clock.mark("I3D")
+                if moving:
+                    chosen = [i in moving for i in made]
+                    values |= motion_rows(videos, chosen, patch=generator.patch)
+                    beside = torch.zeros_like(videos)
+                    if rows:
+                        beside[rows] = real[: len(rows)]
+                    chosen = [picked and row in rows for row, picked in enumerate(chosen)]
+                    found = motion_rows(beside, chosen, patch=generator.patch)
+                    values |= {f"{name}_real": value for name, value in found.items()}
+                    clock.mark("motion")
             behind.run(
                 store.add, made, to_bytes(videos), [] if args.stats_only else args.save,
                 given if given is None else to_bytes(given), [i for i in batch if i not in made], **values,
@@ -205,6 +222,7 @@ def main():
             real = real[real.isfinite().all(1)]
             num_real = len(real)
             results |= fvd.report(real, fake, protocol.divisor)
+            results |= motion_summary({name: torch.from_numpy(value) for name, value in rows.items()})
         if num_made < total:
             print_main(f"{total - num_made} samples are left out: their clips cannot be decoded (quarantine.txt)")
         parts = find_lists(dataset) if args.dataset_csv and not dataset.startswith("null") else [Path(dataset)]

@@ -46,7 +46,7 @@ def main():
         num_frames=tokenizer.config.video_shape[0], size=tokenizer.config.video_shape[1],
         model=f"{args.tokenizer} {weights_sha256(tokenizer)[:12]}",
         settings={"precision": precision.name, "slices": args.slices, "padding": tokenizer.config.padding},
-        dataset=args.video_name,
+        dataset=args.video_name, patch=tokenizer.config.patch,
     )
 
 

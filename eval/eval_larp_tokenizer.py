@@ -78,7 +78,7 @@ def main():
         reconstruct, files, args, device, num_frames, config.input_size,
         model=f"{args.tokenizer} {args.version} {weights_sha256(tokenizer)[:12]}",
         settings={"precision": precision.name, "deterministic": args.det, "repeated_frames": missing},
-        dataset=dataset, more=codes.summary,
+        dataset=dataset, more=codes.summary, patch=config.patch,
     )
 
 

@@ -17,6 +17,7 @@ from data.lists import VideoFile
 from data.loader import make_loader
 from eval.i3d import I3D
 from eval.metrics import psnr_frame
+from eval.motion import check_vmaf, evenly_spaced_clips
 from eval.pictures import contact_sheet
 from eval.protocols import LARP_RESIZE, PROTOCOLS
 from eval.reconstruction import merge, protocol_clips, reconstruct_rows, summary
@@ -36,6 +37,9 @@ def add_evaluation(parser: Parser, protocol: str, batch_size: int = 8) -> None:
     group.add_argument("--i3d_eps", type=float, default=1e-3, help="eps of I3D's batch norms; 1e-5 is the older port's")
     add_perceptual(group)
     group.add_argument("--no_fvd", action="store_true", help="leave rFVD out")
+    group.add_argument("--motion", type=int, default=256, help="clips whose warping error, flicker, frozen frames and "
+                       "seams are measured, evenly spaced; optical flow takes a CPU 0.2 s for 16 frames; 0: none")
+    group.add_argument("--vmaf", action="store_true", help="measure the VMAF of those clips too")
     group.add_argument("--output_dir", help="folder of the report (default: results/eval/PROTOCOL)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     group.add_argument("--num_workers", type=int, default=4, help="loader workers of each process")
@@ -44,13 +48,16 @@ def add_evaluation(parser: Parser, protocol: str, batch_size: int = 8) -> None:
 def evaluate(
     reconstruct: Callable[[Tensor, list[int]], Tensor], files: Sequence[VideoFile], args: argparse.Namespace,
     device: torch.device, num_frames: int, size: int, model: str, settings: dict, dataset: str,
-    more: Callable[[], dict[str, float]] = dict,
+    more: Callable[[], dict[str, float]] = dict, patch: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """Measure a tokenizer under args.protocol. Rank 0 prints and writes report.json and sheet.png.
 
     reconstruct: as `reconstruct_rows` takes it. model: names the weights. dataset: the folder or list of `files`.
-    more: called at the end, on every process, for further numbers to report.
+    more: called at the end, on every process, for further numbers to report. patch: (t, h, w) of the blocks that the
+    tokenizer's clips are made of.
     """
+    if args.vmaf:
+        check_vmaf()
     protocol = PROTOCOLS[args.protocol]
     folder = Path(args.output_dir or Path("results/eval") / protocol.name)
     quarantine = open_quarantine(folder, args.decode_timeout)
@@ -82,7 +89,8 @@ def evaluate(
 
     progress = "clips" if distributed.is_main() else None
     rows, examples = reconstruct_rows(
-        reconstruct, loader, device, i3d, protocol.i3d_resize, perceptual, progress
+        reconstruct, loader, device, i3d, protocol.i3d_resize, perceptual, progress,
+        evenly_spaced_clips(len(keys), args.motion), patch, args.vmaf,
     )
     rows = merge(distributed.gather(rows))
     numbers = summary(rows, protocol.divisor) | more()

@@ -4,7 +4,7 @@ Processes exchange rows, not running sums. 10,000 clips are 32 MB, the result do
 number of processes, and every clip is checked to be counted once.
 """
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -17,6 +17,7 @@ from data.lists import VideoFile
 from data.video import VideoError, probe
 from eval import fvd
 from eval.metrics import mse_clip, psnr_clip, psnr_frame, ssim_frame
+from eval.motion import motion_rows, motion_summary
 from eval.protocols import Protocol
 from models.lpips import FrameDistance
 
@@ -63,12 +64,17 @@ def reconstruct_rows(
     i3d_resize: str = "square",
     perceptual: FrameDistance | None = None,
     progress: str | None = None,
+    motion_of: Container[int] = (),
+    patch: Sequence[int] | None = None,
+    vmaf: bool = False,
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
     """Compare clips with their reconstructions.
 
     reconstruct: (B, 3, T, H, W) float [0, 1] and the clips' global indices -> reconstructions of that shape, which are
         clamped here. Random numbers for a clip should depend on its index alone.
     loader: batches of clips (data.loader.make_loader) whose `position` is that index.
+    motion_of: indices of the clips whose motion is measured (`eval.motion`), since optical flow is slow. patch:
+        (t, h, w) of the tokenizer's blocks. vmaf: measure those clips' VMAF too.
     Returns ({index (n,), metric (n,), real and fake I3D logits (n, 400)}, the first batch's (input, reconstruction)
     pairs), on the CPU. psnr_mean_frame is the PSNR of the clip's mean frame, which a useful tokenizer must beat.
     """
@@ -90,6 +96,9 @@ def reconstruct_rows(
             row[perceptual.name] = perceptual(video, output)
         if i3d is not None:
             row["real"], row["fake"] = i3d(torch.cat([video, output]), resize=i3d_resize).chunk(2)
+        if motion_of:
+            chosen = [index in motion_of for index in batch["position"].tolist()]
+            row |= motion_rows(output, chosen, video, patch, vmaf)
         if not rows:
             examples = list(zip(video.cpu(), output.cpu()))
         rows.append({name: value.cpu() for name, value in row.items()})
@@ -123,6 +132,7 @@ def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
             means[name] = finite.mean().item() if len(finite) else math.inf
             if len(finite) < len(values):
                 means[f"{name}_infinite"] = len(values) - len(finite)
+    means |= motion_summary(rows)
     if "real" in rows:
         for name, value in fvd.report(rows["real"], rows["fake"], divisor).items():
             means[f"r{name}" if name.startswith(("fvd", "kvd")) else name] = value

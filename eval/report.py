@@ -14,6 +14,7 @@ from common import distributed
 from common.files import git_revision, write_whole
 from eval.features import FEATURE_METRICS_RECORD
 from eval.i3d import I3D
+from eval.motion import MOTION_RECORD
 from eval.protocols import Protocol
 
 # Facts that only a run knows. `num_real` and `num_generated` are the actual counts; the protocol has planned ones.
@@ -84,7 +85,8 @@ def record(protocol: Protocol, **facts: Any) -> dict[str, Any]:
     deviations = [f"{name}: {full[name]} instead of {planned[name]}" for name in changed]
     title = protocol.name + ("*" if deviations else "")
     # Through JSON, so that a fresh record equals one read from a file.
-    full = {"title": title, **full, "feature_metrics": FEATURE_METRICS_RECORD, "deviations": deviations}
+    full = {"title": title, **full, "feature_metrics": FEATURE_METRICS_RECORD, "motion_metrics": MOTION_RECORD,
+            "deviations": deviations}
     return nulls(full)
 
 

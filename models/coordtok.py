@@ -69,6 +69,11 @@ class CoordTokConfig:
                     )
 
     @property
+    def patch(self) -> tuple[int, int, int]:
+        """Frames, height and width of a decoded patch."""
+        return self.dec_patch_size_t, self.dec_patch_size_xy, self.dec_patch_size_xy
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         """Number of decoder patches along t, h, w."""
         frames, height, width = self.video_shape

@@ -104,6 +104,11 @@ class LARPTokenizerConfig:
         return self.frame_num // self.temporal_patch_size, *[self.input_size // self.patch_size] * 2
 
     @property
+    def patch(self) -> tuple[int, int, int]:
+        """Frames, height and width of a decoded patch."""
+        return self.decoder_temporal_patch_size, self.decoder_patch_size, self.decoder_patch_size
+
+    @property
     def decoder_grid(self) -> tuple[int, int, int]:
         """Number of decoder patches along t, h, w."""
         return self.frame_num // self.decoder_temporal_patch_size, *[self.input_size // self.decoder_patch_size] * 2

@@ -23,6 +23,7 @@ class Generator(NamedTuple):
     row: dict  # further columns of the table of results
     class_names: list[str]  # by label; empty if unknown, or if there are no classes
     num_cond_frames: int = 0  # frames of the real clip that the model is given
+    patch: tuple[int, int, int] | None = None  # (t, h, w) of the blocks that the tokenizer's clips are made of
 
 
 def check_class_label(label: int | None, num_classes: int) -> None:

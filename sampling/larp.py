@@ -98,7 +98,7 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         protocols=["larp_k600fp50k" if fp else "larp_gfvd10k"], settings=settings,
         model=f"{args.ar_model} {args.version} {sha256[:12]}",
         row={"ar_model": args.ar_model, "tokenizer": args.tokenizer},
-        class_names=trained.class_names, num_cond_frames=num_cond,
+        class_names=trained.class_names, num_cond_frames=num_cond, patch=tokenizer.config.patch,
     )
 
 

@@ -25,6 +25,7 @@ from PIL import Image  # noqa: E402
 from common.cli import one_line_errors  # noqa: E402
 from common.errors import ArgumentParser  # noqa: E402
 from common.files import write_whole  # noqa: E402
+from eval.motion import METRICS  # noqa: E402
 from eval.protocols import Protocol  # noqa: E402
 from eval.report import FACTS, comparable, read_record  # noqa: E402
 
@@ -45,6 +46,12 @@ COLUMNS = {  # {heading: (names in results, decimals)}; other results are in the
     "SSIM": (("ssim",), 3),
     "LPIPS": (("lpips",), 4),
     "ST-LPIPS": (("stlpips",), 4),
+    "warping": (("warping_error",), 5),
+    "flicker": (("flicker",), 4),
+    "frozen": (("frozen",), 3),
+    "seams t": (("seams_t",), 3),
+    "seams xy": (("seams_xy",), 3),
+    "VMAF": (("vmaf",), 1),
     "PSNR given": (("psnr_given",), 2),
     "NLL": (("nll",), 3),
     "bits/dim": (("bits_per_dim",), 3),
@@ -114,7 +121,8 @@ def read_report(folder: Path) -> Report:
     texts["deviations"] = "" if listed else None
     if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
         raise ValueError(f"report.json is damaged: {wrong[0]} is {report.record[wrong[0]]!r}, expected text")
-    for name in {name for names, _ in COLUMNS.values() for name in names} | {"psnr_mean_frame"}:
+    real = {f"{name}_real" for name in METRICS}
+    for name in {name for names, _ in COLUMNS.values() for name in names} | {"psnr_mean_frame"} | real:
         if report.results.get(name) is not None:
             check_number(report.results[name], f"report.json, {name}")
     return report
@@ -238,6 +246,10 @@ def row(report: Report, columns: dict, root: Path) -> str:
     notes |= {title: "random network" for title in ("LPIPS", "ST-LPIPS") if "RANDOM" in record[COLUMNS[title][0][0]]}
     if "psnr_mean_frame" in results:
         notes["PSNR frame"] = f"mean frame: {number(results['psnr_mean_frame'], 2)}"
+    for title in ("warping", "flicker", "frozen", "seams t", "seams xy"):
+        name, decimals = COLUMNS[title][0][0], COLUMNS[title][1]
+        if results.get(f"{name}_real") is not None:
+            notes[title] = f"real: {number(results[f'{name}_real'], decimals)}"
     clips = text(record["num_generated"])
     if record["num_real"] != record["num_generated"]:
         clips += f" against {text(record['num_real'])}"
@@ -366,7 +378,11 @@ LEGEND = """<p><small>Floor: the FVD between two halves of the real clips. Sprea
 clips. At ∞: extrapolated to infinitely many clips. KVD: a distance of the same features that is not biased by the
 number of clips. Precision and density: how many generated clips lie near real ones; recall and coverage: how many
 real ones lie near generated ones. PSNR in dB, of a clip's mean squared error or the mean of its frames'; of the mean
-frame: what a clip's own mean picture would reach; given: of the frames that the model continues. NLL: of the samples
+frame: what a clip's own mean picture would reach; given: of the frames that the model continues. Warping: the
+squared difference of each frame and the next one moved back by the optical flow (for a reconstruction, the input's
+flow); flicker: the mean second difference in time; frozen: the share of frames that repeat the one before; seams: the
+error on borders of blocks over that inside, of samples the jumps, 1 without seams; the same of the real clips beside
+them. NLL: of the samples
 under the model that drew them, in nats: LARP's of a code, without guidance; SiT's of a clip's latents.</small></p>"""
 
 
