@@ -32,8 +32,8 @@ from eval.fvd import FeatureStats, frechet_distance
 from eval.i3d import I3D, MIN_FRAMES
 from eval.metrics import mse_clip, ssim_frame
 from eval.motion import MOTION_RECORD, check_vmaf, flicker, frozen, optical_flow, seams, vmaf, warping_error
-from eval.protocols import COORDTOK_RESIZE, nulls
-from eval.report import write_record
+from eval.protocols import COORDTOK_RESIZE
+from eval.report import nulls, write_record
 from models.pretrained import WeightsError
 from models.stlpips import perceptual_metric
 
