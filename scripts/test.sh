@@ -3,7 +3,7 @@
 source "$(dirname "$0")/setup.sh"
 ruff check .
 if command -v shellcheck >/dev/null; then
-    shellcheck scripts/*.sh scripts/slurm/*.sbatch .ci/run
+    shellcheck scripts/*.sh scripts/benchmarks/*.sh scripts/slurm/*.sbatch .ci/run
 else
     echo "shellcheck is not here (requirements.txt): the bash scripts go unchecked"
 fi

@@ -4,7 +4,7 @@
 # FOLDER gets the tests' output, each benchmark's rows (history.csv), tables (RESULTS.md) and pictures. Needs no network
 # and sets up nothing: it runs with the python on PATH, which needs this repository's requirements.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 folder=${1:?give the folder for what it writes}
 seconds=${2:-480}
 mkdir -p "$folder"
