@@ -35,7 +35,7 @@ def start_run(args: Namespace, suffix: str = "", group: bool = False) -> tuple[t
 
 def training_files(args: Namespace) -> tuple[list[VideoFile], str]:
     """The videos to train on, and where they are listed: the folder DATA_ROOT/VIDEO_NAME, or CSV_FILE."""
-    if args.video_name:
+    if args.video_name or "csv_file" not in args:
         folder = str(Path(args.data_root) / args.video_name)
         return list_folder(folder), folder
     return list_csv(args.csv_file), args.csv_file
