@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and tests; makes .venv on first use. Arguments go to pytest: bash scripts/test.sh tests/test_fvd.py
+# Lint and tests, in two processes; makes .venv on first use. Arguments go to pytest: bash scripts/test.sh tests/test_fvd.py
 source "$(dirname "$0")/setup.sh"
 ruff check .
 if command -v shellcheck >/dev/null; then
@@ -7,4 +7,4 @@ if command -v shellcheck >/dev/null; then
 else
     echo "shellcheck is not here (requirements.txt): the bash scripts go unchecked"
 fi
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"
