@@ -1,6 +1,6 @@
 """The scripts on CUDA tensors without data: what a step waits for, the memory it takes, and what decoding a code reads.
 
-FAKE_CUDA_PUBLISHED=1 takes the published depths, which needs 20 GB of memory and ten minutes.
+FAKE_CUDA_PUBLISHED=1 takes the published depths, which needs 16 GB of memory and ten minutes.
 """
 import os
 import shutil
