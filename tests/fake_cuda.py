@@ -30,7 +30,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).parents[1]
 aten = torch.ops.aten
-COPIES = {aten._to_copy, aten.copy_}
 # Operations whose outcome the host must know: the size of a result, or a value.
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2, aten.unique_dim,
          aten.bincount, aten.repeat_interleave}
@@ -85,13 +84,13 @@ class FakeCuda(TorchDispatchMode):
         if packet is aten._local_scalar_dense:
             dtype = args[0].dtype
             return False if dtype is torch.bool else 0.5 if dtype.is_floating_point else -1  # nothing is non-finite
-        if packet is aten._to_copy and device is not None and not to_cuda:
+        source = args[1] if packet is aten.copy_ else args[0] if packet is aten._to_copy else None
+        if isinstance(source, FakeTensor) and (packet is aten._to_copy and device is not None and not to_cuda or real):
             self.count(self.reads, "copy to the CPU")
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        if packet in COPIES and real:
-            source = args[0] if packet is aten._to_copy else args[1]
+            return real[0] if real else torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        if source is not None and real:
             waits = not (kwargs.get("non_blocking") or args[2:3] == (True,))
-            if source in real and (waits or source.untyped_storage() not in self.pinned):
+            if waits or source.untyped_storage() not in self.pinned:
                 self.count(self.blocking, "copy to the device")
         elif real:
             self.count(self.mixed, f"{packet.__name__} of a CPU tensor {tuple(real[0].shape)}")

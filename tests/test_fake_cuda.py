@@ -1,6 +1,6 @@
 """The scripts on CUDA tensors without data: what a step waits for, the memory it takes, and what decoding a code reads.
 
-FAKE_CUDA_PUBLISHED=1 takes the published depths, which needs 20 GB of memory and ten minutes.
+FAKE_CUDA_PUBLISHED=1 takes the published depths, which needs 16 GB of memory and ten minutes.
 """
 import os
 import shutil
@@ -72,9 +72,16 @@ def test_no_step_waits(scripts, monkeypatch, tmp_path, name, precision):
     """For the device: it would stand still. Clips are short, mirrored and in micro-batches; averages are kept."""
     script, flags = scripts[name]
     folder = "--results_dir" if script is train_sit else "--save_dir"
+    tokenizers = []
+    if load := {train_sit: "load_coordtok", train_ar: "load_larp_tokenizer"}.get(script):
+        released = getattr(script, load)
+        monkeypatch.setattr(script, load, lambda *args: tokenizers.append(released(*args)) or tokenizers[-1])
     cuda, *_ = second_step(monkeypatch, script, *flags, folder, tmp_path / "runs", "--precision", precision)
     assert not cuda.waits()
     assert sum(cuda.kernels.values()) > 300  # it did run there
+    # A frozen tokenizer is on the GPU only where it encodes at every step.
+    devices = {parameter.device.type for tokenizer in tokenizers for parameter in tokenizer.parameters()}
+    assert devices == ({"cpu" if "cached" in name else "cuda"} if load else set())
 
 
 @pytest.mark.parametrize("name", ["coordtok_1", "sit_cached", "larp_tokenizer", "larp_ar_cached"])
@@ -85,6 +92,7 @@ def test_waits_are_found(scripts, monkeypatch, tmp_path, name):
 
     def waiting(guard, step, loss, files):
         loss.item()
+        loss.detach().cpu()
         torch.ones(3).to(loss.device)
         torch.ones(3).to(loss.device, non_blocking=True)  # not of pinned memory
         watch(guard, step, loss + torch.ones(()), files)
@@ -93,7 +101,7 @@ def test_waits_are_found(scripts, monkeypatch, tmp_path, name):
     folder = "--results_dir" if script is train_sit else "--save_dir"
     cuda, *_ = second_step(monkeypatch, script, *flags, folder, tmp_path / "runs")
     for counter, lines in (
-        (cuda.reads, ["loss.item()"]),
+        (cuda.reads, ["loss.detach().cpu()", "loss.item()"]),
         (cuda.blocking, ["torch.ones(3).to(loss.device)", "torch.ones(3).to(loss.device, non_blocking=True)"]),
         (cuda.mixed, ["watch(guard, step, loss + torch.ones(()), files)"]),
     ):

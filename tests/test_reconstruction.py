@@ -57,6 +57,25 @@ def test_rows_of_a_perfect_and_of_a_mean_frame_reconstruction():
     assert summary(perfect, "N")["psnr_frame_infinite"] == 2
 
 
+def test_motion_is_measured_of_the_chosen_clips():
+    """Whatever the batches: one of them has no chosen clip."""
+    frames = (torch.rand(3, 6, 16, 16, 3) * 255).to(torch.uint8)
+    batches = [{"position": torch.arange(i, i + n), "frames": frames[i : i + n]} for i, n in ((0, 1), (1, 2))]
+
+    def still(video, _):
+        return video[:, :, :1].expand_as(video)
+
+    def numbers(loader):
+        rows, _ = reconstruct_rows(still, loader, torch.device("cpu"), 16, "coordtok", motion_of={2}, patch=(1, 8, 8))
+        return summary(rows, "N")
+
+    found = numbers(batches)
+    assert found["motion_clips"] == 1 and found["frozen"] == 1 and found["frozen_real"] == 0 and found["flicker"] == 0
+    assert found["flicker_real"] > 0.1 and found["seams_xy"] > 0 and found["clips"] == 3
+    assert found == pytest.approx(numbers([{"position": torch.arange(3), "frames": frames}]))
+    assert "warping_error" not in summary(reconstruct_rows(still, batches, torch.device("cpu"), 16, "coordtok")[0], "N")
+
+
 def test_clips_of_the_protocols(tmp_path):
     for name, frames in (("a", 12), ("b", 5), ("c", 10)):
         write_video(tmp_path / f"{name}.mp4", torch.rand(3, frames, 32, 64))

@@ -60,7 +60,8 @@ def results(tmp_path) -> Path:
     """Two tokenizers measured alike, a third at another size, samples, and a run."""
     folder = tmp_path / "results"
     reconstruction = {"rfvd_floor": float("nan"), "rfvd_rank_deficient": True, "psnr_frame": 20.5, "lpips": 0.04,
-                      "psnr_clip": float("inf"), "psnr_clip_infinite": 5, "rkvd": 0.125, "precision": 0.75}
+                      "psnr_clip": float("inf"), "psnr_clip_infinite": 5, "rkvd": 0.125, "precision": 0.75,
+                      "flicker": 0.0625, "flicker_real": 0.0312}
     random = {"lpips": "lpips 0.1.4 vgg, RANDOM backbone"}
     write_report(folder / "one", "larp_rfvd", {"rfvd": 1111.14, **reconstruction}, **random)
     write_report(folder / "two", "larp_rfvd", {"rfvd": 2222.24, **reconstruction}, **random, git_revision="y")
@@ -93,6 +94,7 @@ def test_the_page(results, tmp_path):
     assert "larp_rfvd*" in alike and "num_real: 5 instead of 9537" in alike and '"extractor_sha256": "x"' in alike
     assert alike.count("random network") == alike.count("rank-deficient") == 2 and "n/a" in alike
     assert alike.count("∞") == alike.count("0.750") == 2 and "KVD" in page.text
+    assert alike.count("0.0625 real: 0.0312") == 2 and "seams xy" not in page.text
     assert "2.345" in next(group for group in page.groups if numbers[3] in group)
     for words in ("None of them was measured as published", "RANDOM", "under one heading only"):
         assert words in page.text

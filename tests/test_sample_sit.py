@@ -194,6 +194,8 @@ def test_fvd_and_its_table(sampled, data, tmp_path, models):
     report = json.loads((folder / "report.json").read_text())
     num_real = np.isfinite(rows["real"]).all(1).sum()
     assert num_real == report["record"]["num_real"] == long_enough
+    assert report["results"]["motion_clips"] == total
+    assert {"warping_error", "flicker_real", "frozen", "seams_xy", "seams_xy_real"} <= report["results"].keys()
     assert report["record"]["num_generated"] == total
 
     whole = sampled("whole", *measured, "--num_samples", total, fvd=True)
