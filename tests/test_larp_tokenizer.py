@@ -344,7 +344,7 @@ def test_push_to_hub(monkeypatch):
         ({"encoder_depth": True}, "config.encoder_depth is of type int, got True"),
         ({"query_init_std": None}, "config.query_init_std is of type float, got None"),
         ({"learned_decoder_latent_pe": 1}, "config.learned_decoder_latent_pe is of type bool, got 1"),
-        ({"encoder_name": "mamba"}, "encoder_name is 'transformer_encoder_parallel', the one there is, got 'mamba'"),
+        ({"encoder_name": "mamba"}, "encoder_name is 'transformer_encoder_parallel', the only one, got 'mamba'"),
         ({"patch_size": 7}, "input_size 16 is not a multiple of patch_size 7: change --input_size or --patch_size"),
         ({"decoder_num_heads": 3}, "--decoder_hidden_size or --decoder_num_heads"),
         ({"decoder_depth": 0}, "decoder_depth is at least 1, got 0: change --decoder_depth"),

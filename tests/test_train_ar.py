@@ -167,7 +167,7 @@ def parse(monkeypatch, *flags) -> Namespace:
 UCF = {
     "model": "llama-abs-LP", "num_classes": 101, "class_dropout_prob": 0.1, "token_dropout_p": 0.1,
     "tokenizer": "hywang66/LARP-L-long-tokenizer", "csv_file": "ucf101_train.csv", "val_csv": "ucf101_val.csv",
-    "batch_size": 64, "lr": 6e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "clip_grad_max_norm": 0.0,
+    "batch_size": 64, "lr": 6e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "clip_grad": 0.0,
     "warmup_epoch": 4, "min_lr_mult": 0.01, "max_epoch": 3000, "seed": 66667, "flip": False, "ema_decays": [],
     "cache_codes": 0, "eval_every": 30, "sample_every": 30, "save_every": 30, "num_samples": 32,
     "sample_batch_size": 32, "cfg_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
