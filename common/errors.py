@@ -1,6 +1,7 @@
 """Errors in one line: of a file that cannot be read, and at the end of a run, also under torchrun. Needs no torch, so
 that the scripts of data/ start at once."""
 import argparse
+import atexit
 import contextlib
 import datetime
 import errno
@@ -10,7 +11,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -129,19 +129,24 @@ def follow() -> None:
     def watch() -> None:
         try:
             while not store.check([_key()]):
-                time.sleep(FOLLOW_SECONDS)
+                if over.wait(FOLLOW_SECONDS):
+                    return
             node, line = json.loads(store.get(_key()))
         except RuntimeError:  # torchrun's agent is gone
             return
         if _ending.is_set():
-            time.sleep(EXIT_SECONDS)
+            if over.wait(EXIT_SECONDS):
+                return
         elif node != _node() and os.environ["LOCAL_RANK"] == "0":  # torchrun reports on every node
             _print_last(line)
         for child in multiprocessing.active_children():
             child.kill()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True, name="follow").start()
+    # The interpreter ends a thread that is inside the store's C++ code by aborting the process: the thread ends first.
+    over, thread = threading.Event(), threading.Thread(target=watch, daemon=True, name="follow")
+    atexit.register(lambda: (over.set(), thread.join(EXIT_SECONDS)))
+    thread.start()
 
 
 def _store():

@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, ToTensor
 
 import data.clips
+import data.loader
 import data.video
 from data.cache import ClipCache
 from data.clips import ClipDataset, Quarantine, num_starts
@@ -54,7 +55,7 @@ STAGES = {  # the functions of ours that are timed, while they do their work in 
     "open": [(data.video, "_open")],
     "decode": [(data.video, "_read"), (ClipCache, "read")],
     "resize": [(data.clips, "resize_crop")],
-    "copy": [(data.clips, "collate")],
+    "copy": [(data.loader, "collate")],
 }
 
 
