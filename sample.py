@@ -225,8 +225,10 @@ def main():
             results |= motion_summary({name: torch.from_numpy(value) for name, value in rows.items()})
         if num_made < total:
             print_main(f"{total - num_made} samples are left out: their clips cannot be decoded (quarantine.txt)")
-        parts = find_lists(dataset) if args.dataset_csv and not dataset.startswith("null") else [Path(dataset)]
-        name = "+".join(part.name for part in parts) if files else "none"
+        name = "none"
+        if files:
+            parts = find_lists(dataset) if args.dataset_csv and not dataset.startswith("null") else [Path(dataset)]
+            name = "+".join(part.name for part in parts)
         facts = run_record(
             protocol, name, len(files), i3d, num_real=num_real, num_generated=num_made, num_frames=num_frames,
             size=protocol.size if protocol.num_cond_frames else size, num_cond_frames=generator.num_cond_frames,

@@ -74,7 +74,7 @@ def test_only_damaged_ones_are_not_none(tmp_path):
     (tmp_path / "step_0000001.pt").write_bytes(b"")
     (tmp_path / "step_0000002.pt").write_bytes((tmp_path / "step_0000002.pt").read_bytes()[:100])
     message = f"none of the 2 checkpoints in {tmp_path} is whole .step_0000001.pt, step_0000002.pt.: put a whole one"
-    for read in (lambda: checkpoint.find(tmp_path, "auto"), lambda: checkpoint.load(tmp_path)):
+    for read in (lambda: checkpoint.find(tmp_path, "auto", "toy"), lambda: checkpoint.load(tmp_path)):
         with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(ValueError, match=message):
             read()
 
@@ -97,7 +97,7 @@ def test_what_the_system_refuses_is_not_damage(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(torch, "load", refuse)
     with pytest.raises(OSError, match="step_0000002.pt cannot be read: .*(denied|Input/output|room|memory)"):
-        checkpoint.find(tmp_path, "auto")
+        checkpoint.find(tmp_path, "auto", "toy")
 
 
 def test_another_version_is_not_damage(tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_another_version_is_not_damage(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 2, state(2))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="step_0000002.pt has checkpoint format 2, this version reads 1"):
-        checkpoint.find(tmp_path, "auto")
+        checkpoint.find(tmp_path, "auto", "toy")
 
 
 def test_refuses_to_start_over_a_run(tmp_path):
@@ -164,7 +164,7 @@ def test_a_flipped_byte_is_found(tmp_path):
         with pytest.raises(ValueError, match="step_0000002.pt cannot be read .* is not what was written"):
             checkpoint.load(path)
         with pytest.warns(UserWarning, match="step_0000002.pt cannot be read"):
-            assert checkpoint.find(tmp_path, "auto")["step"] == 1
+            assert checkpoint.find(tmp_path, "auto", "toy")["step"] == 1
 
 
 @pytest.mark.parametrize("place", ["model", "ema", "one of ema"])

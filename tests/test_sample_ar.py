@@ -167,7 +167,9 @@ def test_the_stages_share_the_time(sampled, capsys):
     sampled("out", "fp", "--sample_batch_size", 2, fvd=True)
     (line,) = re.findall(r"^time: [\d.]+ s: (.*) \(writing itself [\d.]+ s, behind\)$", capsys.readouterr().out, re.M)
     stages = dict(stage.rsplit(" ", 1) for stage in line.replace(" %", "").split(", "))
-    assert [*stages] == ["finding real clips", "waiting for real clips", "sampling", "I3D", "waiting for writing"]
+    assert [*stages] == [
+        "finding real clips", "waiting for real clips", "sampling", "I3D", "motion", "waiting for writing"
+    ]
     assert sum(map(int, stages.values())) == pytest.approx(100, abs=3)
 
 

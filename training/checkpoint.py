@@ -58,6 +58,7 @@ def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
     """
     if keep < 1:
         raise ValueError(f"--keep_checkpoints is {keep}, expected 1 or more")
+    state = {name: dict(value) if isinstance(value, State) else value for name, value in state.items()}  # plain values
     rng = distributed.gather(rng_state())
     state, shards = fsdp.split({"format": FORMAT, "step": step, "rng": rng, **state})
     suffix = "" if shards else ".pt"
