@@ -210,7 +210,7 @@ class FakeGenerator(torch.Generator):
 
 
 class Inline:
-    """A ThreadPoolExecutor without a thread: modes are of one thread."""
+    """A ThreadPoolExecutor without a thread, since modes are of one thread: it runs what is asked for."""
 
     def __init__(self, _=1):
         pass
@@ -222,8 +222,7 @@ class Inline:
         pass
 
     def submit(self, function, *args):
-        result = function(*args)
-        return types.SimpleNamespace(result=lambda: result)
+        return types.SimpleNamespace(result=lambda: function(*args))
 
 
 @contextlib.contextmanager
