@@ -203,9 +203,9 @@ def metrics(run: Path) -> dict:
 def weights(run: Path) -> dict:
     """SHA-256 of the newest checkpoint's weights and averages."""
     state, hashes = torch.load(max(run.glob("checkpoints/step_*.pt")), "cpu", weights_only=True), {}
-    for part in ("model", "ema"):
+    for part in {"model", "ema"} & state.keys():
         tensors = {}
-        walk(state.get(part, {}), lambda name, leaf, found=tensors: found.update({name: leaf}))
+        walk(state[part], lambda name, leaf, found=tensors: found.update({name: leaf}))
         names = sorted(tensors)
         hashes[f"{part} after step {state['step']}"] = sha256(np.array(names), *(tensors[n].numpy() for n in names))
     return hashes
@@ -288,7 +288,7 @@ class Guard:
         try:
             self.rows[name] = make()
             lines = [] if self.recorded is None else differences(self.recorded.get(name, {}), self.rows[name])
-        except (CommandError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a row meets, the others are compared too
             if self.recorded is None:
                 raise
             self.rows[name], lines = {}, [f"{type(error).__name__}: {error}"]
@@ -377,8 +377,8 @@ class Guard:
         self.row("data", self.data)
         self.only = only
         if self.recorded is not None:
-            for path in self.old.glob("*.pt"):
-                self.fill(path.stem)
+            for kind in CHECKPOINTS:
+                self.fill(kind)
         for name in TRAINERS:
             self.trainer(name)
         for name, (flags, processes) in SAMPLES.items():
@@ -402,13 +402,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["record", "compare"])
     parser.add_argument("folder", type=Path, help="folder of record.json and the old checkpoints")
-    parser.add_argument("--only", default="", metavar="PREFIX", help="compare the rows whose names begin so")
+    parser.add_argument("--only", default="", metavar="PREFIX", help="compare the rows whose names begin so, e.g. sit")
     args = parser.parse_args()
     path, here, start = args.folder / "record.json", machine(), time.monotonic()
     if args.action == "record":
         if args.only:
             sys.exit("error: --only is for compare: a recording has all rows")
-        args.folder.mkdir(parents=True, exist_ok=True)
         recorded = None
     else:
         if not path.is_file():
@@ -422,16 +421,19 @@ def main() -> None:
             print(f"THIS MACHINE DIFFERS: {'; '.join(changed)}. Differences below prove nothing: record the old "
                   "revision here and compare with that.")
     with tempfile.TemporaryDirectory(prefix="guard_") as work:
-        guard = Guard(Path(work), args.folder, recorded, args.only)
+        new = Path(work, "recorded")
+        new.mkdir()
+        guard = Guard(Path(work), args.folder if recorded else new, recorded, args.only)
         try:
             guard.everything()
         except CommandError as error:
             sys.exit(f"error: nothing is recorded, as a command failed: {error}")
-    taken = f"{time.monotonic() - start:.0f} s, {cpu_seconds():.0f} s of CPU time"
-    if recorded is None:
-        path.write_text(json.dumps({"machine": here, "rows": guard.rows}, indent=1) + "\n")
-        print(f"{len(guard.rows)} rows in {path}; {taken}")
-        return
+        taken = f"{time.monotonic() - start:.0f} s, {cpu_seconds():.0f} s of CPU time"
+        if recorded is None:
+            (new / "record.json").write_text(json.dumps({"machine": here, "rows": guard.rows}, indent=1) + "\n")
+            shutil.copytree(new, args.folder, dirs_exist_ok=True)
+            print(f"{len(guard.rows)} rows in {path}; {taken}")
+            return
     gone = [name for name in recorded if name.startswith(args.only) and name not in guard.rows]
     for name in gone:
         print(f"{name:<42}    0 s  DIFFERS: it is recorded, and this script has no such row")
