@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from data.clips import ClipDataset, VideoFile, class_names, list_csv, list_folder
+from data.clips import ClipDataset, VideoFile, class_names, find_lists, list_csv, list_folder
 from data.video import to_bytes
 from eval import fvd
 from eval.i3d import I3D
@@ -51,7 +51,8 @@ def parse_args():
     out.add_argument("--starting_index", type=int, default=0, help="first sample of this shard")
     out.add_argument("--num_samples_total", type=int, help="of all shards (default: up to the end of this one)")
     out.add_argument("--sample_batch_size", type=int, default=32, help="samples at once in each process")
-    out.add_argument("--cfg_scale", "--cs", dest="cfg_scale", type=float, default=1.0, help="guidance; 1 is none")
+    out.add_argument("--cfg_scale", "--cs", dest="cfg_scale", type=float, default=1.0,
+                     help="guidance; 1 is none, 0 no condition")
     out.add_argument("--class_label", type=int, help="this class only (default: drawn uniformly, or by LARP those of "
                      "the real clips)")
     out.add_argument("--seed", type=int, default=0, help="of all that is drawn for samples, and of a SiT's real clips")
@@ -80,13 +81,13 @@ def parse_args():
     flags = {"sit_model": add_sit_sampling(parser), "ar_model": add_larp_sampling(parser)}
     args = parser.parse_args()
     if (args.sit_model is None) == (args.ar_model is None):
-        raise ValueError("which model to sample from? Give either --sit_model or --ar_model")
+        parser.error("which model to sample from? Give either --sit_model or --ar_model")
     for model, actions in flags.items():
         given = [action.option_strings[0] for action in actions if getattr(args, action.dest) != action.default]
         if getattr(args, model) is None and given:
-            raise ValueError(f"{', '.join(given)} is of --{model} alone: leave it out")
+            parser.error(f"{', '.join(given)} is of --{model} alone: leave it out")
     if args.dataset_csv and args.video_name:
-        raise ValueError("--dataset_csv is a list, --video_name a folder of real videos: give one of them")
+        parser.error("--dataset_csv is a list, --video_name a folder of real videos: give one of them")
     if args.ar_model and not args.video_name:
         args.dataset_csv = args.dataset_csv or "ucf101_train.csv"
     elif not args.dataset_csv:
@@ -178,6 +179,7 @@ def main():
             if made:
                 labels = [files[keys[i].index].label if i < len(keys) else -1 for i in made]
                 videos, values = generator.generate(made, labels, given)
+                values["finite"] = videos.isfinite().flatten(1).all(1)  # looked at by the writer, without waiting here
                 videos = videos.float().clamp(0, 1)
             clock.mark("sampling")
             if made and i3d:
@@ -207,7 +209,8 @@ def main():
             results |= fvd.report(real, fake, protocol.divisor)
         if num_made < total:
             say(f"{total - num_made} samples are left out: their clips cannot be decoded (quarantine.txt)")
-        name = "+".join(Path(part).name for part in dataset.split("+")) if files else "none"
+        parts = find_lists(dataset) if args.dataset_csv and not dataset.startswith("null") else [Path(dataset)]
+        name = "+".join(part.name for part in parts) if files else "none"
         known = "UCF-101" if is_ucf101(name, len(files)) else name
         if name in ("k600_train.csv", "k600_val.csv") and len(files) > 20_000:  # every copy lacks some of its videos
             known = "Kinetics-600"

@@ -20,7 +20,6 @@ from torch import Tensor
 from data.clips import (
     ClipDataset,
     GlobalBatchSampler,
-    check_shares,
     class_names,
     list_csv,
     list_folder,
@@ -28,6 +27,7 @@ from data.clips import (
 )
 from models.larp_ar import LARPGenerator, code_loss
 from models.layers import compile_blocks, set_checkpointing
+from models.released import build
 from training import checkpoint, distributed, sharding
 from training.arguments import Parser, add_data, add_larp_ar, add_run, larp_ar_config, one_line_errors
 from training.codes import (
@@ -43,10 +43,10 @@ from training.codes import (
     held_out_keys,
 )
 from training.generation import SampleCheck
-from training.latents import prefetch
-from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
+from training.latents import prefetch, to_device
+from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due, open_quarantine, say
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
-from training.tokenizers import load_larp_tokenizer, weights_sha256
+from training.tokenizers import load_larp_tokenizer, on_device, weights_sha256
 from training.validation import validation_source
 
 
@@ -88,7 +88,7 @@ def parse_args():
     logs.add_argument("--val_batch_size", type=int, default=8, help="validation clips at once in each process")
     logs.add_argument("--num_samples", type=int, default=32, help="samples, of or after the first validation clips")
     logs.add_argument("--sample_batch_size", type=int, default=32, help="samples at once in each process")
-    logs.add_argument("--cfg_scale", type=float, default=1.0, help="guidance of the samples; 1: none")
+    logs.add_argument("--cfg_scale", type=float, default=1.0, help="guidance of the samples; 1: none, 0: no condition")
     logs.add_argument("--temperature", type=float, default=1.0, help="of the samples' codes")
     logs.add_argument("--top_k", type=int, default=0, help="draw among the K likeliest codes; 0: among all")
     logs.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest codes up to this probability")
@@ -106,22 +106,22 @@ def main():
     torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
     # The frozen tokenizer, and the generator of its codes.
-    tokenizer = load_larp_tokenizer(args.tokenizer, args.tokenizer_version).to(device).requires_grad_(False)
+    tokenizer = load_larp_tokenizer(args.tokenizer, args.tokenizer_version).requires_grad_(False)
+    if not args.cache_codes:  # else it comes to the device only to encode what is kept, and to decode samples
+        tokenizer.to(device)
     tokenizer_hash, clip_config = weights_sha256(tokenizer), tokenizer.config
     folder = Path(args.save_dir) / args.exp_name
     claim_run(folder)
-    state = checkpoint.find(folder / "checkpoints", args.resume)
-    if state and state.get("kind") != "larp_ar":
-        raise ValueError(f"--resume {args.resume} holds a {state.get('kind')} model, expected a larp_ar checkpoint")
+    state = checkpoint.find(folder / "checkpoints", args.resume, "larp_ar")
     if state and state["tokenizer"] != tokenizer_hash:
         raise ValueError(f"the run in {folder} was trained on another tokenizer than {args.tokenizer}: give "
                          f"{state['args']['tokenizer']}, which it names, or what became of it")
     if state and ("shards" in state) != args.fsdp:
         raise ValueError(f"the run in {folder} was saved {'without' if args.fsdp else 'with'} --fsdp: go on likewise")
     options, num_cond_frames = larp_ar_config(args, clip_config, state, f"the run in {folder}")
-    if num_cond_frames and args.cfg_scale > 1:
+    if num_cond_frames and args.cfg_scale != 1:
         raise ValueError(f"--cfg_scale is {args.cfg_scale}, but frame prediction has no guidance: leave it out")
-    generator = LARPGenerator(**options).train()
+    generator = build(LARPGenerator, options, state.path if state else None).train()
     set_checkpointing(generator, args.gradient_checkpointing)
     config, class_cond = generator.config, not generator.config.frame_prediction
     emas = {str(decay): EMA(generator, decay) for decay in args.ema_decays}
@@ -130,9 +130,8 @@ def main():
     for net in (generator, *(ema.model for ema in emas.values())):
         place(net, device)
     optimizer = adamw(decay_groups(generator, args.weight_decay), args.lr, betas=tuple(args.betas))
-    torch.manual_seed(args.seed + rank)  # each process drops out units of its own; all other draws are per clip
     parts = {"model": generator, "optimizer": optimizer, "scaler": precision.scaler}
-    start, best = 0, float("inf")
+    start, rng, best = 0, None, float("inf")
 
     def trained() -> dict:
         return {**{name: part.state_dict() for name, part in parts.items()},
@@ -142,12 +141,8 @@ def main():
         if args.fsdp:  # each process reads its share, into tensors that must be there
             sharding.allocate(optimizer)
             sharding.fill(state, trained())
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        for decay, ema in emas.items():
-            ema.model.load_state_dict(checkpoint.select_weights(state, f"ema_{decay}"))
-        checkpoint.set_rng_state(state["rng"])
-        start, best = state["step"], state["best"]
+        checkpoint.restore({**parts, **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}, state)
+        start, rng, best = state["step"], state["rng"], state["best"]
         del state  # frees a copy of it all
 
     if args.compile:
@@ -175,12 +170,33 @@ def main():
         with precision.autocast():
             return encode_video(tokenizer, video, num_cond_frames)
 
-    check_shares(args.batch_size, world_size, args.accum_iter)  # before the cache is filled, which may take hours
+    # What training, validation and samples need is looked for before the cache is filled, which may take hours.
+    GlobalBatchSampler(len(files), args.batch_size, 0, rank, world_size, args.accum_iter, order="epoch")
+    generator.check_guidance(args.cfg_scale)
+    check_writable(folder)
+    # Validation scores the codes of held-out clips; samples are of the classes of the first of them, or continue them.
+    held_out = check = None
+    if args.num_val != 0:
+        val_source = validation_source(args)
+        val_files = list_folder(val_source) if args.video_name else list_csv(val_source)
+        if class_cond:
+            check_labels(val_files, config.num_classes, val_source)
+        if class_cond and args.video_name:
+            check_classes(files, val_files, source, val_source)
+        keys, val_clips = held_out_keys(len(val_files), args.num_val, args.seed), make_clips(val_files)
+        with on_device(tokenizer, device):
+            held_out = HeldOut(val_clips, keys, encode, args.val_batch_size, args.num_workers, device)
+        keys = keys[: args.num_samples]
+        given = f": {num_cond_frames} frames given" if num_cond_frames else ""
+        captions = [caption(val_files[key.index]) + given for key in keys]
+        if keys:
+            check = SampleCheck(val_clips, keys, args.sample_batch_size, args.num_workers, device, not class_cond)
     numbered, cache = list(range(len(files))), None
     if args.cache_codes:
         cache = CodeCache(Path(args.cache_dir), make_clips(files, damaged="skip"), clip_config, args.cache_codes,
                           num_cond_frames, args.flip, {"tokenizer": tokenizer_hash, "precision": precision.name})
-        cache.fill(encode, args.batch_size // world_size, args.num_workers, device)
+        with on_device(tokenizer, device):
+            cache.fill(encode, args.batch_size // world_size, args.num_workers, device)
         numbered = cache.good_files()
     epoch_steps = len(numbered) // args.batch_size
     num_iters = args.num_iters or args.max_epoch * epoch_steps
@@ -194,32 +210,15 @@ def main():
         loader = make_loader(make_clips(files), sampler, args.num_workers, args.prefetch_factor, on_gpu)
         batches = batches_from_video(loader, encode, args.flip, device)
 
-    # Validation scores the codes of held-out clips; samples are of the classes of the first of them, or continue them.
-    held_out = check = None
-    if args.num_val != 0:
-        val_source = validation_source(args)
-        val_files = list_folder(val_source) if args.video_name else list_csv(val_source)
-        if class_cond:
-            check_labels(val_files, config.num_classes, val_source)
-        if class_cond and args.video_name:
-            check_classes(files, val_files, source, val_source)
-        keys, val_clips = held_out_keys(len(val_files), args.num_val, args.seed), make_clips(val_files)
-        held_out = HeldOut(val_clips, keys, encode, args.val_batch_size, args.num_workers, device)
-        keys = keys[: args.num_samples]
-        given = f": {num_cond_frames} frames given" if num_cond_frames else ""
-        captions = [caption(val_files[key.index]) + given for key in keys]
-        if keys:
-            check = SampleCheck(val_clips, keys, args.sample_batch_size, args.num_workers, device, not class_cond)
-
     model = generator if args.fsdp else distributed.wrap(generator, device, args.accum_iter == 1)
 
-    def save(step: int, is_best: bool = False) -> None:
+    def save(step: int) -> None:
         guard.check()
         checkpoint.save(folder / "checkpoints", step, {
             "kind": "larp_ar", "config": asdict(config), "num_cond_frames": num_cond_frames, "classes": names,
             "tokenizer": tokenizer_hash, **trained(), "best": best,
             "data": {"position": step * args.batch_size, "files": len(numbered)}, "args": vars(args),
-        }, keep=args.keep_checkpoints, best=is_best)
+        }, keep=args.keep_checkpoints)
 
     def score(net: torch.nn.Module, codes: Tensor, cond: Tensor, drop: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         cond = cond if class_cond else generator.frame_condition(cond)
@@ -237,6 +236,26 @@ def main():
         with precision.autocast():
             return tokenizer.decode(codes).float()
 
+    def validate(step: int) -> None:
+        nonlocal best
+        labelled = class_cond and config.class_dropout_prob > 0
+        for kind, net in {"val": generator, **{f"val_ema_{d}": ema.model for d, ema in emas.items()}}.items():
+            scores = log.scores(step, kind, lambda net=net: held_out.score(
+                partial(score, sharding.whole(net).eval()), labelled
+            ))
+            net.train(net is generator)
+            if net is generator and scores["loss"] < best:
+                best = scores["loss"]
+                checkpoint.mark_best(folder / "checkpoints", step)
+
+    def sample(step: int) -> None:
+        pictures = folder / "samples" / f"step_{step:07d}"
+        with on_device(tokenizer, device):
+            log.scores(step, "samples", lambda: check.run(
+                partial(generate, sharding.whole(averaged)), captions, pictures
+            ))
+        averaged.cache = None  # gives back the memory of its keys and values
+
     say(f"LARP generator, {sum(p.numel() for p in generator.parameters()):,} parameters, {precision.name}, "
         f"{'classes' if class_cond else f'{num_cond_frames} frames given'}; {len(numbered):,} videos in {source}"
         f"{f', {cache.views} cached windows each' if cache else ''}; {world_size} processes x "
@@ -246,9 +265,15 @@ def main():
     eval_steps, sample_steps, save_steps = (
         max(1, round(epochs * epoch_steps)) for epochs in (args.eval_every, args.sample_every, args.save_every)
     )
+    # Each process drops out units of its own; all other draws are per clip.
+    checkpoint.start_rng(args.seed, rng)
+    if held_out and due(start, eval_steps, num_iters):  # by a run that was stopped before
+        validate(start)
+    if check and due(start, sample_steps, num_iters):
+        sample(start)
     for step in range(start + 1, num_iters + 1):
-        # The schedule is a pure function of the steps done.
-        multiplier = cosine_with_warmup(step - 1, round(args.warmup_epoch * epoch_steps), num_iters, args.min_lr_mult)
+        # The schedule is a pure function of the step, counted from 1 as the released trainer does.
+        multiplier = cosine_with_warmup(step, round(args.warmup_epoch * epoch_steps), num_iters, args.min_lr_mult)
         set_rates(optimizer, [args.lr, args.lr], multiplier)
         means = 0
         for micro in range(args.accum_iter):
@@ -256,7 +281,7 @@ def main():
             batch = stop.next(batches, step, save)
             log.waited(time.perf_counter() - waiting)
             # Whether a clip's label is hidden depends on its position in the run alone, not on how clips are shared.
-            drop = draw_drops(args.seed, batch.positions, config.class_dropout_prob).to(device, non_blocking=True)
+            drop = to_device(draw_drops(args.seed, batch.positions, config.class_dropout_prob), device)
             with distributed.sync_gradients(model, micro == args.accum_iter - 1):
                 loss, logs = score(model, batch.codes, batch.cond, drop)
                 precision.scaler.scale(loss / args.accum_iter).backward()
@@ -271,31 +296,18 @@ def main():
             guard.check()
             values = dict(zip(logs, distributed.all_mean(means).tolist()))
             log.train(step, device, **values, lr=args.lr * multiplier)
-        is_best = False
-        if held_out and (step % eval_steps == 0 or step == num_iters):
-            guard.check()
-            for kind, net in {"val": generator, **{f"val_ema_{d}": ema.model for d, ema in emas.items()}}.items():
-                scores = held_out.score(
-                    partial(score, sharding.whole(net).eval()), labelled=class_cond and config.class_dropout_prob > 0
-                )
-                net.train(net is generator)
-                log.write(step, kind, **scores)
-                say(f"step {step}, {kind}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-                if net is generator:
-                    is_best, best = scores["loss"] < best, min(scores["loss"], best)
-        if check and (step % sample_steps == 0 or step == num_iters):
-            guard.check()
-            pictures = folder / "samples" / f"step_{step:07d}"
-            scores = check.run(partial(generate, sharding.whole(averaged)), captions, pictures)
-            averaged.cache = None  # gives back the memory of its keys and values
-            log.write(step, "samples", **scores)
-            say(f"step {step}, samples in {folder / 'samples'}" + "".join(f", {k} {v:.4g}" for k, v in scores.items()))
         stopping = stop.anywhere()
-        if is_best or stopping or step % save_steps == 0 or step == num_iters:
-            save(step, is_best)
+        to_validate = held_out and due(step, eval_steps, num_iters)
+        to_sample = check and due(step, sample_steps, num_iters)
+        if stopping or to_validate or to_sample or due(step, save_steps, num_iters):
+            save(step)
         if stopping:
             log.close()
             stop.leave(step)
+        if to_validate:
+            validate(step)
+        if to_sample:
+            sample(step)
     log.close()
     if len(quarantine):
         say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")

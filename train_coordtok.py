@@ -6,20 +6,23 @@ One process or none of torchrun works too. Runs are written to SAVE_DIR/EXP_NAME
 """
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.clips import ClipDataset, GlobalBatchSampler, list_folder, make_loader
+from data.points import count_frames
 from models.coordtok import CoordTok
 from models.layers import compile_blocks, set_checkpointing
 from models.losses import Perceptual, coordtok_loss
 from models.planes import gather_patches
+from models.released import build
 from training import checkpoint, distributed
 from training.arguments import Parser, add_clip_cache, add_coordtok, add_data, add_run, coordtok_config, one_line_errors
 from training.clip_cache import clip_cache
-from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due, open_quarantine, say
 from training.optim import Precision, adamw, update
 from training.tokenizers import coordtok_clips, load_coordtok
 from training.validation import Validation, validation_source
@@ -41,6 +44,8 @@ def parse_args():
     train.add_argument("--first_step_ckpt", help="step 2 starts from this checkpoint, ours or the authors'")
     train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="weight of LPIPS; step 2 only")
     train.add_argument("--lpips_weights", default="auto", metavar="auto|random|PATH", help="LPIPS's VGG16 backbone")
+    train.add_argument("--lpips_dropout", action="store_true",
+                       help="LPIPS's own dropout of 0.5 in training, as released; else it is off")
     train.add_argument("--world_size", type=int, help="ignored: torchrun says it")
     logs = parser.add_argument_group("logging")
     logs.add_argument("--log_every", type=int, default=50, help="steps between lines of metrics.jsonl")
@@ -64,10 +69,10 @@ def main():
     # What to start from: the run's own checkpoint, step 1's weights, or fresh weights.
     folder = Path(args.save_dir) / (args.exp_name + "_second" * args.is_second_step)
     claim_run(folder)
-    state = checkpoint.find(folder / "checkpoints", args.resume)
+    state = checkpoint.find(folder / "checkpoints", args.resume, "coordtok")
     if state:
-        tokenizer = CoordTok(**coordtok_config(args, state["config"], f"the run in {folder}"))
-        tokenizer.load_state_dict(state["model"])
+        tokenizer = build(CoordTok, coordtok_config(args, state["config"], f"the run in {folder}"), state.path)
+        checkpoint.restore({"model": tokenizer}, state)
     elif args.is_second_step:
         if args.first_step_ckpt is None:
             raise ValueError("--is_second_step needs --first_step_ckpt, the checkpoint that step 1 wrote")
@@ -78,7 +83,9 @@ def main():
     tokenizer.to(device).train()
     set_checkpointing(tokenizer, args.gradient_checkpointing)
     use_lpips = args.is_second_step and args.lpips_loss_scale > 0
-    perceptual = Perceptual(weights=args.lpips_weights).to(device) if use_lpips else None
+    perceptual = Perceptual(weights=args.lpips_weights, dropout=args.lpips_dropout).to(device) if use_lpips else None
+    if args.is_second_step:
+        count_frames(args.point_per_vid, config.grid)
 
     # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
     size, patch_t, patch = config.video_shape[1], config.dec_patch_size_t, config.dec_patch_size_xy
@@ -87,36 +94,35 @@ def main():
     quarantine = open_quarantine(folder, args.decode_timeout)
     resize = args.resize if args.resize != "auto" else "device" if device.type == "cuda" else "worker"
     points = ("frames" if args.is_second_step else "patches", args.point_per_vid, config.grid, patch_t)
-    cache = clip_cache(
+    start = state["step"] if state else 0
+    sampler = GlobalBatchSampler(
+        len(files), args.num_views, args.num_iters, rank, world_size, accum=args.accum_iter, seed=args.seed,
+        start_step=start, order="replacement",
+    )
+    validation = None
+    if args.num_val:
+        validation = Validation(
+            list_folder(validation_source(args)), args.num_val, config.video_shape[0], size, "coordtok", device,
+            args.val_batch_size, args.num_workers, quarantine, args.lpips_weights, args.decode_timeout,
+        )
+    check_writable(folder)
+    cache = clip_cache(  # after all that a flag may have wrong: it may take hours
         args.cache_dir, files, size, "coordtok", quarantine, args.num_workers, args.decode_timeout
     ) if args.cache_clips else None
     clips = ClipDataset(
         files, config.video_shape[0], size, rule="coordtok", resize=resize, seed=args.seed, points=points,
         quarantine=quarantine, timeout=args.decode_timeout, cache=cache,
     )
-    start = state["step"] if state else 0
-    sampler = GlobalBatchSampler(
-        len(files), args.num_views, args.num_iters, rank, world_size, accum=args.accum_iter, seed=args.seed,
-        start_step=start, order="replacement",
-    )
     on_gpu = device.type == "cuda"
     batches = iter(make_loader(clips, sampler, args.num_workers, args.prefetch_factor, pin_memory=on_gpu))
-    validation = None
-    if args.num_val:
-        validation = Validation(
-            list_folder(validation_source(args)), args.num_val, config.video_shape[0], size, "coordtok", device,
-            args.val_batch_size, args.num_workers, quarantine, args.lpips_weights,
-        )
 
     # Optimiser: weight decay on everything, as published.
     precision = Precision(args.precision, device)
     optimizer = adamw(tokenizer.parameters(), lr=args.lr, weight_decay=1e-3)
-    best = float("-inf")
+    rng, best = None, float("-inf")
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        precision.scaler.load_state_dict(state["scaler"])
-        checkpoint.set_rng_state(state["rng"])
-        best = state["best"]
+        checkpoint.restore({"optimizer": optimizer, "scaler": precision.scaler}, state)
+        rng, best = state["rng"], state["best"]
         state = None  # frees a copy of the model
     if args.compile:
         compile_blocks(tokenizer)
@@ -124,13 +130,13 @@ def main():
             compile_blocks(perceptual)
     model = distributed.wrap(tokenizer, device, args.accum_iter == 1)
 
-    def save(step: int, is_best: bool = False):
+    def save(step: int) -> None:
         guard.check()
         checkpoint.save(folder / "checkpoints", step, {
             "kind": "coordtok", "config": asdict(config), "model": tokenizer.state_dict(),
             "optimizer": optimizer.state_dict(), "scaler": precision.scaler.state_dict(), "best": best,
             "data": {"position": step * args.num_views, "files": len(files)}, "args": vars(args),
-        }, keep=args.keep_checkpoints, best=is_best)
+        }, keep=args.keep_checkpoints)
 
     def reconstruct(video: Tensor, _: list[int]) -> Tensor:
         tokenizer.eval()
@@ -139,11 +145,22 @@ def main():
         tokenizer.train()
         return output
 
+    def validate(step: int) -> None:
+        nonlocal best
+        pictures = folder / "samples" / f"step_{step:07d}"
+        scores = log.scores(step, "val", partial(validation.run, reconstruct, pictures))
+        if scores["psnr_frame"] > best:
+            best = scores["psnr_frame"]
+            checkpoint.mark_best(folder / "checkpoints", step)
+
     parameters = sum(p.numel() for p in tokenizer.parameters())
     say(f"CoordTok, {parameters:,} parameters, {precision.name}; {len(files):,} videos in {root}; "
         f"{world_size} processes x {args.num_views // world_size} videos; step {start} of {args.num_iters}")
     log = RunLog(folder, vars(args), start, args.num_iters, args.num_views, args.wandb)
     guard, stop = NonFiniteGuard(device), StopSignal()
+    checkpoint.start_rng(args.seed, rng)
+    if validation and due(start, args.steps_til_summary, args.num_iters):  # by a run that was stopped before
+        validate(start)
     for step in range(start + 1, args.num_iters + 1):
         means = 0
         for micro in range(args.accum_iter):
@@ -169,19 +186,15 @@ def main():
         if step % args.log_every == 0 or step == args.num_iters:
             guard.check()
             log.train(step, device, **dict(zip(["loss", *logs], distributed.all_sum(means).tolist())))
-        is_best = False
-        if validation and (step % args.steps_til_summary == 0 or step == args.num_iters):
-            guard.check()
-            scores = validation.run(reconstruct, folder / "samples" / f"step_{step:07d}")
-            log.write(step, "val", **scores)
-            say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-            is_best, best = scores["psnr_frame"] > best, max(best, scores["psnr_frame"])
         stopping = stop.anywhere()
-        if is_best or stopping or step % args.steps_til_save == 0 or step == args.num_iters:
-            save(step, is_best)
+        to_validate = validation and due(step, args.steps_til_summary, args.num_iters)
+        if stopping or to_validate or due(step, args.steps_til_save, args.num_iters):
+            save(step)
         if stopping:
             log.close()
             stop.leave(step)
+        if to_validate:
+            validate(step)
     log.close()
     if len(quarantine):
         say(f"{len(quarantine)} damaged files, listed in {quarantine.path}")

@@ -16,12 +16,11 @@ from data.clips import (
     ClipDataset,
     ClipKey,
     GlobalBatchSampler,
-    check_shares,
     class_names,
     list_folder,
     make_loader,
 )
-from models.interpolant import LOSS_WEIGHTS, PATHS, PREDICTIONS, Interpolant
+from models.interpolant import LOSS_WEIGHTS, PATHS, PREDICTIONS, Interpolant, check_sde
 from models.layers import compile_blocks, set_checkpointing
 from models.planes import Planes
 from models.sit import SIT_SIZES, SiT
@@ -29,9 +28,9 @@ from training import checkpoint, distributed
 from training.arguments import Parser, add_coordtok, add_data, add_run, one_line_errors, word_or_none
 from training.generation import SampleCheck, TrainedSiT, differences, sample_labels, sample_planes
 from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure, prefetch
-from training.log import NonFiniteGuard, RunLog, StopSignal, claim_run, open_quarantine, say
+from training.log import NonFiniteGuard, RunLog, StopSignal, check_writable, claim_run, due, open_quarantine, say
 from training.optim import EMA, Precision, adamw, update
-from training.tokenizers import coordtok_clips, load_coordtok, weights_sha256
+from training.tokenizers import coordtok_clips, load_coordtok, on_device, weights_sha256
 from training.validation import spread
 
 
@@ -81,11 +80,13 @@ def main():
     torch.backends.cudnn.allow_tf32 = args.allow_tf32
 
     # The frozen tokenizer, and the generator of its planes.
-    tokenizer = load_coordtok(args.first_model_ckpt, args).to(device).eval().requires_grad_(False)
+    tokenizer = load_coordtok(args.first_model_ckpt, args).eval().requires_grad_(False)
+    if not args.cache_latents:  # else it comes to the device only to fill the cache, and to render samples
+        tokenizer.to(device)
     config, tokenizer_hash = tokenizer.config, weights_sha256(tokenizer)
     folder = Path(args.save_dir) / args.exp_name
     claim_run(folder)
-    state = checkpoint.find(folder / "checkpoints", args.resume)
+    state = checkpoint.find(folder / "checkpoints", args.resume, "sit")
     sit = SiT(
         **SIT_SIZES[args.model], input_size=(config.latent_resolution_t, config.latent_resolution_xy),
         in_channels=config.latent_n_features, num_classes=args.num_classes, class_dropout_prob=args.class_dropout_prob,
@@ -99,17 +100,14 @@ def main():
         if state["tokenizer"] != tokenizer_hash:
             raise ValueError(f"the run in {folder} was trained on another tokenizer than {args.first_model_ckpt}: give "
                              f"{state['args']['first_model_ckpt']}, which it names, or what became of it")
-        sit.load_state_dict(state["model"])
+        checkpoint.restore({"model": sit}, state)
     ema = EMA(sit, args.ema_decay)
     precision = Precision(args.precision, device)
     optimizer = adamw(sit.parameters(), lr=args.lr)
-    start = 0
+    start, rng = 0, None
     if state:
-        ema.model.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        precision.scaler.load_state_dict(state["scaler"])
-        checkpoint.set_rng_state(state["rng"])
-        start = state["step"]
+        checkpoint.restore({"ema": ema.model, "optimizer": optimizer, "scaler": precision.scaler}, state)
+        start, rng = state["step"], state["rng"]
 
     # Data: clips encoded as they come, or once and for all.
     root = Path(args.data_root) / args.video_name
@@ -130,12 +128,25 @@ def main():
             planes = tokenizer.encode(*coordtok_clips(batch, config, device))
         return planes.map(torch.Tensor.float)
 
-    check_shares(args.global_batch_size, world_size, args.accum_iter)  # before the cache is filled
+    # What training and samples need is looked for before the cache is filled, which may take hours.
+    GlobalBatchSampler(len(files), args.global_batch_size, 0, rank, world_size, args.accum_iter, order="epoch")
+    check_writable(folder)
+    # Samples during training, from the averaged weights.
+    check = None
+    if args.num_val:
+        sit.check_guidance(args.val_cfg_scale)
+        check_sde(num_steps=args.val_sampling_steps)
+        keys = [ClipKey(i, index) for i, index in enumerate(spread(len(files), args.num_val))]
+        real = make_clips(damaged="skip", short="repeat")
+        check = SampleCheck(real, keys, args.val_batch_size, args.num_workers, device)
+        labels = sample_labels(range(args.num_val), args.num_classes, args.seed)
+        captions = [names[label] if args.num_classes > 1 else f"sample {i}" for i, label in enumerate(labels)]
     numbered, cache = list(range(len(files))), None
     if args.cache_latents:
         key = {"tokenizer": tokenizer_hash, "precision": precision.name}
         cache = LatentCache(Path(args.cache_dir), make_clips(damaged="skip"), config, args.cache_latents, key)
-        cache.fill(encode, args.global_batch_size // world_size, args.num_workers)
+        with on_device(tokenizer, device):
+            cache.fill(encode, args.global_batch_size // world_size, args.num_workers)
         numbered = cache.good_files()
     num_iters = args.num_iters or args.epochs * (len(numbered) // args.global_batch_size)
     sampler = GlobalBatchSampler(
@@ -171,14 +182,6 @@ def main():
             "data": {"position": step * args.global_batch_size, "files": len(numbered)},
         }, keep=args.keep_checkpoints)
 
-    # Samples during training, from the averaged weights.
-    check = None
-    if args.num_val:
-        keys = [ClipKey(i, index) for i, index in enumerate(spread(len(files), args.num_val))]
-        real = make_clips(damaged="skip", short="repeat")
-        check = SampleCheck(real, keys, args.val_batch_size, args.num_workers, device)
-        labels = sample_labels(range(args.num_val), args.num_classes, args.seed)
-        captions = [names[label] if args.num_classes > 1 else f"sample {i}" for i, label in enumerate(labels)]
     averaged = TrainedSiT(ema.model, interpolant, stats, names)
 
     def generate(indices: list[int]) -> torch.Tensor:
@@ -187,6 +190,11 @@ def main():
             planes = sample_planes(averaged, indices, args.seed, y, cfg_scale=args.val_cfg_scale,
                                    num_steps=args.val_sampling_steps)
             return tokenizer.render(planes)
+
+    def sample(step: int) -> None:
+        pictures = folder / "samples" / f"step_{step:07d}"
+        with on_device(tokenizer, device):
+            log.scores(step, "samples", partial(check.run, generate, captions, pictures))
 
     if args.compile:
         compile_blocks(sit)
@@ -197,6 +205,9 @@ def main():
         f"{args.global_batch_size // world_size} clips; step {start} of {num_iters}")
     log = RunLog(folder, vars(args), start, num_iters, args.global_batch_size, args.wandb)
     guard, stop, generator = NonFiniteGuard(device), StopSignal(), torch.Generator(device)
+    checkpoint.start_rng(args.seed, rng)
+    if check and due(start, args.sample_every, num_iters):  # by a run that was stopped before
+        sample(start)
     batch_size, micro_size = args.global_batch_size, args.global_batch_size // (world_size * args.accum_iter)
     for step in range(start + 1, num_iters + 1):
         # Every process draws for the whole batch and takes its rows: the draws do not depend on how it is shared.
@@ -229,17 +240,15 @@ def main():
         if step % args.log_every == 0 or step == num_iters:
             guard.check()
             log.train(step, device, **dict(zip(["loss", *logs], distributed.all_sum(means).tolist())))
-        if check and (step % args.sample_every == 0 or step == num_iters):
-            guard.check()
-            scores = check.run(generate, captions, folder / "samples" / f"step_{step:07d}")
-            log.write(step, "samples", **scores)
-            say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         stopping = stop.anywhere()
-        if stopping or step % args.ckpt_every == 0 or step == num_iters:
+        to_sample = check and due(step, args.sample_every, num_iters)
+        if stopping or to_sample or due(step, args.ckpt_every, num_iters):
             save(step)
         if stopping:
             log.close()
             stop.leave(step)
+        if to_sample:
+            sample(step)
     log.close()
     say(f"checkpoints: {folder / 'checkpoints'}")
 

@@ -4,6 +4,7 @@
 """
 import hashlib
 import json
+import math
 import sys
 import zlib
 from collections.abc import Sequence
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import reading
 from data.files import remove_partials, write_whole
+
+REMAKE = "delete it, and it will be made again"
 
 
 class ShardCache:
@@ -76,12 +80,20 @@ class ShardCache:
 
 def check(shard: Path) -> None:
     """ValueError where a shard's content is not what its name says."""
-    try:
-        found = f"{zlib.crc32(np.load(shard)):08x}"
-    except (ValueError, EOFError):  # cut short
-        found = None
-    if found != shard.name.split(".")[1]:
-        raise ValueError(f"{shard} is damaged: delete it, and it will be made again")
+    with reading(shard, "a shard of a cache", REMAKE):
+        if f"{zlib.crc32(np.load(shard)):08x}" != shard.name.split(".")[1]:
+            raise ValueError("its content is not what its checksum says")
+
+
+def open_shard(path: Path, dtype: np.dtype, shape: tuple[int | None, ...], mode: str = "r") -> np.ndarray:
+    """A shard's array, mapped. shape: what it must be; None is any. Raises DamagedFile."""
+    with reading(path, "a shard of a cache", REMAKE):
+        array = np.load(path, mmap_mode=mode)
+        if array.dtype != dtype or len(array.shape) != len(shape) or any(
+            wanted not in (None, found) for wanted, found in zip(shape, array.shape)
+        ):
+            raise ValueError(f"it holds {array.shape} {array.dtype}")
+        return array
 
 
 MAX_MAPS = 256  # of a RowCache: each holds a file open, of which a process may have about a thousand
@@ -105,11 +117,15 @@ class RowCache(ShardCache):
     def _paths(self) -> list[Path]:
         return self.paths()
 
+    def open(self, shard: int) -> np.ndarray:
+        """The rows of a shard, mapped."""
+        return open_shard(self._paths[shard], self.dtype, (len(self.rows_of(shard)), *self.row_shape))
+
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
             if len(self._maps) == MAX_MAPS:
                 del self._maps[next(iter(self._maps))]
-            self._maps[shard] = np.load(self._paths[shard], mmap_mode="r")
+            self._maps[shard] = self.open(shard)
         return self._maps[shard]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
@@ -148,7 +164,12 @@ class ClipCache(ShardCache):
         """The shards, and of each video the number of frames and the first of them in its shard."""
         paths, lengths, starts = self.paths(), [], []
         for shard, path in enumerate(paths):
-            there = np.load(path, mmap_mode="r")[: 8 * len(self.rows_of(shard))].view(np.int64)
+            content = open_shard(path, np.uint8, (None,))
+            there = content[: 8 * len(self.rows_of(shard))]
+            with reading(path, "a shard of a cache", REMAKE):
+                there = there.view(np.int64)
+                if len(content) - 8 * len(there) != there.sum() * math.prod(self.row_shape) or there.min() < 0:
+                    raise ValueError(f"it holds {len(content)} bytes, not those of videos of {there.tolist()} frames")
             lengths.append(np.array(there))
             starts.append(np.cumsum(there) - there)
         return paths, np.concatenate(lengths), np.concatenate(starts)
@@ -163,7 +184,7 @@ class ClipCache(ShardCache):
         paths, _, starts = self.index
         shard = video // self.shard_rows
         # Mapped each time: that takes 0.1 ms, and maps kept would each hold a file. Writing to them changes no file.
-        content = np.asarray(np.load(paths[shard], mmap_mode="c"))[8 * len(self.rows_of(shard)) :]
+        content = np.asarray(open_shard(paths[shard], np.uint8, (None,), "c"))[8 * len(self.rows_of(shard)) :]
         first, last = starts[video] + frames[0], starts[video] + frames[-1]
         step = frames[1] - frames[0] if len(frames) > 1 else 1
         return content.reshape(-1, *self.row_shape)[first : last + 1 : step]

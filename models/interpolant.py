@@ -107,6 +107,7 @@ LAST_STEPS = ("Mean", "Euler", "Tweedie", None)
 # torchdiffeq's methods whose samples do not see one another. Adaptive ones choose one step size for the whole batch;
 # implicit_adams iterates until the whole batch has converged.
 INDEPENDENT = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams")
+MAX_STEPS = 10_000  # of an adaptive method: hundreds of times what usual tolerances take
 FIXED_GRID = (*INDEPENDENT, "implicit_adams", "fixed_adams")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 
@@ -114,6 +115,22 @@ ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 def _check(name: str, value: Any, allowed: Iterable) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def check_sde(
+    method: str = "Euler", num_steps: int = 250, diffusion_form: str = "sigma", diffusion_norm: float = 1.0,
+    last_step: str | None = "Mean", last_step_size: float = 0.04,
+) -> None:
+    """ValueError where `Interpolant.sample_sde` does not take these settings."""
+    _check("method", method, SDE_METHODS)
+    _check("diffusion_form", diffusion_form, DIFFUSION_FORMS)
+    _check("last_step", last_step, LAST_STEPS)
+    if num_steps < 2 or not 0 <= last_step_size < 1 or diffusion_norm < 0:
+        raise ValueError(
+            f"num_steps {num_steps}, last_step_size {last_step_size}, diffusion_norm {diffusion_norm}: expected "
+            "2 or more, [0, 1), 0 or more: change --num-sampling-steps (in training "
+            "--val_sampling_steps), --last-step-size or --diffusion-norm"
+        )
 
 
 @dataclass(frozen=True)
@@ -309,14 +326,7 @@ class Interpolant:
         away from it. SBDM's D is infinite at t = 0 of Linear and GVP. Any D >= 0 has the same marginals, so it is kept
         to 1 / dt, beyond which explicit steps overshoot; other forms are taken as they are.
         """
-        _check("method", method, SDE_METHODS)
-        _check("diffusion_form", diffusion_form, DIFFUSION_FORMS)
-        _check("last_step", last_step, LAST_STEPS)
-        if num_steps < 2 or not 0 <= last_step_size < 1 or diffusion_norm < 0:
-            raise ValueError(
-                f"num_steps {num_steps}, last_step_size {last_step_size}, diffusion_norm {diffusion_norm}: expected "
-                "2 or more, [0, 1), 0 or more: change --num-sampling-steps, --last-step-size or --diffusion-norm"
-            )
+        check_sde(method, num_steps, diffusion_form, diffusion_norm, last_step, last_step_size)
         x = Planes(*noise)
         h = max(last_step_size if last_step else 0.0, self.sample_eps or 1e-3)
         low, _ = self._interval(self.sample_eps)
@@ -380,7 +390,9 @@ class Interpolant:
         if method in FIXED_GRID:
             # Asked for at its ends only: torchdiffeq keeps the state at every time that it is asked for.
             options.setdefault("grid_constructor", lambda func, state, ends: times)
-        elif method in ADAPTIVE and self._singular:
+        elif method in ADAPTIVE:
+            options.setdefault("max_num_steps", MAX_STEPS)
+        if method in ADAPTIVE and self._singular:
             # These step past the end and interpolate back, here into the singularity: make them step onto the end.
             options.setdefault("step_t", times[-1:])
         together = coupled or method in INDEPENDENT
@@ -394,7 +406,12 @@ class Interpolant:
 
                 # A tuple, not one long vector: torchdiffeq's error norm is the largest over the planes.
                 start = tuple(part[rows] for part in state)
-                path = odeint(counted, start, times[[0, -1]], atol=atol, rtol=rtol, method=method, options=options)
+                try:
+                    path = odeint(counted, start, times[[0, -1]], atol=atol, rtol=rtol, method=method, options=options)
+                except AssertionError as error:  # torchdiffeq's: too many steps, steps of no length, or NaN
+                    reason = str(error).splitlines()[0]
+                    raise ValueError(f"{method} cannot solve the ODE to atol {atol} and rtol {rtol} ({reason}): raise "
+                                     "--atol or --rtol, or where values are not finite give other weights") from error
                 solved.append([part[-1] for part in path])
         return tuple(torch.cat(parts) for parts in zip(*solved))
 

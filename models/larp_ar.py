@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models import decoding
 from models.decoding import KVCache, Linear, Window, attend_one
 from models.layers import Blocks, sincos_1d
-from models.released import load_state, read_pretrained, read_released, strip_prefix
+from models.released import build, load_state, read_pretrained, read_released, strip_prefix
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,7 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         """In evaluation mode, from a folder with config.json and model.safetensors, or a Hugging Face hub id. hub:
         revision, cache_dir, token, local_files_only, ... as huggingface_hub.snapshot_download takes them."""
         config, weights, path = read_pretrained(pretrained_model_name_or_path, **hub)
-        try:
-            generator = cls(**config)
-        except TypeError as error:  # unknown keys, or none
-            raise ValueError(f"{path.parent}: its config.json is not a LARP generator's ({error})") from error
+        generator = build(cls, config, path.with_name("config.json"))
         load_state(generator, weights, path)
         return generator.to(map_location).eval()
 
@@ -243,7 +240,7 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         config = SIZES.get(model["name"], {}) | model["args"] | config
         if config.get("frame_prediction"):
             config = {"cls_token_num": config.get("max_seq_len", 1024) + 1} | config
-        generator = cls(**config)
+        generator = build(cls, config, path)
         load_state(generator, strip_prefix(strip_prefix(versions[version], "module."), "_orig_mod."), path)
         return generator.eval()
 
@@ -301,7 +298,8 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         """Draw clips. The host never waits for the device between two codes.
 
         cond: as in `forward`.
-        cfg_scale: classifier-free guidance where > 1: logits are uncond + cfg_scale * (cond - uncond).
+        cfg_scale: classifier-free guidance: logits are uncond + cfg_scale * (cond - uncond); 1 is none, 0 is without
+            the condition.
         cfg_interval: guide only the first cfg_interval + 2 codes; -1: all of them.
         temperature, top_k, top_p: see `decoding.sampling_probs`.
         seeds: (B,), what each clip's draws come from: an int >= 0, or a sequence of them such as (seed, i). A clip
@@ -312,18 +310,23 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
             model (no guidance, temperature 1): what `forward` and a cross-entropy would give.
         Returns codes (B, max_seq_len) long, and nll (B,) float32 if asked for.
         """
-        guide = cfg_scale > 1
-        if guide and self.config.frame_prediction:
-            raise ValueError(f"cfg_scale is {cfg_scale}, but frame prediction has no unconditional row; leave it at 1")
-        if guide and self.config.class_dropout_prob == 0:
-            raise ValueError(f"cfg_scale {cfg_scale} needs a model trained with --class_dropout_prob above 0, this one "
-                             "has 0: leave it at 1")
+        if cfg_scale != 1:
+            self.check_guidance(cfg_scale)
         num_codes = self.config.max_seq_len
-        num_guided = 0 if not guide else num_codes if cfg_interval < 0 else min(cfg_interval + 2, num_codes)
+        num_guided = 0 if cfg_scale == 1 else num_codes if cfg_interval < 0 else min(cfg_interval + 2, num_codes)
         sampling = decoding.Sampling(cfg_scale, num_guided, temperature, top_k, top_p, return_nll)
         draws = decoding.generate(self, cond, sampling, decoding.uniform_numbers(seeds, len(cond), num_codes))
         codes = draws.codes.clone()
         return (codes, draws.nll / num_codes) if return_nll else codes
+
+    def check_guidance(self, cfg_scale: float) -> None:
+        """ValueError where the model cannot be guided by this scale: it never learned to predict without a label."""
+        if cfg_scale != 1 and self.config.frame_prediction:
+            raise ValueError(f"cfg_scale is {cfg_scale}, but frame prediction has no unconditional row; leave it at 1")
+        if cfg_scale != 1 and self.config.class_dropout_prob == 0:
+            raise ValueError(f"cfg_scale {cfg_scale} needs a model trained with --class_dropout_prob above 0, this one "
+                             "has 0: leave it at 1")
+
 
 def code_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the codes, mean over all of them.

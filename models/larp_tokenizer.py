@@ -17,7 +17,7 @@ from models.layers import Blocks, TubeletEmbedding, sincos_1d, sincos_3d, vit_bl
 from models.planes import unpatchify
 from models.prior import Prior, PriorConfig
 from models.quantizer import Bottleneck, BottleneckConfig, Generators, is_none
-from models.released import load_state, read_pretrained, read_released
+from models.released import build, load_state, read_pretrained, read_released
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -310,7 +310,7 @@ class LARPTokenizer(
         """In evaluation mode, from a folder with config.json and model.safetensors, or a Hugging Face hub id. hub:
         revision, cache_dir, token, local_files_only, ... as huggingface_hub.snapshot_download takes them."""
         config, weights, path = read_pretrained(pretrained_model_name_or_path, **hub)
-        model = cls(**config)
+        model = build(cls, config, path.with_name("config.json"))
         model.load_weights(weights, path)
         return model.to(map_location).eval()
 
@@ -326,7 +326,7 @@ class LARPTokenizer(
                 found = ", ".join(map(str, averages)) or "none"
                 raise ValueError(f"{path}: no average of decay {ema} in it, found {found}: choose one of them")
             weights = averages[float(ema)]
-        model = cls(**saved["args"])
+        model = build(cls, saved["args"], path)
         model.load_weights(weights, path)
         return model.eval()
 

@@ -17,17 +17,50 @@ from models.planes import assemble_frames
 from models.released import WeightsError, load_state, read_released
 
 
-class Perceptual(nn.Module):
+class FrameDistance(nn.Module):
+    """A learned distance between two clips, frame by frame: always frozen and in eval mode.
+
+    `name`: of the metric, for logs and columns. `description`: the network and its weights, for records.
+    """
+
+    name: str
+    description: str
+    distance: nn.Module  # two (N, 3, H, W) in [0, 1] -> (N,)
+
+    def freeze(self) -> None:
+        # channels_last: a fifth less time on a CPU, and the layout of a GPU's fast half-precision convolutions.
+        self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "FrameDistance":
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def per_frame(self, pred: Tensor, target: Tensor, chunk: int = 128) -> Tensor:
+        """pred, target: (B, 3, T, H, W) float in [0, 1], H and W from 32 on. chunk: frames computed at a time, which
+        bounds the memory of an evaluation. Returns (B, T) float32 distances."""
+        frames = (rearrange(video, "b c t h w -> (b t) c h w").split(chunk) for video in (pred, target))
+        return torch.cat([self.distance(*pair) for pair in zip(*frames)]).view(len(pred), -1)
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """pred, target: (B, 3, T, H, W) float in [0, 1]. Returns (B,) float32, the mean over frames."""
+        return self.per_frame(pred, target).mean(dim=1)
+
+
+class Perceptual(FrameDistance):
     """LPIPS (arXiv 1801.03924, version 0.1) between two clips, frame by frame.
 
     net: "vgg" or "alex"; the two differ fourfold. weights: of the ImageNet backbone that the `lpips` package's linear
     layers stand on. "auto" is torchvision's download, kept in torch.hub's cache; a path is a copy of that file;
     "random" is a fixed random backbone, good for trying a pipeline and not for numbers.
-    `description` names both, for records. Always frozen and in eval mode.
+    Frozen and in eval mode, but for `dropout`: that keeps the dropout of 0.5 that `lpips` has before its linear layers
+    on, as CoordTok's released training does.
     """
 
-    def __init__(self, net: str = "vgg", weights: str = "auto"):
+    name = "lpips"
+
+    def __init__(self, net: str = "vgg", weights: str = "auto", dropout: bool = False):
         super().__init__()
+        self.dropout = dropout
         if net not in BACKBONES:
             raise ValueError(f"net is one of {', '.join(BACKBONES)}, got {net!r}: change --lpips_net")
         with torch.device("meta"), warnings.catch_warnings():  # no 550 MB of classifier that lpips then throws away
@@ -51,29 +84,24 @@ class Perceptual(nn.Module):
             load_state(self.lpips.net, state, path)
         self.distance = Distance(self.lpips)
         self.description = f"lpips {version('lpips')} {net}, {source}"
-        # channels_last: a fifth less time on a CPU, and the layout of a GPU's fast half-precision convolutions.
-        self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+        self.freeze()
 
     def train(self, mode: bool = True) -> "Perceptual":
-        """Stays in eval mode: lpips's own dropout of 0.5, active in CoordTok's released training, only adds noise to
-        the loss."""
-        return super().train(False)
-
-    def per_frame(self, pred: Tensor, target: Tensor, chunk: int = 128) -> Tensor:
-        """pred, target: (B, 3, T, H, W) float in [0, 1], H and W from 32 on. chunk: frames computed at a time, which
-        bounds the memory of an evaluation. Returns (B, T) float32 distances."""
-        frames = (rearrange(video, "b c t h w -> (b t) c h w").split(chunk) for video in (pred, target))
-        return torch.cat([self.distance(*pair) for pair in zip(*frames)]).view(len(pred), -1)
-
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """pred, target: (B, 3, T, H, W) float in [0, 1]. Returns (B,) float32, the mean over frames."""
-        return self.per_frame(pred, target).mean(dim=1)
+        """Stays in eval mode, but for the dropout where it was asked for."""
+        super().train(False)
+        for lin in self.lpips.lins:
+            lin.train(self.dropout)
+        return self
 
 
 class Distance(Fused):
-    """LPIPS of frames, by the `lpips` package's network."""
+    """LPIPS of frames.
 
-    def __init__(self, network: lpips.LPIPS):
+    network: as the `lpips` package's: `net`, frames (N, 3, H, W) -> features of five layers, `scaling_layer` before it
+    and `lins`, a head for each layer.
+    """
+
+    def __init__(self, network: nn.Module):
         super().__init__()
         self.net, self.scaling_layer, self.lins = network.net, network.scaling_layer, network.lins
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from models.discriminator import xavier_linears
 from models.layers import Blocks, Fused
 from models.quantizer import Generators, GumbelMax, is_none, uniform
 
@@ -118,12 +119,10 @@ class Prior(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """GPT-2's: everything from N(0, 0.02), biases 0."""
+        """Linears Xavier-uniform, biases 0; positions normal. The released code builds the linears as GPT-2 does, and
+        then overwrites them by the tokenizer's rule."""
         nn.init.normal_(self.pos_emb, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        xavier_linears(self)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """vectors: (B, N, d) of codes 1 to N -> (B, N, d), the predictions of codes 2 to N + 1."""

@@ -1,7 +1,6 @@
 """Reads the files that the papers' authors released, without running code that such a file may carry."""
 import argparse
 import collections
-import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -12,9 +11,10 @@ import numpy as np
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from common.errors import DamagedFile, read_json, reading
 
 
 class WeightsError(OSError):
@@ -84,6 +84,14 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
+def check_finite(weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """ValueError where a weight is NaN or infinite. path: of the file, for the error."""
+    for name, tensor in weights.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite: the file is damaged, or of a run that has diverged; give "
+                             "another")
+
+
 def load_state(
     model: nn.Module, state: Mapping[str, Tensor], path: str | Path, flags: Mapping[str, str] | None = None
 ) -> None:
@@ -98,6 +106,7 @@ def load_state(
         if name in state and state[name].shape != expected[name].shape
     ]
     if not differences:
+        check_finite(state, path)
         model.load_state_dict(state)
         return
     behind = [
@@ -109,7 +118,16 @@ def load_state(
     suspects = sorted(set.intersection(*behind) or set.union(*behind)) if behind else []
     advice = f"; check {', '.join('--' + flag for flag in suspects)}" if suspects else ""
     first = ", ".join(text for _, text in differences[:3])
-    raise ValueError(f"{path}: {len(differences)} tensors do not fit this model: {first}{advice}")
+    raise DamagedFile(f"{path}: {len(differences)} tensors do not fit this model: {first}{advice}")
+
+
+def build(kind: type[nn.Module], config: dict, path: str | Path | None) -> nn.Module:
+    """A model of a `kind` by the configuration that the file at `path` holds, or, where that is None, by one of flags.
+    Raises DamagedFile."""
+    if path is None:
+        return kind(**config)
+    with reading(path, f"a {kind.__name__}", "it is of another model or version, or damaged: give another"):
+        return kind(**config)
 
 
 PRETRAINED = ("config.json", "model.safetensors")
@@ -140,10 +158,10 @@ def read_pretrained(source: str | Path, **hub: Any) -> tuple[dict, dict[str, Ten
             f"{folder}: no {' and no '.join(missing)} in it; expected both, as save_pretrained writes them"
         )
     config, weights = (folder / name for name in PRETRAINED)
-    try:
-        return json.loads(config.read_text()), load_file(weights), weights
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: its files are not whole ({error}); fetch them again") from error
+    advice = "fetch it again"
+    content = read_json(config, "a model's configuration", advice)
+    with reading(weights, "a model's weights", advice):
+        return content, load_file(weights), weights
 
 
 SIT_STATISTICS = ("xy_mean", "xy_std", "yt_mean", "yt_std", "xt_mean", "xt_std")

@@ -227,11 +227,7 @@ class SiT(nn.Module):
 
         planes, t, y, returns: as `forward`. Raises ValueError where the model was trained without label dropout.
         """
-        if self.config.class_dropout_prob == 0:
-            raise ValueError(
-                f"cfg_scale {cfg_scale} needs a SiT trained with --class_dropout_prob above 0, this one has 0: "
-                "leave guidance off"
-            )
+        self.check_guidance(cfg_scale)
         unlabelled = torch.full_like(y, self.config.num_classes)
         doubled = Planes(*(torch.cat([plane, plane]) for plane in planes))
         output = self(doubled, torch.cat([t, t]), torch.cat([y, unlabelled]))
@@ -239,6 +235,14 @@ class SiT(nn.Module):
         scale = torch.where((interval[0] <= t) & (t <= interval[1]), cfg_scale, 1.0)[:, None, None, None]
         halves = (plane.chunk(2) for plane in output)
         return Planes(*(without + scale * (with_label - without) for with_label, without in halves))
+
+    def check_guidance(self, cfg_scale: float) -> None:
+        """ValueError where a scale asks for guidance, and the model was trained without label dropout."""
+        if cfg_scale != 1 and self.config.class_dropout_prob == 0:
+            raise ValueError(
+                f"cfg_scale {cfg_scale} needs a SiT trained with --class_dropout_prob above 0, this one has 0: "
+                "leave guidance off"
+            )
 
     @classmethod
     def from_released(cls, path: str | Path, **config) -> "SiT":

@@ -8,41 +8,44 @@ OUT=${OUT:-results/quickstart}
 DEMO=data/cache/demo
 CLIPS=${CLIPS:-32}
 CONFIGS=scripts/configs
-TRAIN="--data_root $DEMO --video_name UCF-101_train --save_dir $OUT --resume auto ${STEPS:+--num_iters $STEPS}"
-TEST="--data_root $DEMO --video_name UCF-101_test --num_workers 1"
-SAMPLE="$TEST --num_samples $CLIPS --sample_batch_size 16"
+TRAIN=(--data_root "$DEMO" --video_name UCF-101_train --save_dir "$OUT" --resume auto ${STEPS:+--num_iters "$STEPS"})
+TEST=(--data_root "$DEMO" --video_name UCF-101_test --num_workers 1)
+SAMPLE=("${TEST[@]}" --num_samples "$CLIPS" --sample_batch_size 16)
 
 say() { printf '\n== %s  [%dm%02ds]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 coordtok_and_sit() {
     say "2 CoordTok: pixels of random patches first, then whole frames and LPIPS"
-    COORDTOK="python train_coordtok.py --config $CONFIGS/coordtok_quickstart.yaml --lpips_weights $LPIPS $TRAIN"
-    $COORDTOK --lpips_loss_scale 0.0
-    $COORDTOK --is_second_step --first_step_ckpt $OUT/coordtok/checkpoints --num_iters "${STEPS:-20}" --lr 2e-4 \
-        --lpips_loss_scale 0.01 --num_val 0
+    COORDTOK=(python train_coordtok.py --config "$CONFIGS/coordtok_quickstart.yaml" --lpips_weights "$LPIPS"
+        "${TRAIN[@]}")
+    "${COORDTOK[@]}" --lpips_loss_scale 0.0
+    "${COORDTOK[@]}" --is_second_step --first_step_ckpt "$OUT/coordtok/checkpoints" --num_iters "${STEPS:-20}" \
+        --lr 2e-4 --lpips_loss_scale 0.01 --num_val 0
     say "3 CoordTok's reconstruction of test clips: rFVD, PSNR, SSIM, LPIPS"
-    python eval/eval_coordtok.py --tokenizer $OUT/coordtok_second/checkpoints --protocol larp_rfvd \
-        --num_clips "$CLIPS" --lpips_weights $LPIPS $TEST --output_dir $OUT/coordtok_evaluation
+    python eval/eval_coordtok.py --tokenizer "$OUT/coordtok_second/checkpoints" --protocol larp_rfvd \
+        --num_clips "$CLIPS" --lpips_weights $LPIPS "${TEST[@]}" --output_dir "$OUT/coordtok_evaluation"
     say "4 SiT on CoordTok's planes: clips of a class, and their FVD"
-    python train_sit.py --config $CONFIGS/sit_quickstart.yaml --first_model_ckpt $OUT/coordtok_second/checkpoints $TRAIN
-    python sample.py --sit_model $OUT/sit --first_model_ckpt $OUT/coordtok_second/checkpoints \
-        --num_sampling_steps 50 $SAMPLE --output_dir $OUT/sit_samples
+    python train_sit.py --config $CONFIGS/sit_quickstart.yaml --first_model_ckpt "$OUT/coordtok_second/checkpoints" \
+        "${TRAIN[@]}"
+    python sample.py --sit_model "$OUT/sit" --first_model_ckpt "$OUT/coordtok_second/checkpoints" \
+        --num_sampling_steps 50 "${SAMPLE[@]}" --output_dir "$OUT/sit_samples"
 }
 
 larp() {
     say "5 LARP tokenizer, with its prior and discriminator"
-    python train_larp_tokenizer.py --config $CONFIGS/larp_tokenizer_quickstart.yaml --lpips_weights $LPIPS $TRAIN
+    python train_larp_tokenizer.py --config $CONFIGS/larp_tokenizer_quickstart.yaml --lpips_weights $LPIPS \
+        "${TRAIN[@]}"
     say "6 LARP's reconstruction of test clips: rFVD, PSNR, SSIM, LPIPS, use of the codes"
-    python eval/eval_larp_tokenizer.py --tokenizer $OUT/larp_tokenizer --det --num_clips "$CLIPS" \
-        --lpips_weights $LPIPS $TEST --output_dir $OUT/larp_evaluation
+    python eval/eval_larp_tokenizer.py --tokenizer "$OUT/larp_tokenizer" --det --num_clips "$CLIPS" \
+        --lpips_weights $LPIPS "${TEST[@]}" --output_dir "$OUT/larp_evaluation"
     say "7 LARP generator: clips of a class, and their FVD"
-    python train_ar.py --config $CONFIGS/larp_ar_quickstart.yaml --tokenizer $OUT/larp_tokenizer $TRAIN
-    LARP="python sample.py --tokenizer $OUT/larp_tokenizer --version ema_0.99 --dtype float32
-        --tokenizer_dtype float32 $SAMPLE"
-    $LARP --ar_model $OUT/larp_ar --output_dir $OUT/larp_ar_samples
+    python train_ar.py --config $CONFIGS/larp_ar_quickstart.yaml --tokenizer "$OUT/larp_tokenizer" "${TRAIN[@]}"
+    LARP=(python sample.py --tokenizer "$OUT/larp_tokenizer" --version ema_0.99 --dtype float32
+        --tokenizer_dtype float32 "${SAMPLE[@]}")
+    "${LARP[@]}" --ar_model "$OUT/larp_ar" --output_dir "$OUT/larp_ar_samples"
     say "8 LARP generator: 16 frames from 5 given ones, and their FVD"
-    python train_ar.py --config $CONFIGS/larp_ar_fp_quickstart.yaml --tokenizer $OUT/larp_tokenizer $TRAIN
-    $LARP --ar_model $OUT/larp_ar_fp --fp --num_cond_frames 5 --det --output_dir $OUT/larp_ar_fp_samples
+    python train_ar.py --config $CONFIGS/larp_ar_fp_quickstart.yaml --tokenizer "$OUT/larp_tokenizer" "${TRAIN[@]}"
+    "${LARP[@]}" --ar_model "$OUT/larp_ar_fp" --fp --num_cond_frames 5 --det --output_dir "$OUT/larp_ar_fp_samples"
 }
 
 say "1 Demo data: photographs moved by a camera, under UCF-101's names and split"
@@ -57,22 +60,22 @@ fi
 
 # Both halves at once, each on half of the cores: models this small gain little from more threads.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-mkdir -p $OUT
+mkdir -p "$OUT"
 echo "LARP's half (5 to 8) runs beside CoordTok's, and writes $OUT/larp.log"
-larp >$OUT/larp.log 2>&1 &
+larp >"$OUT/larp.log" 2>&1 &
 LARP_HALF=$!
 trap 'pkill -P $LARP_HALF 2>/dev/null; kill $LARP_HALF 2>/dev/null || true' EXIT
 coordtok_and_sit
 say "Waiting for LARP's half"
 if ! wait $LARP_HALF; then
-    tail -n 3 $OUT/larp.log >&2
+    tail -n 3 "$OUT/larp.log" >&2
     exit 1
 fi
 trap - EXIT
-grep -E "^== |psnr_clip|fvd  |nll|psnr_given" $OUT/larp.log
+grep -E "^== |psnr_clip|fvd  |nll|psnr_given" "$OUT/larp.log"
 
 say "9 All of it on one page"
-python scripts/report.py $OUT
+python scripts/report.py "$OUT"
 
 say "Done"
 cat <<END

@@ -11,6 +11,7 @@ import base64
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from html import escape
@@ -22,7 +23,8 @@ sys.path.insert(0, str(ROOT))  # runs as a script from any folder
 from PIL import Image  # noqa: E402
 
 from data.files import write_whole  # noqa: E402
-from eval.protocols import FACTS, Protocol, comparable  # noqa: E402
+from data.usage import ArgumentParser  # noqa: E402
+from eval.protocols import FACTS, Protocol, comparable, read_record  # noqa: E402
 from training.arguments import one_line_errors  # noqa: E402
 
 # What may differ under one heading: all else is how a number was measured.
@@ -31,6 +33,12 @@ COLUMNS = {  # {heading: (names in results, decimals)}; other results are in the
     "FVD": (("fvd", "rfvd"), 1),
     "floor": (("fvd_floor", "rfvd_floor"), 1),
     "spread": (("fvd_spread", "rfvd_spread"), 1),
+    "at ∞": (("fvd_infinity", "rfvd_infinity"), 1),
+    "KVD": (("kvd", "rkvd"), 3),
+    "precision": (("precision",), 3),
+    "recall": (("recall",), 3),
+    "density": (("density",), 3),
+    "coverage": (("coverage",), 3),
     "PSNR clip": (("psnr_clip",), 2),
     "PSNR frame": (("psnr_frame",), 2),
     "SSIM": (("ssim",), 3),
@@ -82,32 +90,53 @@ def read_json(text: str, source: str) -> dict:
     return content
 
 
+def check_number(value: Any, source: str) -> None:
+    """ValueError where a value is none that can be drawn or written in columns; NaN and infinity can."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or isinstance(value, int) and abs(value) > 2**53:
+        raise ValueError(f"{source} is damaged: {str(value)[:40]!r} is no number")
+
+
 def read_report(folder: Path) -> Report:
     """ValueError or OSError where there is none, or a damaged one."""
     if not (folder / "report.json").exists():
         raise ValueError("no report.json: what else is there is not finished")
-    content = read_json((folder / "report.json").read_text(), "report.json")
-    report = Report(folder, content.get("results", {}), content.get("record", {}))
+    content = read_record(folder / "report.json")
+    report = Report(folder, content["results"], content["record"])
     needed = ("title", "deviations", *FACTS, *(field.name for field in dataclasses.fields(Protocol)))
     if missing := [name for name in needed if name not in report.record]:
         raise ValueError(f"report.json is no report: its record lacks {', '.join(missing[:3])}")
+    deviations = report.record["deviations"]
+    texts = {name: report.record[name] for name in ("title", "description", "model", "lpips")}
+    listed = isinstance(deviations, list) and all(isinstance(line, str) for line in deviations)
+    texts["deviations"] = "" if listed else None
+    if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
+        raise ValueError(f"report.json is damaged: {wrong[0]} is {report.record[wrong[0]]!r}, expected text")
+    for name in {name for names, _ in COLUMNS.values() for name in names} | {"psnr_mean_frame"}:
+        if report.results.get(name) is not None:
+            check_number(report.results[name], f"report.json, {name}")
     return report
 
 
 def read_run(folder: Path) -> Run:
     """A last line cut short by a kill is left out. ValueError or OSError for damaged files."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    lines = [read_json(line, f"metrics.jsonl, line {i}") for i, line in enumerate(lines, 1) if line.endswith("\n")]
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    lines = [read_json(line, f"metrics.jsonl, line {i}") for i, line in enumerate(lines, 1)]
     if not lines:
         raise ValueError("metrics.jsonl is empty: the run has not come to its first line")
     curves = {chart: {} for chart in CHARTS}
-    for line in lines:
+    for i, line in enumerate(lines, 1):
+        check_number(line.get("step"), f"metrics.jsonl, line {i}, step")
+        if not isinstance(line.get("kind"), str):
+            raise ValueError(f"metrics.jsonl, line {i} is damaged: its kind is no text")
         for chart, names in CHARTS.items():
             for name in names:
-                if math.isfinite(line.get(name, math.nan)):
+                if line.get(name) is None:  # null: it was not finite
+                    continue
+                check_number(line[name], f"metrics.jsonl, line {i}, {name}")
+                if math.isfinite(line[name]):
                     curves[chart].setdefault(f"{line['kind']} {name}", []).append((line["step"], line[name]))
     args = folder / "args.json"
-    args = read_json(args.read_text(), "args.json") if args.exists() else {}
+    args = read_json(args.read_text(encoding="utf-8"), "args.json") if args.exists() else {}
     return Run(folder, args, lines[-1]["step"], curves)
 
 
@@ -120,8 +149,8 @@ def gather(root: Path) -> tuple[list[Report], list[Run], list[str]]:
         for folder in sorted({path.parent for mark in marks for path in root.rglob(mark)}):
             try:
                 found.append(reader(folder))
-            except (ValueError, OSError) as error:
-                problems.append(f"{name_of(folder, root)}: {error}")
+            except (ValueError, OSError, RecursionError) as error:
+                problems.append(f"{name_of(folder, root)}: {str(error).replace(f'{folder}/', '')}")
         return found
 
     reports = read(read_report, ("report.json", "sheet.png", "chunks"))  # these are of evaluations and samples alone
@@ -158,17 +187,22 @@ def pictures_of_run(folder: Path) -> list[Path]:
 
 # --- the page ---
 
+def text(value: Any) -> str:
+    """Whatever stands in a file, escaped."""
+    return escape(str(value))
+
+
 def number(value: float | None, decimals: int) -> str:
     if value is None:
         return ""
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "n/a"
-    return f"{value:,.{decimals}f}"
+    if math.isnan(value):
+        return "n/a"
+    return f"{value:,.{decimals}f}" if math.isfinite(value) else "∞"
 
 
 def details(title: str, content: dict) -> str:
-    text = escape(json.dumps(content, indent=1, ensure_ascii=False))
-    return f"<details><summary>{escape(title)}</summary><pre>{text}</pre></details>"
+    content = json.dumps(content, indent=1, ensure_ascii=False)
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(content)}</pre></details>"
 
 
 def table(groups: list[list[Report]], root: Path) -> str:
@@ -183,7 +217,8 @@ def table(groups: list[list[Report]], root: Path) -> str:
         html.append(
             f'<tbody><tr class="protocol"><th colspan="{2 + len(columns)}" scope="rowgroup">'
             f"<b>{escape(record['title'])}</b> {escape(record['description'])}"
-            f"<p>{escape(str(record['dataset']))}, {record['num_frames']} frames of {record['size']}x{record['size']}"
+            f"<p>{text(record['dataset'])}, {text(record['num_frames'])} frames of {text(record['size'])}x"
+            f"{text(record['size'])}"
             + (f". * Departs from the protocol: {escape(departs)}" if departs else "") + "</p>"
             f"{details('Record: how all rows below were measured', shared)}</th></tr>"
         )
@@ -201,16 +236,20 @@ def row(report: Report, columns: dict, root: Path) -> str:
         notes["LPIPS"] = "random backbone"
     if "psnr_mean_frame" in results:
         notes["PSNR frame"] = f"mean frame: {number(results['psnr_mean_frame'], 2)}"
-    clips = str(record["num_generated"])
+    clips = text(record["num_generated"])
     if record["num_real"] != record["num_generated"]:
-        clips += f" against {record['num_real']}"
+        clips += f" against {text(record['num_real'])}"
     own = {name: record[name] for name in OF_THE_MODEL}
     cells = [f"<td><b>{escape(name_of(report.folder, root))}</b> <small>{escape(record['model'])}</small>"
              f"{details('All numbers, settings', {'results': results, **own})}</td>",
              f'<td data-name="Clips">{clips}</td>']
     for title, (names, decimals) in columns.items():
-        value = next((results[name] for name in names if name in results), None)
-        note = f" <small>{notes[title]}</small>" if title in notes and value is not None else ""
+        name = next((name for name in names if name in results), "")
+        value = results.get(name)
+        if name and value is None:
+            infinite = f"{name}_infinite" in results or str(results.get(f"{name}_note")).startswith("infinite")
+            value = math.inf if infinite else math.nan
+        note = f" <small>{notes[title]}</small>" if title in notes and name else ""
         cells.append(f'<td data-name="{title}">{number(value, decimals)}{note}</td>')
     return f"<tr>{''.join(cells)}</tr>"
 
@@ -239,10 +278,10 @@ def chart(title: str, curves: dict[str, list[tuple[int, float]]]) -> str:
         legend.append(f'<span class="c{i % 6}">{escape(name)} <b>{curve[-1][1]:.4g}</b></span>')
     legend = f"<figcaption>{' '.join(legend)}</figcaption>"
     if min(steps) == max(steps):
-        return f"<figure><figcaption>{title}, step {steps[0]}</figcaption>{legend}</figure>"
+        return f"<figure><figcaption>{title}, step {text(steps[0])}</figcaption>{legend}</figure>"
     kind = ", logarithmic" if logarithmic else ""
     return (f"<figure><figcaption>{title}{kind}: {min(values):.4g} to {max(values):.4g}, "
-            f"step {min(steps)} to {max(steps)}</figcaption>"
+            f"step {text(min(steps))} to {text(max(steps))}</figcaption>"
             f'<svg viewBox="-4 -4 {width + 8} {height + 8}" fill="none" stroke-width="1.5" role="img" '
             f'aria-label="{title} over steps">{"".join(lines)}</svg>{legend}</figure>')
 
@@ -253,28 +292,28 @@ def data_uri(path: Path) -> str:
 
 
 def pictures(paths: list[Path], root: Path, problems: list[str]) -> str:
-    """Sheets, and the first few clips that are small. Damaged sheets are added to `problems`."""
+    """Sheets, and the first few clips that are small. Damaged ones are added to `problems`."""
     html, videos = [], []
     for path in paths:
         caption = f"<figcaption>{escape(name_of(path, root))}</figcaption>"
-        if path.suffix == ".mp4" and len(videos) < NUM_VIDEOS and path.stat().st_size <= LARGEST_VIDEO:
-            videos.append(f'<figure><video src="{data_uri(path)}" controls loop muted playsinline></video>{caption}'
-                          "</figure>")
-        elif path.suffix == ".png":
-            try:
+        try:
+            if path.suffix == ".mp4" and len(videos) < NUM_VIDEOS and path.stat().st_size <= LARGEST_VIDEO:
+                videos.append(f'<figure><video src="{data_uri(path)}" controls loop muted playsinline></video>{caption}'
+                              "</figure>")
+            elif path.suffix == ".png":
                 with Image.open(path) as image:
                     image.load()
-            except OSError as error:
-                problems.append(f"{name_of(path, root)}: {error}")
-                continue
-            html.append(f'<figure><img src="{data_uri(path)}" alt="contact sheet">{caption}</figure>')
+                html.append(f'<figure><img src="{data_uri(path)}" alt="contact sheet">{caption}</figure>')
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow fails
+            problems.append(f"{name_of(path, root)}: {error}")
     return "".join([*html, '<div class="clips">', *videos, "</div>"])
 
 
 def caveats(reports: list[Report], runs: list[Run]) -> list[str]:
     """What these numbers are not."""
     found = []
-    if any((ROOT / str(run.args.get("data_root")) / "UCF-101" / "demo.json").exists() for run in runs):
+    demos = [ROOT / str(run.args.get("data_root")) / "UCF-101" / "demo.json" for run in runs]
+    if any(map(os.path.exists, demos)):
         found.append("Demo data, photographs moved by a camera, and small models: they show that everything runs and "
                      "learns, not what the methods reach.")
     starred = sum(bool(report.record["deviations"]) for report in reports)
@@ -322,9 +361,11 @@ svg { width: 100%; border: 1px solid var(--line); border-radius: .3rem; } figcap
   td[data-name]::before { content: attr(data-name) ": "; color: var(--dim); } td small { display: inline; } }
 """
 LEGEND = """<p><small>Floor: the FVD between two halves of the real clips. Spread: its deviation over resamples of the
-clips. PSNR in dB, of a clip's mean squared error or the mean of its frames'; of the mean frame: what a clip's own mean
-picture would reach; given: of the frames that the model continues. NLL: of the samples under the model that drew them,
-in nats: LARP's of a code, without guidance; SiT's of a clip's latents.</small></p>"""
+clips. At ∞: extrapolated to infinitely many clips. KVD: a distance of the same features that is not biased by the
+number of clips. Precision and density: how many generated clips lie near real ones; recall and coverage: how many
+real ones lie near generated ones. PSNR in dB, of a clip's mean squared error or the mean of its frames'; of the mean
+frame: what a clip's own mean picture would reach; given: of the frames that the model continues. NLL: of the samples
+under the model that drew them, in nats: LARP's of a code, without guidance; SiT's of a clip's latents.</small></p>"""
 
 
 def page(root: Path, reports: list[Report], runs: list[Run], problems: list[str]) -> str:
@@ -338,7 +379,7 @@ def page(root: Path, reports: list[Report], runs: list[Run], problems: list[str]
     body += ["<h2>Training</h2>"] if runs else []
     for run in runs:
         charts = [chart(title, curves) for title, curves in run.curves.items() if curves]
-        body += [f"<h3>{escape(name_of(run.folder, root))} <small>up to step {run.step}</small></h3>",
+        body += [f"<h3>{escape(name_of(run.folder, root))} <small>up to step {text(run.step)}</small></h3>",
                  f'<div class="charts">{"".join(charts)}</div>', pictures(pictures_of_run(run.folder), root, problems),
                  details("Flags", run.args)]
     head = [f"<h1>{escape(root.name)}</h1>", items("note", caveats(reports, runs))]
@@ -353,7 +394,7 @@ def items(kind: str, lines: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of runs, evaluations and samples, at any depth")
     parser.add_argument("--output", type=Path, help="the page (default: FOLDER/index.html)")
     args = parser.parse_args()
@@ -364,8 +405,8 @@ def main() -> None:
     html = page(folder, reports, runs, problems)
     output = args.output or args.folder / "index.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    with write_whole(output, "w", encoding="utf-8") as file:
-        file.write(html)
+    with write_whole(output) as file:
+        file.write(html.encode("utf-8", "replace"))  # names of files may be of any bytes
     for problem in problems:
         print(f"left out: {problem}")
     print(f"{output}: {len(reports)} reports, {len(runs)} runs, {output.stat().st_size / 2**20:.1f} MiB")

@@ -21,7 +21,8 @@ if link ucf101 "${UCF_ROOT:-}"; then
 fi
 if link k600 "${K600_ROOT:-}"; then
     [ -n "${K600_ANNOTATIONS:-}" ] || { echo 'error: K600_ANNOTATIONS="train.csv val.csv" is needed for the lists of K600' >&2; exit 1; }
-    # shellcheck disable=SC2086 - several files
+    # Several files, split at spaces.
+    # shellcheck disable=SC2086
     python data/metadata.py k600 --annotations $K600_ANNOTATIONS
     found=1
 fi

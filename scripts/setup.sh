@@ -1,15 +1,37 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: goes to the repository's root and puts .venv first on PATH, making it on first use.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ ! -f .venv/installed ] || [ requirements.txt -nt .venv/installed ]; then
-    for python in python3 python3.12 python3.11 python3.10; do
-        if "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then break; fi
+if ! cmp -s requirements.txt .venv/installed; then  # what was installed, not when
+    for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
+        if "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then break; fi
         python=
     done
-    [ -n "$python" ] || { echo "error: Python 3.10, 3.11 or 3.12 is needed; python3 here is $(python3 --version 2>&1)" >&2; exit 1; }
+    [ -n "$python" ] || { echo "error: Python 3.10 to 3.14 is needed; python3 here is $(python3 --version 2>&1)" >&2; exit 1; }
     echo "Setting up .venv with $("$python" --version): torch and its CUDA packages, about 6 GB"
     [ -x .venv/bin/pip ] || "$python" -m venv .venv
     .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-    touch .venv/installed
+    cp requirements.txt .venv/installed
 fi
 export PATH="$PWD/.venv/bin:$PATH"
+
+# run_flags RESULTS NAME FLAGS...: what the flags given for training say to the next command. RUN_FOLDER is the run's
+# folder, RESULTS/NAME unless the flags name another; SHARED_FLAGS are those of data, tokenizer and device.
+run_flags() {
+    local results=$1 name=$2 flag value
+    shift 2
+    SHARED_FLAGS=()
+    while [ $# -gt 0 ]; do
+        flag=${1%%=*} value=${2:-}
+        if [[ $1 == *=* ]]; then value=${1#*=}; fi
+        case ${flag//-/_} in
+            __save_dir | __results_dir | __out_path) results=$value ;;
+            __exp_name | __name) name=$value ;;
+            __data_root | __video_name | __decode_timeout | __device | __num_workers | __num_frames | __img_size | \
+                __padding | __enc_* | __dec_* | __latent_*) SHARED_FLAGS+=("$flag" "$value") ;;
+        esac
+        shift
+    done
+    # shellcheck disable=SC2034  # for the script that calls
+    RUN_FOLDER=$results/$name
+}

@@ -1,11 +1,32 @@
 import dataclasses
+import math
 import re
+import sys
 
 import pytest
 import torch
 
+import sample
+import train_ar
+import train_coordtok
+import train_larp_tokenizer
+import train_sit
+from eval import eval_coordtok, eval_larp_tokenizer, fvd
 from models.coordtok import CoordTokConfig
-from training.arguments import Parser, add_coordtok, coordtok_config, one_line_errors
+from models.larp_tokenizer import LARPTokenizer
+from training.arguments import (
+    RANGE_OF,
+    Parser,
+    add_coordtok,
+    add_larp_tokenizer,
+    add_run,
+    coordtok_config,
+    larp_config,
+    one_line_errors,
+    word_or_none,
+)
+
+SCRIPTS = (train_coordtok, train_sit, train_larp_tokenizer, train_ar, sample, eval_coordtok, eval_larp_tokenizer, fvd)
 
 
 def parse(*argv):
@@ -20,11 +41,71 @@ def test_dashes_and_underscores_are_alike():
     assert parse("--path-type=a-b").path_type == "a-b"
 
 
+def refusal(capsys, parse, *argv) -> str:
+    """The one line that a mistake on the command line gets, with exit code 2."""
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        parse(*argv)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
 def test_unknown_and_abbreviated_flags_are_errors(capsys):
     for flag in ("--enc_embed_dimm", "--enc_embed"):
+        line = refusal(capsys, parse, flag, "8")
+        assert line == f"error: unrecognized arguments: {flag} 8 (--help lists the flags)"
+
+
+def parser_of(script, monkeypatch) -> Parser:
+    """The parser that a script makes, of which no flag is required."""
+    made = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["script"])
+        patch.setattr(Parser, "parse_args", lambda parser, *_: made.append(parser) or sys.exit())
         with pytest.raises(SystemExit):
-            parse(flag, "8")
-    assert "unrecognized arguments" in capsys.readouterr().err
+            script.parse_args()
+    for action in made[0]._actions:
+        action.required = False
+    return made[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_each_numeric_flag_has_its_range(script, monkeypatch, capsys):
+    parser = parser_of(script, monkeypatch)
+    numeric = [action for action in parser._actions if action.type in (int, float)]
+    assert len(numeric) > 5
+    for action in numeric:
+        interval = RANGE_OF[action.dest]
+        low, high = map(float, interval[1:-1].split(","))
+        bad = [low - 1] if math.isfinite(low) else []
+        bad += [low] if interval[0] == "(" and math.isfinite(low) else []
+        bad += [high + 1, high][: 2 if interval[-1] == ")" else 1] if math.isfinite(high) else []
+        if action.type is float:
+            bad += [math.nan, math.inf]
+        for value in bad:
+            words = [str(action.type(value))] * (action.nargs if isinstance(action.nargs, int) else 1)
+            line = refusal(capsys, parser.parse_args, [f"{action.option_strings[-1]}", *words])
+            assert line.startswith(f"error: --{action.dest} is {action.type(value)}, expected "), line
+        if math.isfinite(low) and interval[0] == "[":
+            words = [str(action.type(low))] * (action.nargs if isinstance(action.nargs, int) else 1)
+            parsed = getattr(parser.parse_args([action.option_strings[-1], *words]), action.dest)
+            assert parsed == ([low] * len(words) if action.nargs else low)
+
+
+@pytest.mark.parametrize(("script", "flags", "error"), [
+    (train_sit, "--num_iters 0", "--num_iters is 0, expected 1 or more"),
+    (train_sit, "--ema_decay 2", "--ema_decay is 2.0, expected a number in [0, 1)"),
+    (train_sit, "--val_sampling_steps 1", "--val_sampling_steps is 1, expected 2 or more"),
+    (train_ar, "--eval_every -1", "--eval_every is -1.0, expected more than 0"),
+    (train_ar, "--ema_decays 0.9 1.5", "--ema_decays is 1.5, expected a number in [0, 1)"),
+    (train_coordtok, "--keep_checkpoints -1", "--keep_checkpoints is -1, expected 1 or more"),
+    (sample, "--top_k -1", "--top_k is -1, expected 0 or more"),
+    (sample, "--rtol 0", "--rtol is 0.0, expected more than 0"),
+    (fvd, "--batch_size 0", "--batch_size is 0, expected 1 or more"),
+])
+def test_values_that_cannot_be_meant(script, flags, error, monkeypatch, capsys):
+    line = refusal(capsys, parser_of(script, monkeypatch).parse_args, flags.split())
+    assert line == f"error: {error} (--help lists the flags)"
 
 
 def test_file_then_environment_then_flags(tmp_path, monkeypatch):
@@ -37,6 +118,88 @@ def test_file_then_environment_then_flags(tmp_path, monkeypatch):
     config.write_text("path_typ: GVP\n")
     with pytest.raises(SystemExit):
         parse("--config", str(config))
+
+
+@pytest.mark.parametrize(("flags", "error"), [
+    ("", "which model to sample from? Give either --sit_model or --ar_model"),
+    ("--sit_model a --ar_model b", "which model to sample from? Give either --sit_model or --ar_model"),
+    ("--ar_model a --mode ODE", "--mode is of --sit_model alone: leave it out"),
+    ("--sit_model a --dataset_csv b --video_name c", "--dataset_csv is a list, --video_name a folder of real videos"),
+])
+def test_flags_of_sampling_that_exclude_each_other(flags, error, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--output_dir", "out", *flags.split()])
+    assert error in refusal(capsys, sample.parse_args)
+
+
+def parse_names(*argv):
+    parser = Parser("test")
+    add_run(parser, "logs", "run", 1)
+    parser.add_argument("--path_type", default="Linear")
+    parser.add_argument("--loss_weight", type=word_or_none)
+    parser.add_argument("--val_name")
+    parser.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95))
+    return parser.parse_args(list(argv))
+
+
+@pytest.mark.parametrize("name", ["2024_01", "010", "12:30:45", "no", "1e3", "true", "0x10", "2024-01-31", "~x"])
+def test_names_in_a_file_are_text(tmp_path, name):
+    (tmp_path / "run.yaml").write_text(f"exp_name: {name}\n")
+    assert parse_names("--config", str(tmp_path / "run.yaml")).exp_name == name
+
+
+def test_a_file_is_like_the_command_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("path-type: GVP\nbetas: [0.5, 0.9]\nallow-tf32: yes\ncompile: False\nkeep_checkpoints: 1_0\n")
+    args = parse_names("--config", str(file))
+    assert (args.path_type, args.betas, args.keep_checkpoints) == ("GVP", [0.5, 0.9], 10)
+    assert args.allow_tf32 is True and args.compile is False
+    file.write_text("# nothing but a comment\n")
+    assert parse_names("--config", str(file)) == parse_names("--config", str(file), "--exp_name", "run")
+
+
+@pytest.mark.parametrize("null", ["null", "~", ""])
+def test_null_is_none_or_an_error(tmp_path, capsys, null):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"loss_weight: {null}\nval-name: {null}\n")
+    args = parse_names("--config", str(file))
+    assert args.loss_weight is None and args.val_name is None
+    file.write_text(f"save_dir: {null}\n")
+    assert "save_dir is null, which it cannot be" in refusal(capsys, parse_names, "--config", str(file))
+
+
+@pytest.mark.parametrize("word", ["null", "no", "none", "None", '"none"', "~"])
+def test_no_prior_in_a_file(tmp_path, word):
+    (tmp_path / "run.yaml").write_text(f"prior_model: {word}\n")
+    parser = Parser("test")
+    add_larp_tokenizer(parser)
+    args = parser.parse_args(["--config", str(tmp_path / "run.yaml")])
+    config = larp_config(args)
+    assert config == {"prior_model": {"name": None}}
+    assert larp_config(args, {"prior_model": {"name": "none"}}, "x.pt")["prior_model"]["name"] is None, "the same"
+    with pytest.raises(ValueError, match="--prior_model None was given, but x.pt has gptc-S"):
+        larp_config(args, {"prior_model": {"name": "gptc-S"}}, "x.pt")
+    sizes = {f"{side}_{name}": 16 // 8 ** (name != "hidden_size") for side in ("encoder", "decoder")
+             for name in ("hidden_size", "num_heads", "depth")}
+    assert LARPTokenizer(**config, **sizes).prior_model is None
+
+
+@pytest.mark.parametrize(("text", "error"), [
+    ("a: [", "is not YAML"), ("- a\n", "holds no lines of 'flag: value'"), ("betas: {a: 1}\n", "expected a value or"),
+    ("betas: [0.9, null]\n", "expected a value or a list"), ("path_typ: x\n", "unrecognized arguments: --path_typ=x"),
+])
+def test_a_file_that_is_wrong_gets_one_line(tmp_path, capsys, text, error):
+    (tmp_path / "run.yaml").write_text(text)
+    assert error in refusal(capsys, parse_names, "--config", str(tmp_path / "run.yaml"))
+
+
+def test_a_file_that_is_not_there_gets_one_line(tmp_path, capsys):
+    assert "nowhere.yaml" in refusal(capsys, parse_names, "--config", str(tmp_path / "nowhere.yaml"))
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/../../b", "/tmp/x", "", "."])
+def test_a_run_stays_in_its_folder(capsys, name):
+    assert "is not a folder inside the folder of runs" in refusal(capsys, parse_names, "--exp_name", name)
+    assert parse_names("--exp_name", "a/b..c").exp_name == "a/b..c"
 
 
 def test_defaults_are_the_published_model():

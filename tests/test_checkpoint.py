@@ -9,15 +9,53 @@ from training import checkpoint
 
 
 def state(value):
-    return {"config": {"a": 1}, "model": {"w": torch.full((3,), float(value))}}
+    return {"kind": "toy", "config": {"a": 1}, "model": {"w": torch.full((3,), float(value))}}
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 6):
-        checkpoint.save(tmp_path, step, state(step), keep=2, best=step == 2)
+        checkpoint.save(tmp_path, step, state(step), keep=2)
+        if step == 2:
+            checkpoint.mark_best(tmp_path, 2)
+            checkpoint.mark_best(tmp_path, 2)  # by a run that goes on from there
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["best.pt", "step_0000004.pt", "step_0000005.pt"]
     assert checkpoint.load(tmp_path / "best.pt")["model"]["w"][0] == 2
     assert checkpoint.load(tmp_path)["step"] == 5
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_at_least_one_is_kept(tmp_path, keep):
+    checkpoint.save(tmp_path, 1, state(1), keep=3)
+    with pytest.raises(ValueError, match=f"--keep_checkpoints is {keep}, expected 1 or more"):
+        checkpoint.save(tmp_path, 2, state(2), keep=keep)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_0000001.pt"]
+
+
+def test_steps_are_numbers_of_any_length(tmp_path):
+    for step in (9_999_998, 9_999_999, 10_000_000):
+        checkpoint.save(tmp_path, step, state(step), keep=2)
+    assert [path.name for path in checkpoint.written(tmp_path)] == ["step_9999999.pt", "step_10000000.pt"]
+    assert checkpoint.find(tmp_path, "auto", "toy")["step"] == 10_000_000
+
+
+def test_what_was_just_written_is_kept(tmp_path):
+    """Also by a run that has gone back to an older checkpoint."""
+    for step in (7, 8, 3):
+        checkpoint.save(tmp_path, step, state(step), keep=2)
+    assert [path.name for path in checkpoint.written(tmp_path)] == ["step_0000003.pt", "step_0000008.pt"]
+
+
+def test_a_checkpoint_that_is_gone_is_not_the_best(tmp_path):
+    checkpoint.save(tmp_path, 1, state(1))
+    checkpoint.mark_best(tmp_path, 2)
+    assert not (tmp_path / "best.pt").exists()
+
+
+def test_another_scripts_checkpoint_is_refused(tmp_path):
+    path = checkpoint.save(tmp_path, 1, state(1))
+    for resume in ("auto", str(path)):
+        with pytest.raises(ValueError, match="holds a toy model, expected a sit checkpoint"):
+            checkpoint.find(tmp_path, resume, "sit")
 
 
 def test_auto_takes_the_newest_whole_one(tmp_path):
@@ -26,7 +64,7 @@ def test_auto_takes_the_newest_whole_one(tmp_path):
     newest = tmp_path / "step_0000002.pt"
     newest.write_bytes(newest.read_bytes()[:100])
     with pytest.warns(UserWarning, match="step_0000002.pt cannot be read"):
-        assert checkpoint.find(tmp_path, "auto")["step"] == 1
+        assert checkpoint.find(tmp_path, "auto", "toy")["step"] == 1
 
 
 def test_only_damaged_ones_are_not_none(tmp_path):
@@ -72,10 +110,10 @@ def test_another_version_is_not_damage(tmp_path, monkeypatch):
 
 
 def test_refuses_to_start_over_a_run(tmp_path):
-    assert checkpoint.find(tmp_path, None) is None
+    assert checkpoint.find(tmp_path, None, "toy") is None
     checkpoint.save(tmp_path, 7, state(0))
     with pytest.raises(ValueError, match="already holds step_0000007.pt: continue it with --resume auto"):
-        checkpoint.find(tmp_path, None)
+        checkpoint.find(tmp_path, None, "toy")
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
@@ -87,7 +125,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, 2, state(2))
-    assert checkpoint.find(tmp_path, "auto")["step"] == 1
+    assert checkpoint.find(tmp_path, "auto", "toy")["step"] == 1
 
 
 def test_random_state_comes_back(tmp_path):
@@ -112,6 +150,30 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     torch.save({"model": {}}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="not a checkpoint of this project"):
         checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_flipped_byte_is_found(tmp_path):
+    """In any tensor, and with the checkpoint before it to go on from."""
+    checkpoint.save(tmp_path, 1, state(1))
+    path = checkpoint.save(tmp_path, 2, {**state(2), "optimizer": {"moment": torch.rand(1000)}})
+    whole = path.read_bytes()
+    for place in (len(whole) // 2, whole.index(torch.full((3,), 2.0).numpy().tobytes()) + 5):
+        flipped = bytearray(whole)
+        flipped[place] ^= 4
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="step_0000002.pt cannot be read .* is not what was written"):
+            checkpoint.load(path)
+        with pytest.warns(UserWarning, match="step_0000002.pt cannot be read"):
+            assert checkpoint.find(tmp_path, "auto")["step"] == 1
+
+
+@pytest.mark.parametrize("place", ["model", "ema", "one of ema"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, place):
+    bad = {"w": torch.tensor([1.0, torch.nan])}
+    averages = {"ema": bad, "one of ema": {"0.9": {"w": torch.ones(1)}, "0.99": bad}}.get(place, {})
+    path = checkpoint.save(tmp_path, 1, {"model": bad if place == "model" else {}, "ema": averages})
+    with pytest.raises(ValueError, match="step_0000001.pt: w is not finite: the file is damaged, or of a run that has"):
+        checkpoint.load(path)
 
 
 def test_export(tmp_path):

@@ -184,3 +184,25 @@ def test_random_clips_without_files(tmp_path):
     cache = clip_cache(tmp_path, files, 8, "coordtok", Quarantine(), 0, 60)
     plain, cached = (ClipDataset(files, 4, 8, "coordtok", cache=one)[ClipKey(0)] for one in (None, cache))
     assert torch.equal(plain["frames"], cached["frames"])
+
+
+def test_bad_names_end_no_run(folder, filled, tmp_path, capsys):
+    """A link to nothing, and names of any bytes."""
+    root = tmp_path / "any"
+    shutil.copytree(folder, root)
+    (root / "0.mp4").rename(root / "\udcff.mp4")
+    (root / "1.mp4").rename(root / "new\nline.mp4")
+    (root / "3.mp4").write_text("no video")
+    (root / "3.mp4").rename(root / "tab\t.mp4")
+    (root / "link.mp4").symlink_to("nowhere.mp4")
+    quarantine = Quarantine(tmp_path / "bad.txt")
+    cache = filled(root, quarantine=quarantine)
+    names = [Path(file.path).name for file in list_folder(root)]
+    assert {name for i, name in enumerate(names) if not cache.length(i)} == {"tab\t.mp4", "link.mp4"}
+    assert {Path(path).name for path in Quarantine(quarantine.path).read()} == {"tab\t.mp4", "link.mp4"}
+    assert "\n" not in files_sha256(list_folder(root))
+    for path in root.iterdir():
+        path.unlink()
+        path.symlink_to("nowhere.mp4")
+    with pytest.raises(FileNotFoundError, match="all 6 videos under .* are links to nothing: is their disk there"):
+        files_sha256(list_folder(root))

@@ -25,13 +25,14 @@ from data.clips import (
     Quarantine,
     VideoFile,
     collate,
+    find_lists,
     list_csv,
     list_folder,
     make_loader,
     num_starts,
     window_frames,
 )
-from data.metadata import find_videos
+from data.metadata import find_videos, write_list
 from data.video import StorageError, VideoError, write_video
 from eval import reconstruction
 from training.clip_cache import WholeVideos, files_sha256
@@ -126,6 +127,30 @@ def test_csv_lists(tmp_path):
     (tmp_path / "other.csv").write_text("name\nx\n")
     with pytest.raises(ValueError, match="expected columns id, path, action, label"):
         list_csv(str(tmp_path / "other.csv"))
+
+
+def test_lists_of_any_names(tmp_path):
+    folder = tmp_path / "a+b"
+    folder.mkdir()
+    names = ["/x/\udcff.mp4", "/x/new\nline.mp4", "/x/tab\t.mp4", "/x/\u2028.mp4"]
+    labels = {"": 0}
+    write_list(folder / "ucf.csv", {Path(name): "" for name in names}, labels)
+    (folder / "marked.csv").write_bytes(b"\xef\xbb\xbfpath\n/y.mp4\n")
+    assert list_csv(str(folder / "ucf.csv")) == [VideoFile(name, 0) for name in sorted(names)]
+    assert list_csv(f"{folder / 'marked.csv'}+{folder / 'ucf.csv'}")[-1] == VideoFile("/y.mp4", -1)
+    assert find_lists(f"{folder / 'marked.csv'}+{folder / 'ucf.csv'}") == [folder / "marked.csv", folder / "ucf.csv"]
+
+
+def test_the_quarantine_takes_any_names(tmp_path):
+    names = ["\udcff.mp4", "new\nline.mp4", "tab\t.mp4", "back\\nslash.mp4", "a\rb.mp4", "\u2028.mp4"]
+    quarantine = Quarantine(tmp_path / "bad.txt")
+    for name in names:
+        quarantine.add(name, "a\treason")
+    with open(quarantine.path, "ab") as file:
+        file.write(b"cut sho")
+    again = Quarantine(quarantine.path)
+    assert list(again.read()) == names and all(name in again for name in names) and "cut sho" not in again
+    assert len(quarantine.path.read_bytes().split(b"\n")) == len(names) + 1
 
 
 def test_null_lists_need_no_files():
@@ -275,8 +300,9 @@ def test_a_disk_that_is_away_quarantines_nothing(folder, tmp_path, monkeypatch):
     expected = data[ClipKey(0)]
     root.rename(away)
     whole = WholeVideos(data.files, 16, "coordtok", quarantine, 60)
-    for read in (lambda: data[ClipKey(0)], lambda: reconstruction.length(data.files[0], quarantine), lambda: whole[0],
-                 lambda: files_sha256(data.files), lambda: next(iter(make_loader(data, [[ClipKey(0)]], 1)))):
+    for read in (lambda: data[ClipKey(0)], lambda: reconstruction.length(data.files[0], quarantine, 60),
+                 lambda: whole[0], lambda: files_sha256(data.files),
+                 lambda: next(iter(make_loader(data, [[ClipKey(0)]], 1)))):
         with pytest.raises(StorageError, match="[012].mp4 cannot be read: No such file or directory"):
             read()
     assert len(quarantine) == 0
@@ -427,6 +453,7 @@ def test_ctrl_c_while_workers_start_leaves_nothing_half_made(folder):
     code = f"""
 import os, signal
 from data import clips
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this behind it
 real = clips.DataLoader._get_iterator
 clips.DataLoader._get_iterator = lambda self: (os.kill(os.getpid(), signal.SIGINT), real(self))[1]
 files = clips.list_folder({str(folder)!r})

@@ -8,6 +8,7 @@ from torch import nn
 
 from data.video import write_video
 from eval import fvd
+from eval.features import FEATURE_METRICS_RECORD
 from eval.fvd import FeatureStats, frechet_distance
 
 
@@ -77,6 +78,8 @@ def test_report():
     assert 0 < result["fvd_spread"] < 2
     assert result["fvd_rank_deficient"] is False
     assert result == fvd.report(real, fake), "a report is a function of the features and the seed"
+    assert result["fvd_infinity_low"] < 8 < result["fvd_infinity_high"]
+    assert result["kvd"] > 0 and 0 <= result["recall"] < result["precision"] <= 1 and result["density"] > 0
     assert fvd.report(real[:8], fake)["fvd_rank_deficient"] is True
     assert "rank-deficient" in fvd.rank_note(400) and fvd.rank_note(401) is None
 
@@ -137,7 +140,10 @@ def test_command_line(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "fvd.json"
     code = fvd.main([str(folder), str(folder), *flags, "--seed", "1", "--out", str(out)])
     assert code == 0
-    saved = json.loads(out.read_text())
+    saved = json.loads(out.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    assert saved["results"]["fvd_infinity"] is saved["results"]["density"] is None, "too few clips for these"
+    assert saved["results"]["precision"] == saved["results"]["recall"] == 1 and abs(saved["results"]["kvd"]) < 1
+    assert saved["record"]["feature_metrics"] == FEATURE_METRICS_RECORD
     assert abs(saved["results"]["fvd"]) < 1e-6 and saved["results"]["fvd_rank_deficient"]
     assert saved["results"]["fvd_floor"] > 0
     record = saved["record"]

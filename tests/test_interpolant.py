@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+import models.interpolant
 from models.interpolant import (
     ADAPTIVE,
     DIFFUSION_FORMS,
@@ -364,6 +365,26 @@ def test_noise_of_a_generator():
     values = [row for noise in (first, second) for plane in noise for row in plane.flatten(1)]
     values += [draw_noise(sample_generators(1, [4]), shapes).xy.flatten()]
     assert len({row[0].item() for row in values}) == 13  # no two draws alike
+
+
+@pytest.mark.parametrize("tolerances", [(0.0, 0.0), (1e-14, 1e-14)])
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_tolerances_that_cannot_be_met_end_in_one_line(monkeypatch, method, tolerances, sit):
+    monkeypatch.setattr(models.interpolant, "MAX_STEPS", 30)
+    atol, rtol = tolerances
+    y, message = torch.zeros(1, dtype=torch.long), f"{method} cannot solve the ODE to atol {atol} .*raise --atol"
+    with pytest.raises(ValueError, match=message) as error:
+        Interpolant().sample_ode(sit, normal(1), method, atol=atol, rtol=rtol, y=y)
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_that_is_not_finite_ends_the_ode_in_one_line():
+    def broken(planes, t):
+        return planes.map(lambda plane: plane * torch.nan)
+
+    with pytest.raises(ValueError, match="give other weights") as error:
+        Interpolant().sample_ode(broken, normal(1))
+    assert "\n" not in str(error.value)
 
 
 def test_progress_counts(sit, capsys):

@@ -1,9 +1,14 @@
 import json
+import math
 import multiprocessing
 import os
+import re
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +36,29 @@ def test_resuming_drops_what_a_killed_run_wrote_beyond_its_checkpoint(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     assert {"loss", "samples_per_s", "data_wait", "memory_gib"} <= lines(tmp_path)[-1].keys()
     assert json.loads((tmp_path / "args.json").read_text())["lr"] == 1
+
+
+def test_runs_of_one_name_are_two_to_wandb(tmp_path, monkeypatch):
+    """wandb goes on with the run that has the id: another folder's would be continued, and lower steps dropped."""
+    given = []
+    fake = SimpleNamespace(init=lambda **options: given.append(options) or SimpleNamespace(finish=list))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "a" / "run", tmp_path / "b" / "run", Path("a/run"), Path("b/../a/run")):
+        RunLog(folder, {}, start=0, total=9, samples_per_step=2, wandb_mode="offline").close()
+    ids = [options["id"] for options in given]
+    assert ids[0] != ids[1] and ids[2:] == [ids[0]] * 2
+    assert all(re.fullmatch(r"[0-9a-f]{16}", each) for each in ids)
+    assert {options["name"] for options in given} == {"run"}
+
+
+def test_metrics_are_json(tmp_path):
+    log = RunLog(tmp_path, {}, start=0, total=9, samples_per_step=2, wandb_mode="disabled")
+    log.write(1, "val", rfvd=1.5, rfvd_floor=math.nan, psnr_clip=math.inf)
+    log.close()
+    (line,) = lines(tmp_path)
+    assert line["rfvd"] == 1.5 and line["rfvd_floor"] is None and line["psnr_clip"] is None
+    assert line["rfvd_floor_note"] == "not defined for fewer than four clips"
 
 
 def test_guard_names_the_first_bad_step_and_its_files():

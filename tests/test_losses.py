@@ -48,6 +48,14 @@ def test_perceptual_is_lpips_frame_by_frame(perceptual):
     assert perceptual.per_frame(pred, pred).abs().max() == 0
 
 
+def test_the_dropout_of_lpips_is_on_where_asked_for(perceptual):
+    (pred, target), dropping = clips(), Perceptual("alex", "random", dropout=True)
+    assert torch.equal(perceptual(pred, target), perceptual.train()(pred, target))
+    assert not torch.equal(dropping(pred, target), dropping(pred, target))
+    drawn = torch.stack([dropping(pred, target) for _ in range(30)]).mean(dim=0)
+    torch.testing.assert_close(drawn, perceptual(pred, target), rtol=0.1, atol=0)
+
+
 def test_perceptual_loads_torchvisions_file(backbone):
     path, features = backbone
     loaded, frames = Perceptual("alex", str(path)), torch.rand(1, 3, 64, 64)

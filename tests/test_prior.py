@@ -34,8 +34,10 @@ def test_sizes(reference):
 
 def test_initialisation():
     model = prior()
-    for name in ("pos_emb", "head.weight", "blocks.3.attn.query.weight", "blocks.0.mlp.2.weight"):
-        assert model.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.pos_emb.std().item() == pytest.approx(0.02, rel=0.1)
+    for name in ("head.weight", "blocks.3.attn.query.weight", "blocks.0.mlp.2.weight"):
+        weight = model.get_parameter(name)
+        assert weight.std().item() == pytest.approx((2 / sum(weight.shape)) ** 0.5, rel=0.1)  # Xavier's
     assert not model.blocks[2].attn.proj.bias.any()
 
 

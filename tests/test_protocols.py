@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 
 import pytest
 
@@ -104,5 +105,41 @@ def test_git_revision_without_git(monkeypatch):
 def test_write_record(tmp_path):
     full = record(PROTOCOLS["larp_gfvd10k"], **FACTS)
     protocols.write_record(tmp_path / "new" / "fvd.json", full, {"fvd": 57.0})
-    assert json.loads((tmp_path / "new" / "fvd.json").read_text()) == {"results": {"fvd": 57.0}, "record": full}
+    assert protocols.read_record(tmp_path / "new" / "fvd.json") == {"results": {"fvd": 57.0}, "record": full}
     assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def no_constants(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_what_is_not_finite_is_null_and_says_why(tmp_path):
+    path = tmp_path / "report.json"
+    protocols.write_record(path, {}, {"rfvd": 1.5, "rfvd_floor": math.nan, "psnr_clip": math.inf, "x": -math.inf})
+    results = json.loads(path.read_text(), parse_constant=no_constants)["results"]
+    assert results == {
+        "rfvd": 1.5, "rfvd_floor": None, "rfvd_floor_note": "not defined for fewer than four clips",
+        "psnr_clip": None, "psnr_clip_note": "infinite: every clip is without error", "x": None, "x_note": "infinite",
+    }
+    assert protocols.read_record(path)["results"] == results
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    path = tmp_path / "report.json"
+    protocols.write_record(path, {"seed": 1}, {"fvd": 57.25})
+    whole = path.read_text()
+    assert "57.25" in whole
+    for text in ("garbage", '"garbage"', "[]", "{}", whole[:-9], '{"results": 1, "record": {}}',
+                 whole.replace("57.25", "47.25"), whole.replace('"seed": 1', '"seed": 2')):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"report\.json is damaged: "):
+            protocols.read_record(path)
+    content = json.loads(whole)
+    del content["sha256"]  # as earlier versions wrote it
+    path.write_text(json.dumps(content))
+    assert protocols.read_record(path) == content
+def test_records_hold_no_nan(tmp_path):
+    numbers = {"psnr": float("inf"), "psnr_infinite": 3, "lists": [float("nan"), (1.5, -float("inf"))], "flag": True}
+    protocols.write_record(tmp_path / "report.json", record(PROTOCOLS["larp_gfvd10k"], **FACTS), numbers)
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)["results"]
+    assert read == {"psnr": None, "psnr_infinite": 3, "lists": [None, [1.5, None]], "flag": True}

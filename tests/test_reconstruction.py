@@ -1,12 +1,17 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from data.clips import ClipKey, Quarantine, VideoFile
-from data.video import write_video
+import data.clips
+from data.clips import ClipDataset, ClipKey, Quarantine, VideoFile
+from data.video import probe, write_video
+from eval import fvd
 from eval.protocols import PROTOCOLS
 from eval.reconstruction import merge, protocol_clips, reconstruct_rows, summary
+from training.samples import drawn_clips, segments
+from training.validation import Validation
 
 
 def rows(index, psnr):
@@ -54,11 +59,39 @@ def test_clips_of_the_protocols(tmp_path):
     (tmp_path / "d.mp4").write_bytes(b"")
     files = [VideoFile(str(tmp_path / f"{name}.mp4")) for name in "abcd"]
     quarantine = Quarantine()
-    kept, keys = protocol_clips(PROTOCOLS["coordtok_rfvd10k_128f"], files, 10, 5, quarantine)
+    kept, keys = protocol_clips(PROTOCOLS["coordtok_rfvd10k_128f"], files, 10, 5, quarantine, 60)
     assert [file.path[-5] for file in kept] == ["a", "c"], "short and damaged ones are discarded"
     assert keys == [ClipKey(i, i % 2) for i in range(5)]
     assert files[3].path in quarantine
-    kept, keys = protocol_clips(PROTOCOLS["larp_rfvd"], files, 10, None, quarantine)
+    kept, keys = protocol_clips(PROTOCOLS["larp_rfvd"], files, 10, None, quarantine, 60)
     assert keys == [ClipKey(i, i) for i in range(4)]
     with pytest.raises(ValueError, match="no video has 20 frames"):
-        protocol_clips(PROTOCOLS["coordtok_rfvd10k_128f"], files, 20, 5, quarantine)
+        protocol_clips(PROTOCOLS["coordtok_rfvd10k_128f"], files, 20, 5, quarantine, 60)
+
+
+def test_the_time_limit_holds_wherever_files_are_opened(monkeypatch, tmp_path):
+    """For lengths, for validation's clips, for those of two folders: what is given is what each file gets."""
+    files, used = [VideoFile(f"null:{i}") for i in range(4)], []
+    monkeypatch.setattr("eval.reconstruction.probe", lambda path, timeout: used.append(timeout) or probe(path))
+    read = data.clips.read_chosen
+    monkeypatch.setattr(data.clips, "read_chosen", lambda path, choose, limit: used.append(limit) or read(path, choose))
+    clips = ClipDataset(files, 4, 16, "larp", damaged="skip", timeout=7)
+
+    def check(run):
+        used.clear()
+        run()
+        assert used and set(used) == {7}
+
+    check(lambda: protocol_clips(PROTOCOLS["coordtok_rfvd10k_128f"], files, 10, 4, Quarantine(), 7))
+    check(lambda: drawn_clips(clips, 4))
+    check(lambda: segments(clips, 4, 0, tmp_path))
+    monkeypatch.setattr(Validation, "available", lambda *_: None)
+    held_out = Validation(files, 4, 4, 16, "larp", torch.device("cpu"), 2, 0, Quarantine(), "random", timeout=7)
+    check(lambda: list(held_out.loader))
+    protocol = dataclasses.replace(fvd.FOLDERS, size=16, num_frames=4)
+
+    class Logits(torch.nn.Linear):
+        def forward(self, video, resize):
+            return video.flatten(1)[:, :400]
+
+    check(lambda: fvd.folder_features(Logits(1, 1), files, protocol, 4, 0, 2, 0, timeout=7))

@@ -58,7 +58,8 @@ def write_report(folder: Path, protocol: str, results: dict, **facts) -> None:
 def results(tmp_path) -> Path:
     """Two tokenizers measured alike, a third at another size, samples, and a run."""
     folder = tmp_path / "results"
-    reconstruction = {"rfvd_floor": float("nan"), "rfvd_rank_deficient": True, "psnr_frame": 20.5, "lpips": 0.04}
+    reconstruction = {"rfvd_floor": float("nan"), "rfvd_rank_deficient": True, "psnr_frame": 20.5, "lpips": 0.04,
+                      "psnr_clip": float("inf"), "psnr_clip_infinite": 5, "rkvd": 0.125, "precision": 0.75}
     random = {"lpips": "lpips 0.1.4 vgg, RANDOM backbone"}
     write_report(folder / "one", "larp_rfvd", {"rfvd": 1111.14, **reconstruction}, **random)
     write_report(folder / "two", "larp_rfvd", {"rfvd": 2222.24, **reconstruction}, **random, git_revision="y")
@@ -73,7 +74,7 @@ def results(tmp_path) -> Path:
         contact_sheet(folder / "run" / "samples" / f"step_{step:07d}_val.png", [(video,)])
     (folder / "run" / "args.json").write_text(json.dumps({"lpips_weights": "auto", "note": "</pre><script>"}))
     lines = [{"step": 1, "kind": "train", "loss": 4.0}, {"step": 2, "kind": "train", "loss": 0.125},
-             {"step": 2, "kind": "val", "loss": 1.0, "rfvd": float("nan")}]
+             {"step": 2, "kind": "val", "loss": 1.0, "rfvd": float("nan"), "psnr_frame": None}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "run" / "metrics.jsonl").write_text(text + '{"step": 3, "ki')
     return folder
@@ -90,6 +91,7 @@ def test_the_page(results, tmp_path):
     alike = next(group for group in page.groups if numbers[0] in group)
     assert "larp_rfvd*" in alike and "num_real: 5 instead of 9537" in alike and '"extractor_sha256": "x"' in alike
     assert alike.count("random backbone") == alike.count("rank-deficient") == 2 and "n/a" in alike
+    assert alike.count("∞") == alike.count("0.750") == 2 and "KVD" in page.text
     assert "2.345" in next(group for group in page.groups if numbers[3] in group)
     for words in ("None of them was measured as published", "RANDOM", "under one heading only"):
         assert words in page.text
@@ -142,6 +144,57 @@ def test_what_cannot_be_read_is_named(results, monkeypatch, capsys):
                  r"half: no report\.json", r"stopped: metrics\.jsonl is empty", r"step_0000002_val\.png: cannot"):
         assert re.search(f"left out: .*{line}", said) and re.search(line, page.text)
     assert "2 reports, 1 runs" in said and "3,333.3" in page.text and "1,111.1" not in page.text
+
+
+def change(path: Path, place: tuple, value) -> None:
+    """Put a value into a JSON file, or the first line of one; without the checksum, as a file from elsewhere."""
+    first, newline, rest = path.read_text().partition("\n" if path.suffix == ".jsonl" else "\0")
+    content = json.loads(first)
+    content.pop("sha256", None)
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(content) + newline + rest)
+
+
+PLACES = [
+    *(("one/report.json", ("record", name)) for name in (
+        "title", "description", "dataset", "num_frames", "size", "num_real", "num_generated", "model", "lpips",
+        "deviations", "sampler", "seed")),
+    *(("one/report.json", ("results", name)) for name in ("rfvd", "psnr_frame", "rfvd_rank_deficient", "other")),
+    ("one/report.json", ("results",)), ("one/report.json", ("record",)),
+    *(("run/metrics.jsonl", (name,)) for name in ("step", "kind", "loss")),
+    ("run/args.json", ("data_root",)), ("run/args.json", ("lpips_weights",)),
+]
+
+
+@pytest.mark.parametrize(("file", "place"), PLACES, ids=lambda part: part if isinstance(part, str) else ".".join(part))
+def test_whatever_the_files_hold_the_page_is_made(results, monkeypatch, capsys, file, place):
+    """Text is escaped, and what cannot stand where it is leaves its file out; the others are shown."""
+    path = results / file
+    whole = path.read_text()
+    for value in ("<script>alert(1)</script>", ["<script>"], {"<script>": "<script>"}, None, 10**400, -1, True, 1e308):
+        path.write_text(whole)
+        change(path, place, value)
+        make_page(monkeypatch, results)
+        text = (results / "index.html").read_text()
+        assert "<script" not in text and "2,222.2" in text and "3,333.3" in text
+        page, said = Page(results / "index.html"), capsys.readouterr().out
+        left_out = [line for line in said.splitlines() if line.startswith("left out")]
+        assert len(left_out) <= 1 and all(file.partition("/")[0] in line for line in left_out)
+        assert ("Left out" in page.text) == bool(left_out)
+    assert {path.name for path in results.iterdir()} >= {"index.html"} and not list(results.glob(".index*"))
+
+
+def test_pictures_that_cannot_be_read_are_named(results, monkeypatch, capsys):
+    (results / "one" / "sheet.png").unlink()
+    (results / "one" / "sheet.png").mkdir()
+    (results / "samples" / "ar" / "sampled_videos" / "000000.mp4").unlink()
+    (results / "samples" / "ar" / "sampled_videos" / "000000.mp4").symlink_to("nowhere")
+    make_page(monkeypatch, results)
+    said = capsys.readouterr().out
+    assert "left out: one/sheet.png" in said and "left out: samples/ar/sampled_videos/000000.mp4" in said
 
 
 def test_nothing_there(tmp_path, monkeypatch):

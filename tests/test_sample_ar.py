@@ -319,8 +319,6 @@ def test_our_checkpoints_carry_their_task(sampled, trained, published):
 @pytest.mark.parametrize(
     ("kind", "flags", "message"),
     [
-        ("class", ["--mode", "ODE"], "--mode is of --sit_model alone"),
-        ("class", ["--sit_model", "there"], "either --sit_model or --ar_model"),
         ("class", ["--fp", "--num_cond_frames", "5"], "is class-conditional: leave --frame_prediction"),
         ("fp", ["--cfg_scale", "1.25"], "predicts frames, without classes: leave --class_label and --cfg_scale out"),
         ("fp", ["--num_cond_frames", "12"], "--num_cond_frames is 12, expected 1 to 11"),

@@ -132,6 +132,49 @@ def test_shards_in_any_order_report_once(sampled, capsys):
     assert (folder / "report.json").stat().st_mtime_ns == before
 
 
+def test_exported_models_are_sampled_as_their_checkpoints(sampled, models, tmp_path, monkeypatch):
+    for path, name in zip(models, ("sit", "coordtok")):
+        monkeypatch.setattr(sys, "argv", ["checkpoint", str(path), str(tmp_path / name)])
+        checkpoint.main()
+        assert sorted(file.name for file in (tmp_path / name).iterdir()) == ["config.json", "model.safetensors"]
+    exported = ("--sit_model", tmp_path / "sit", "--first_model_ckpt", tmp_path / "coordtok")
+    one, two = sampled("one"), sampled("two", *exported)
+    for index in range(5):
+        assert (pixels(one, index) == pixels(two, index)).all()
+    records = [json.loads((folder / "report.json").read_text())["record"]["sampler"] for folder in (one, two)]
+    assert records[0] == records[1]
+    with pytest.raises(ValueError, match="holds a coordtok model, expected a sit checkpoint"):
+        sampled("three", "--sit_model", tmp_path / "coordtok")
+    with pytest.raises(ValueError, match="--num_classes 3 was given, but .*sit has 2"):
+        sampled("four", *exported, "--num_classes", 3)
+
+
+def test_of_a_sit_the_average_is_exported(models, tmp_path):
+    state = checkpoint.load(models[0])
+    state["ema"] = {name: tensor + 1 for name, tensor in state["model"].items()}
+    for version, name in ((None, "ema"), ("ema", "ema"), ("sd", "model")):
+        checkpoint.export(state, tmp_path / "out", version)
+        found = checkpoint.load(tmp_path / "out")
+        assert all(torch.equal(found["ema"][key], tensor) for key, tensor in state[name].items())
+    assert all(torch.equal(a, b) for a, b in zip(*(LatentStats.from_state_dict(each["statistics"]).std
+                                                   for each in (state, found))))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for text in ("{}", json.dumps({**config, "kind": "larp_ar"}), json.dumps({**config, "statistics": None})[:-9],
+                 json.dumps({name: value for name, value in config.items() if name != "classes"})):
+        (tmp_path / "out" / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json is not of an exported|lacks classes|not whole"):
+            checkpoint.load(tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_make_no_samples(sampled, models, tmp_path):
+    state = checkpoint.load(models[0])
+    state["ema"]["blocks.0.attn.qkv.weight"] = state["ema"]["blocks.0.attn.qkv.weight"].clone().fill_(torch.nan)
+    path = checkpoint.save(tmp_path / "nan", 1, state)
+    with pytest.raises(ValueError, match="step_0000001.pt: blocks.0.attn.qkv.weight is not finite"):
+        sampled("out", "--sit_model", path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_fvd_and_its_table(sampled, data, tmp_path, models):
     """Two shards measure real and generated clips; the last one reports as a single run would."""
     try:
@@ -231,7 +274,6 @@ def test_the_authors_run_folder_gives_the_same_samples(sampled, models, tmp_path
         (["--sit_model", "TOKENIZER"], "holds a coordtok model, expected a sit checkpoint"),
         (["--sit_model", "UNGUIDED", "--cfg_scale", "2"], "trained with --class_dropout_prob above 0"),
         (["--model", "SiT-L/2"], "--model SiT-L/2 was given, but .* has tiny"),
-        (["--num_sampling_steps", "1"], "change --num-sampling-steps"),
         (["--mode", "ODE", "--reverse", "--num_samples", "9"], "a real clip each"),
         (["--sit_model", "/nowhere"], "/nowhere: no such file"),
     ],

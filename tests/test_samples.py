@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,99 @@ def test_replace_makes_a_shards_own_samples_anew(tmp_path):
         other.open(range(4), False)
     assert other.open(range(2), True) == [0, 1]
     assert other.done() == {}, "samples of other settings are dropped"
+
+
+def written(store) -> set[str]:
+    """What there is of samples, as folder/name."""
+    return {f"{path.parent.name}/{path.name}" for folder in (store.videos, store.given) if folder.exists()
+            for path in folder.iterdir()} | {path.name for path in store.chunks.glob("preview*")}
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["same_settings", "other_settings"])
+def test_replace_leaves_nothing_of_what_it_replaces(tmp_path, seed):
+    """Samples 0 to 5 of one model, then 0 and 1, or 0 to 3, of another: nothing of the first may stand beside them."""
+    store = SampleStore(tmp_path, {"seed": 0}, 6)
+    store.open(range(6), False)
+    clips = torch.zeros(2, 3, 4, 16, 16, dtype=torch.uint8)
+    for start in (0, 2, 4):
+        store.add([start, start + 1], clips, ["mp4", "png"], clips)
+    (tmp_path / "sheet.png").touch()
+    (store.videos / "notes.txt").touch()
+    store = SampleStore(tmp_path, {"seed": seed}, 6 - 2 * seed)
+    missing = store.open(range(2), True)
+    assert missing == [0, 1]
+    left = range(2, 6) if seed == 0 else ()  # those of other chunks of the same settings are as good as before
+    named = {f"{folder}/{i:06d}" for i in left for folder in ("sampled_videos", "gt")}
+    kept = {*named, *(f"{name}.mp4" for name in named), *(f"preview_{i:02d}.npy" for i in left)}
+    assert written(store) == {"sampled_videos/notes.txt", *kept}
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_damaged_chunk_is_named(tmp_path):
+    store = SampleStore(tmp_path, {}, 40)
+    store.open(range(40), False)
+    fill(store, list(range(40)))
+    (chunk,) = store.chunks.glob("*.npz")
+    whole = chunk.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(torch.arange(40).double().mul(2).float().numpy().tobytes()) + 40] ^= 4
+    for content in (b"", whole[:100], whole[:-100], bytes(flipped)):
+        chunk.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{chunk.name} is damaged .*delete it, and its samples are made again"):
+            store.finish(report, tmp_path / "table.csv")
+    assert not store.report.exists()
+    assert store.open(range(2), True) == [0, 1] and store.done() == {}, "--replace removes it"
+    preview = store.chunks / "preview_05.npy"
+    preview.write_bytes(b"")
+    with pytest.raises(ValueError, match="preview_05.npy is damaged"):
+        store.previews()
+
+
+def test_chunks_outlast_a_power_cut(tmp_path, monkeypatch):
+    """What they hold is on the disk before they have their name."""
+    store, calls = SampleStore(tmp_path, {}, 4), []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_size) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda old, new: calls.append(new.name) or replace(old, new))
+    fill(store, [0, 1])
+    (chunk,) = store.chunks.glob("*.npz")
+    assert calls[-2:] == [chunk.stat().st_size, chunk.name]
+    assert not [path for path in store.chunks.iterdir() if path.suffix not in (".npz", ".npy")]
+
+
+def test_a_damaged_report_is_made_again(tmp_path, capsys):
+    store = SampleStore(tmp_path, {}, 2)
+    fill(store, [0, 1])
+    assert store.finish(report, tmp_path / "table.csv")
+    assert store.finish(report, tmp_path / "table.csv") is None, "it is there"
+    whole = store.report.read_text()
+    for text in ("garbage", whole.replace("2.0", "3.0"), ""):
+        store.report.write_text(text)
+        assert store.finish(report, tmp_path / "table.csv")
+        assert "report.json is damaged" in capsys.readouterr().out
+        assert store.report.read_text() == whole
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 2
+
+
+def test_cells_of_the_table_are_no_formulas(tmp_path):
+    path, row = tmp_path / "table.csv", {"num_samples": 2, "fvd": 1.5, "cfg_interval": -1, "top_p": "-1e-3"}
+    for _ in range(2):
+        for name in ("=HYPERLINK(1)", "+1+1", "-2+3", "@SUM(1)", "\tx", "a=b"):
+            append_report(path, {**row, "ar_model": name})
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ["'=HYPERLINK(1)", "'+1+1", "'-2+3", "'@SUM(1)", "'\tx", "a=b"]
+    assert [each["ar_model"] for each in rows] == names, "each is there once"
+    assert {(each["cfg_interval"], each["top_p"]) for each in rows} == {("-1", "-1e-3")}
+
+
+def test_black_videos_are_an_error(tmp_path):
+    """As of weights that are not finite, with no number to tell it by."""
+    store = SampleStore(tmp_path, {}, 4)
+    with pytest.raises(FloatingPointError, match="samples 2 are not finite: the weights are damaged"):
+        store.add([1, 2], torch.zeros(2, 3, 2, 8, 8, dtype=torch.uint8), [], finite=torch.tensor([True, False]))
+    store.add([1, 2], torch.zeros(2, 3, 2, 8, 8, dtype=torch.uint8), [], finite=torch.tensor([True, True]))
+    assert store.collect().keys() == {"index"}
 
 
 @pytest.mark.parametrize("name", ["nll", "fake"])
@@ -175,7 +269,7 @@ def test_real_clips_are_drawn_without_replacement_and_long_enough():
 def test_segments(tmp_path, monkeypatch):
     """Of videos of 37, 0 (damaged), 3 and 20 frames: 3 + 0 + 1 + 2 segments of ten frames."""
     frames = {"a": 37, "b": 0, "c": 3, "d": 20}
-    monkeypatch.setattr("training.samples.length", lambda file, quarantine: frames[file.path])
+    monkeypatch.setattr("training.samples.length", lambda file, quarantine, timeout: frames[file.path])
     clips = ClipDataset([VideoFile(name) for name in frames], 10, 16, "larp", short="repeat", damaged="skip")
     known = [(0, 0), (0, 10), (0, 20), (2, 0), (3, 0), (3, 10)]
     drawn = [5, 0, 4, 2, 1, 3]  # random.Random(42).sample(range(6), 6)
@@ -187,7 +281,7 @@ def test_segments(tmp_path, monkeypatch):
     assert [key.position for key in eight] == list(range(8))
     assert segments(clips, 6, 0, tmp_path) != eight[:6]
 
-    monkeypatch.setattr("training.samples.length", lambda file, quarantine: 2000)
+    monkeypatch.setattr("training.samples.length", lambda file, quarantine, timeout: 2000)
     clips = ClipDataset([VideoFile("long")], 10, 16, "larp", damaged="skip")
     drawn = [key.start // 10 for key in segments(clips, 5, 42, tmp_path)]
     assert drawn == [163, 28, 6, 189, 70]  # random.Random(42).sample(range(200), 5)

@@ -1,10 +1,12 @@
 """train_ar.py --fsdp in several processes, and sharded checkpoints, at a tiny size."""
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import logged, losses, mistake, run, run_here, tiny_larp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import train_ar
 from models.larp_ar import LARPGenerator
@@ -143,7 +145,7 @@ def test_whole_is_what_was_sharded(alone):
 def test_a_kill_while_writing_leaves_the_old_checkpoint(alone, monkeypatch, tmp_path):
     generator, original = tiny_generator(), tiny_generator()
     sharding.shard(generator, torch.device("cpu"), "fp32")
-    state = {"config": {}, "model": generator.state_dict()}
+    state = {"kind": "larp_ar", "config": {}, "model": generator.state_dict()}
     checkpoint.save(tmp_path, 1, state)
 
     def killed(*_):
@@ -154,14 +156,76 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(alone, monkeypatch, tmp_
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(tmp_path, 2, state)
     assert (tmp_path / "step_0000002.partial").exists()
-    found = checkpoint.find(tmp_path, "auto")
+    found = checkpoint.find(tmp_path, "auto", "larp_ar")
     assert found["step"] == 1
     weights = checkpoint.select_weights(found)
     assert all(torch.equal(value, weights[name]) for name, value in original.state_dict().items())
     for step in (3, 3, 4):  # the same one again, as after going on from an older one
-        checkpoint.save(tmp_path, step, state, keep=2, best=step == 3)
+        checkpoint.save(tmp_path, step, state, keep=2)
+        if step == 3:
+            checkpoint.mark_best(tmp_path, 3)
     assert {path.name for path in tmp_path.iterdir()} == {"best", "step_0000003", "step_0000004"}
     assert checkpoint.load(tmp_path / "best")["step"] == 3
+
+
+class Opens:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("place", ["alone", "planner", "tensor", "bytes"])
+def test_an_index_runs_no_code(alone, monkeypatch, tmp_path, place):
+    generator = tiny_generator()
+    sharding.shard(generator, torch.device("cpu"), "fp32")
+    path, marker = checkpoint.save(tmp_path, 1, {"config": {}, "model": generator.state_dict()}), tmp_path / "marker"
+    evil = index = pickle.loads((path / ".metadata").read_bytes())
+    if place == "alone":
+        evil = Opens(marker)
+    elif place == "planner":
+        index.planner_data = Opens(marker)
+    elif place == "tensor":
+        index.state_dict_metadata["model/abs_pe"] = Opens(marker)
+    else:  # torch unpickles such an entry with whatever it names
+        index.state_dict_metadata["model/abs_pe"] = BytesStorageMetadata()
+    (path / ".metadata").write_bytes(pickle.dumps(evil))
+    named = "BytesStorageMetadata" if place == "bytes" else "io.open"
+    with pytest.raises(ValueError, match=f"{named}, which no checkpoint of this project holds: do not use this folder"):
+        checkpoint.load(path)
+    with pytest.raises(ValueError, match=named):
+        sharding.read_whole(path, "model/")
+    with pytest.raises(ValueError, match=named):
+        sharding.fill({"shards": path}, {"model": generator.state_dict()})
+    assert not marker.exists()
+
+
+def test_a_damaged_index_is_named(alone, tmp_path):
+    generator = tiny_generator()
+    sharding.shard(generator, torch.device("cpu"), "fp32")
+    path = checkpoint.save(tmp_path, 1, {"config": {}, "model": generator.state_dict()})
+    whole = (path / ".metadata").read_bytes()
+    for content in (b"", whole[:1000], b"not a pickle", pickle.dumps([1, 2])):
+        (path / ".metadata").write_bytes(content)
+        with pytest.raises(ValueError, match=r"step_0000001 cannot be read as a checkpoint: its index .* is dam"):
+            checkpoint.load(path)
+
+
+def test_a_flipped_byte_of_a_shard_is_found(alone, tmp_path):
+    generator = tiny_generator()
+    sharding.shard(generator, torch.device("cpu"), "fp32")
+    path = checkpoint.save(tmp_path, 1, {"config": {}, "model": generator.state_dict()})
+    weight = generator.output.weight.full_tensor().detach()
+    share = path / "__0_0.distcp"
+    content = bytearray(share.read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 5] ^= 4
+    share.write_bytes(content)
+    with pytest.raises(ValueError, match="step_0000001 cannot be read.*__0_0.distcp is damaged: ") as error:
+        checkpoint.select_weights(checkpoint.load(path))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="__0_0.distcp is damaged: .* is not what was written"):
+        sharding.fill({"shards": path}, {"model": generator.state_dict()})
 
 
 def test_bf16_is_that_of_autocast(alone):

@@ -4,13 +4,17 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, TINY_COORDTOK, error_line, losses, num_lines, run, start, wait
 
+import train_coordtok
 from data.video import write_video
+from training import checkpoint
 
 PIXELS = ("--point_per_vid", 16, "--lpips_loss_scale", "0.0")
 
@@ -72,10 +76,12 @@ def test_a_signal_saves_and_leaves(data, tmp_path, number, name, code):
 
 
 def test_second_step_validation_and_evaluation(data, coordtok, tmp_path):
-    """The published command of step 2 with two processes; then the evaluation script on what it wrote."""
+    """The published command of step 2 with two processes, from the export of step 1; then the evaluation script on what
+    it wrote, and on its export."""
+    checkpoint.export(checkpoint.load(coordtok / "checkpoints"), tmp_path / "first")
     done = train(
         data, tmp_path, "--exp_name", "run", "--num_iters", 2, "--point_per_vid", 32, "--num_val", 2,
-        "--is_second_step", "--first_step_ckpt", coordtok / "checkpoints", "--lpips_loss_scale", "1.0",
+        "--is_second_step", "--first_step_ckpt", tmp_path / "first", "--lpips_loss_scale", "1.0",
         "--lpips_weights", "random", processes=2,
     )
     folder = tmp_path / "run_second"
@@ -86,15 +92,18 @@ def test_second_step_validation_and_evaluation(data, coordtok, tmp_path):
     assert {"psnr_frame", "ssim", "lpips", "psnr_mean_frame"} <= validation[0].keys()
     assert {path.suffix for path in (folder / "samples").iterdir()} == {".png", ".mp4"}
 
-    evaluate = ["--tokenizer", folder / "checkpoints", "--data_root", data, "--protocol", "larp_rfvd", "--no_fvd",
+    checkpoint.export(checkpoint.load(folder / "checkpoints"), tmp_path / "second")
+    evaluate = ["--data_root", data, "--protocol", "larp_rfvd", "--no_fvd",
                 "--lpips_weights", "random", "--num_workers", "1", "--batch_size"]
     reports = []
-    for batch, processes in ((1, 0), (3, 2)):
+    for tokenizer, batch, processes in ((folder / "checkpoints", 1, 0), (tmp_path / "second", 3, 2)):
         out = tmp_path / f"evaluation{batch}"
-        run("eval/eval_coordtok.py", *evaluate, batch, "--output_dir", out, processes=processes)
+        run("eval/eval_coordtok.py", *evaluate, batch, "--output_dir", out, "--tokenizer", tokenizer,
+            processes=processes)
         assert (out / "sheet.png").exists()
         reports.append(json.loads((out / "report.json").read_text()))
     one, two = reports
+    assert [each["record"]["model"].split()[-1] for each in reports] == [one["record"]["model"].split()[-1]] * 2
     assert one["results"] == pytest.approx(two["results"], rel=1e-5), "neither batches nor processes change a number"
     assert one["results"]["clips"] == 6
     assert one["record"]["title"] == "larp_rfvd*"
@@ -148,6 +157,26 @@ def test_a_folder_of_damaged_files_ends_the_run_and_its_workers(tmp_path):
 def test_mistakes_get_one_line(data, tmp_path, flags, message):
     done = train(data, tmp_path, "--exp_name", "run", "--num_iters", 1, *flags, fails=True)
     assert message in error_line(done)
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="the script would set up .venv")
+def test_the_reproducing_script_has_the_released_settings(monkeypatch, tmp_path):
+    """What it gives to torchrun, for which a function stands in here."""
+    monkeypatch.setenv("BASH_FUNC_torchrun%%", '() { printf "%s\\n" "$@" -- ; }')
+    monkeypatch.setenv("DATA_ROOT", "/a b")
+    command = ["bash", "scripts/train_coordtok_reproduce.sh", "--num_val", "0"]
+    lines, steps = subprocess.check_output(command, cwd=ROOT, text=True), []
+    for words in lines.removesuffix("--\n").split("--\n"):
+        monkeypatch.setattr(sys, "argv", words.splitlines()[2:])
+        assert sys.argv[0] == "train_coordtok.py"
+        steps.append(vars(train_coordtok.parse_args()))
+    common = {"padding": "released", "precision": "fp16", "allow_tf32": True, "num_views": 256, "lr": 1e-4,
+              "data_root": "/a b", "num_val": 0, "exp_name": "coordtok_reproduce", "resume": "auto"}
+    first = {"num_iters": 1000001, "point_per_vid": 1024, "lpips_loss_scale": 0, "lpips_dropout": False}
+    second = {"num_iters": 50001, "point_per_vid": 4096, "lpips_loss_scale": 1, "lpips_dropout": True,
+              "is_second_step": True, "first_step_ckpt": "logs/coordtok_reproduce/checkpoints"}
+    for step, recipe in zip(steps, (common | first, common | second), strict=True):
+        assert {name: step[name] for name in recipe} == recipe
 
 
 def test_a_foreign_architecture_flag_names_both_values(data, coordtok, tmp_path):

@@ -86,7 +86,7 @@ def test_two_processes_by_the_script_train_as_one(tmp_path):
     run(sys.executable, "train_larp_tokenizer.py", *config, *flags, "--exp_name", "one")
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert one.keys() == two.keys() == set(range(1, 8))
-    assert [step for step in one if "disc" in one[step]] == [1, 6]
+    assert [step for step in one if "disc" in one[step]] == [5]
     for step in one:
         assert two[step] == pytest.approx(one[step], abs=1e-5)
 
@@ -97,6 +97,7 @@ def test_the_reproducing_script_runs_at_a_small_size(tmp_path):
     run("bash", "scripts/train_larp_tokenizer_reproduce.sh", *flags, GPUS="2")
     args = json.loads((tmp_path / "larp_tokenizer_reproduce" / "args.json").read_text())
     assert (args["prior_lr_mult"], args["lecam_weight"], args["seed"], args["world_size"]) == (1, 1e-6, 66667, 2)
+    assert (args["precision"], args["allow_tf32"]) == ("fp32", True)
     assert len(lines(tmp_path / "larp_tokenizer_reproduce")) == 2
 
 
@@ -120,26 +121,53 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(data, trained, tmp_path):
     assert lines(tmp_path / "larp_tokenizer", "val_ema_0.9") == lines(trained, "val_ema_0.9")
 
 
+def test_micro_batches_train_as_the_whole_batch(monkeypatch, tmp_path):
+    """Generator and discriminator, with R1, LeCam at a weight that shows, the noise of targets, and mirrored clips."""
+    flags = [*TINY, *NULL, "--save_dir", tmp_path, "--num_iters", 4, "--r1_weight", 0.1, "--lecam_weight", 1, "--flip",
+             "--d_update_freq", 2]
+    for accum in (1, 4):
+        run_here(monkeypatch, train_larp_tokenizer, *flags, "--accum_iter", accum, "--exp_name", accum)
+    whole, parts = lines(tmp_path / "1"), lines(tmp_path / "4")
+    assert [step for step in whole if "disc" in whole[step]] == [2, 4]
+    assert whole.keys() == parts.keys()
+    for step in whole:
+        assert parts[step] == pytest.approx(whole[step], abs=1e-5)
+    whole, parts = (checkpoint.load(tmp_path / name / "checkpoints") for name in ("1", "4"))
+    for name in ("discriminator", "lecam"):  # Adam's first steps are of one size, whatever the gradient's
+        torch.testing.assert_close(parts[name], whole[name], atol=1e-5, rtol=0)
+
+
+def test_a_run_of_micro_batches_resumes_exactly(monkeypatch, tmp_path):
+    """With the prior's dropout: a run from the checkpoint after step 3 ends at the same last bit."""
+    flags = [*TINY, "--csv_file", "null128.csv", "--num_val", 0, "--save_dir", tmp_path, "--num_iters", 4,
+             "--accum_iter", 2, "--d_update_freq", 2, "--save_every", 0.03, "--perceptual_weight", 0]
+    run_here(monkeypatch, train_larp_tokenizer, *flags, "--exp_name", "whole")
+    middle = tmp_path / "whole" / "checkpoints" / "step_0000003.pt"
+    run_here(monkeypatch, train_larp_tokenizer, *flags, "--exp_name", "resumed", "--resume", middle)
+    whole, resumed = lines(tmp_path / "whole"), lines(tmp_path / "resumed")
+    assert resumed == {4: whole[4]} and "disc" in whole[4]
+
+
 def test_the_discriminator_learns_at_its_own_steps_alone(trained):
-    states = {step: checkpoint.load(trained / "checkpoints" / f"step_{step:07d}.pt") for step in (1, 5, 6, 9)}
+    states = {step: checkpoint.load(trained / "checkpoints" / f"step_{step:07d}.pt") for step in (1, 4, 5, 9)}
 
     def moved(part, a, b):
         return any(not torch.equal(states[a][part][name], states[b][part][name]) for name in states[a][part])
 
-    assert not moved("discriminator", 1, 5) and not moved("lecam", 1, 5)
-    assert moved("discriminator", 5, 6) and moved("lecam", 5, 6)
-    assert not moved("discriminator", 6, 9)
-    assert moved("model", 1, 5)
+    assert not moved("discriminator", 1, 4) and not moved("lecam", 1, 4)
+    assert moved("discriminator", 4, 5) and moved("lecam", 4, 5)
+    assert not moved("discriminator", 5, 9)
+    assert moved("model", 1, 4)
     prior, codes, rest = (group["lr"] for group in states[9]["optimizer"]["param_groups"])
     assert prior == pytest.approx(50 * rest) and codes == rest
     assert states[9]["disc_optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.3 * rest)
 
 
 def test_the_generators_loss_leaves_the_discriminator_alone(monkeypatch, tmp_path):
-    """With a tokenizer that stands still, the discriminator's two steps do not know what its verdict weighs."""
+    """With a tokenizer that stands still, the discriminator's step does not know what its verdict weighs."""
     weights = []
     for disc_weight in ("0.3", "3"):
-        flags = [*TINY, *NULL, "--perceptual_weight", "0", "--lr", "0", "--num_iters", "6", "--save_dir", str(tmp_path)]
+        flags = [*TINY, *NULL, "--perceptual_weight", "0", "--lr", "0", "--num_iters", "5", "--save_dir", str(tmp_path)]
         flags += ["--disc_weight", disc_weight, "--exp_name", disc_weight, "--num_workers", "0"]
         monkeypatch.setattr(sys, "argv", ["train_larp_tokenizer.py", *flags])
         train_larp_tokenizer.main()
@@ -272,12 +300,13 @@ def test_every_option_of_the_released_config_has_a_flag():
         "learned_decoder_latent_pe": True,
     }
     with pytest.raises(SystemExit):
-        parser.parse_args(["--no_dropout", "yes"])
+        parser.parse_args(["--no_dropout", "maybe"])
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="the script would set up .venv")
 def test_set_datasets_links_and_lists(data, tmp_path):
-    for name in ("scripts/set_datasets.sh", "scripts/setup.sh", "data/metadata.py", "requirements.txt"):
+    code = ("scripts/set_datasets.sh", "scripts/setup.sh", "data/metadata.py", "data/usage.py")
+    for name in (*code, "requirements.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / name)
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")

@@ -116,7 +116,6 @@ def test_the_published_command_with_the_authors_tokenizer(data, coordtok, tmp_pa
         (["--first_model_ckpt", "README.md"], "README.md"),
         (["--first_model_ckpt", "/nowhere"], "/nowhere"),
         (["--model", "SiT-S/8", "--latent_resolution_xy", "16"], "--latent_resolution_xy 16 was given, but .* has 8"),
-        (["--train_eps", "0.7"], "train_eps is 0.7"),
         (["--ckpt", "auto"], "has other settings than the flags .*num_classes 2 there, 1 here"),
         (["--ckpt", "auto", *map(str, CLASSES), "--first_model_ckpt", "OTHER"], "was trained on another tokenizer"),
         ([], "already holds step_0000006.pt"),

@@ -2,51 +2,172 @@
 import argparse
 import contextlib
 import dataclasses
+import io
+import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
-from typing import Any, get_args, get_type_hints
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import configargparse
+import torch
+import yaml
 
+from common.errors import end
+from data.usage import usage_error
 from data.video import VideoError
 from models.coordtok import CoordTokConfig
 from models.discriminator import DiscriminatorConfig
 from models.larp_ar import SIZES, LARPGeneratorConfig
 from models.larp_tokenizer import LARPTokenizerConfig
+from models.quantizer import is_none
 from training import distributed
 
-FROM_ONE = ("accum_iter", "batch_size", "global_batch_size", "num_views", "sample_batch_size", "val_batch_size",
-            "slices", "log_every", "steps_til_save", "steps_til_summary", "ckpt_every", "prefetch_factor")
+# What each numeric flag may be, in every script that has it: a number in the interval. "(" and ")" exclude their end.
+RANGES = {
+    "[1, inf)": (
+        "accum_iter", "batch_size", "global_batch_size", "num_views", "sample_batch_size", "val_batch_size", "slices",
+        "log_every", "steps_til_save", "steps_til_summary", "ckpt_every", "prefetch_factor", "num_iters", "epochs",
+        "max_epoch", "point_per_vid", "stat_clips", "d_update_freq", "num_classes", "num_samples_total", "num_clips",
+        "num_cond_frames", "world_size", "stride", "size", "keep_checkpoints",
+        # architecture
+        "num_frames", "img_size", "enc_embed_dim", "enc_num_layers", "enc_num_heads", "enc_patch_size_xy",
+        "enc_patch_size_t", "enc_patch_num_layers", "latent_resolution_xy", "latent_resolution_t", "latent_n_features",
+        "latent_patch_size_xy", "latent_patch_size_t", "dec_embed_dim", "dec_num_layers", "dec_num_heads",
+        "dec_patch_size_xy", "dec_patch_size_t", "bottleneck_dim", "bottleneck_token_num", "input_size", "frame_num",
+        "temporal_patch_size", "patch_size", "decoder_temporal_patch_size", "decoder_patch_size", "encoder_hidden_size",
+        "decoder_hidden_size", "encoder_num_heads", "decoder_num_heads", "encoder_depth", "decoder_depth", "n_rounds",
+        "disc_hidden_size", "disc_n_heads", "disc_n_layers", "disc_temporal_patch_size", "disc_patch_size", "dim",
+        "n_layer", "n_head", "n_kv_head", "multiple_of",
+    ),
+    "[2, inf)": ("num_sampling_steps", "val_sampling_steps", "codebook_size"),
+    "[0, inf)": (
+        "num_workers", "num_val", "num_samples", "starting_index", "class_label", "sit_ckpt_iter",
+        "cache_latents", "cache_codes", "lr", "disc_lr", "weight_decay", "clip_grad", "clip_grad_max_norm",
+        "warmup_epoch", "prior_lr_mult", "emb_lr_mult", "lpips_loss_scale", "pixel_weight", "perceptual_weight",
+        "loss_q_weight", "loss_q_warmup_from", "loss_q_warmup_epoch", "loss_latent_ce_weight", "temperature_epoch",
+        "disc_weight", "disc_start", "lecam_weight", "r1_weight", "cfg_scale", "val_cfg_scale", "temperature", "top_k",
+        "diffusion_norm", "commitment_loss_weight", "codebook_loss_weight", "entropy_loss_weight", "initializer_range",
+        "query_init_std",
+    ),
+    "(0, inf)": (
+        "eval_every", "sample_every", "save_every", "decode_timeout", "i3d_eps", "atol", "rtol", "temperature_to",
+        "entropy_loss_temperature", "mix_ss_peak_steps_ratio", "latent_ce_temperature", "latent_pe_scale_factor",
+        "ffn_dim_multiplier", "norm_eps",
+    ),
+    "[0, 1)": (
+        "betas", "ema_decay", "ema_decays", "last_step_size", "class_dropout_prob", "token_dropout_p", "attn_dropout_p",
+        "resid_dropout_p", "ffn_dropout_p", "drop_path_rate",
+    ),
+    "[0, 1]": ("min_lr_mult", "guidance_interval", "top_p", "mix_ss_max_ratio"),
+    "[0, 0.5)": ("train_eps", "sample_eps"),
+    "[0, 4294967295]": ("seed", "dataset_split_seed"),  # what numpy and torch take, also times a million
+    "[-1, inf)": ("cfg_interval",),
+    "(-inf, inf)": ("stochastic_temperature",),  # negative: learned
+}
+RANGE_OF = {name: interval for interval, names in RANGES.items() for name in names}
+
+
+def check_range(name: str, value: float) -> None:
+    """ValueError where a flag's value is outside its interval, as NaN always is."""
+    interval = RANGE_OF[name]
+    low, high = map(float, interval[1:-1].split(","))
+    from_low = low < value or (interval[0] == "[" and value == low)
+    if not (from_low and (value < high or (interval[-1] == "]" and value == high))):
+        words = {"(-inf, inf)": "a finite number", "[0, inf)": "0 or more", "(0, inf)": "more than 0"}
+        expected = f"{low:g} or more" if interval[0] == "[" and high == math.inf else f"a number in {interval}"
+        raise ValueError(f"--{name} is {value}, expected {words.get(interval, expected)}")
+
+
+class TextLoader(yaml.SafeLoader):
+    """YAML's scalars as they are written: 2024_01, 010, 12:30 and no are names to a flag that takes one. Only null is
+    not text."""
+
+
+TextLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag.endswith((":null", ":merge"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+class ConfigParser(configargparse.YAMLConfigFileParser):
+    """A YAML file of flags. Keys are spelt as on the command line, with dashes or underscores."""
+
+    def parse(self, stream) -> dict[str, str | list | None]:
+        try:
+            content = yaml.load(stream, TextLoader)  # noqa: S506 - a SafeLoader
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise configargparse.ConfigFileParserException(f"{stream.name} is not YAML: {error}") from error
+        content = {} if content is None else content
+        if not isinstance(content, dict):
+            raise configargparse.ConfigFileParserException(f"{stream.name} holds no lines of 'flag: value'")
+        for key, value in content.items():
+            items = value if isinstance(value, list) else [value]
+            if not all(isinstance(item, str) for item in items) and value is not None:
+                raise configargparse.ConfigFileParserException(
+                    f"{key} in {stream.name} is {value}, expected a value or a list of values"
+                )
+        return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
 class Parser(configargparse.ArgumentParser):
-    """Dashes and underscores alike in flag names; no abbreviations; unknown keys of a file are errors."""
+    """Dashes and underscores alike in flag names; no abbreviations; unknown keys of a file and values out of their
+    range are errors, of one line and exit code 2."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, **options):
         super().__init__(
             description=description,
             allow_abbrev=False,
             auto_env_var_prefix="VT_",
-            config_file_parser_class=configargparse.YAMLConfigFileParser,
+            config_file_parser_class=ConfigParser,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            **options,
         )
         self.add_argument("--config", "--cfg", dest="config", is_config_file=True, help="YAML file of flags")
+
+    def error(self, message: str) -> NoReturn:
+        usage_error(message)
 
     def parse_known_args(self, args=None, *rest, **options):
         args = sys.argv[1:] if args is None else args
         args = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
         parsed, unknown = super().parse_known_args(args, *rest, **options)
-        for name in FROM_ONE:
-            if (value := getattr(parsed, name, None)) is not None and value < 1:
-                raise ValueError(f"--{name} is {value}, expected 1 or more")
+        for action in self._actions:
+            if action.type not in (int, float):
+                continue
+            value = getattr(parsed, action.dest, None)
+            for number in value if isinstance(value, (list, tuple)) else [value] * (value is not None):
+                try:
+                    check_range(action.dest, number)
+                except ValueError as error:
+                    self.error(str(error))
         return parsed, unknown
+
+    def convert_item_to_command_line_arg(self, action, key, value):
+        if value is None:  # null in a file
+            if action is not None and action.type is word_or_none:
+                value = "none"
+            elif action is not None and action.default is None:
+                return []
+            else:
+                self.error(f"{key} is null, which it cannot be: give a value, or leave the line out for its default")
+        return super().convert_item_to_command_line_arg(action, key, value)
 
 
 def word_or_none(word: str) -> str | None:
-    """For flags whose choices include None, spelt None or none."""
-    return None if word in ("None", "none") else word
+    """For flags that may be without a name: none, in any of the spellings of the released files."""
+    return None if is_none(word) else word
+
+
+def run_name(name: str) -> str:
+    """A folder inside the folder of runs."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise argparse.ArgumentTypeError(f"{name!r} is not a folder inside the folder of runs (--save_dir)")
+    return name
 
 
 def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> None:
@@ -54,7 +175,8 @@ def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> N
     run = parser.add_argument_group("run")
     run.add_argument("--save_dir", "--results_dir", "--out_path", dest="save_dir", default=save_dir,
                      help="folder of runs")
-    run.add_argument("--exp_name", "--name", dest="exp_name", default=exp_name, help="name of this run's folder")
+    run.add_argument("--exp_name", "--name", dest="exp_name", type=run_name, default=exp_name,
+                     help="name of this run's folder")
     run.add_argument("--resume", "--ckpt", dest="resume", nargs="?", const="auto", metavar="auto|CKPT",
                      help="go on from the newest whole checkpoint of this run, or from the one named")
     run.add_argument("--keep_checkpoints", type=int, default=3, help="how many of the newest checkpoints to keep")
@@ -118,10 +240,11 @@ def coordtok_config(args: argparse.Namespace, carried: dict | None = None, sourc
 
 
 def truth(word: str) -> bool:
-    """For flags that are true or false."""
-    if word.lower() not in ("true", "false"):
+    """For flags that are true or false, also in YAML's other words."""
+    truths = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if word.lower() not in truths:
         raise argparse.ArgumentTypeError(f"true or false, got {word!r}")
-    return word.lower() == "true"
+    return truths[word.lower()]
 
 
 def options(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type, Any]]:
@@ -153,7 +276,7 @@ def add_larp_tokenizer(parser: Parser) -> None:
     there is one, else its default."""
     group = parser.add_argument_group("LARP tokenizer", "our checkpoints carry it: leave out, or give the same")
     for name, (_, hint, default) in LARP_FLAGS.items():
-        kind = {bool: truth, int: int, float: float}.get(hint, str)
+        kind = {bool: truth, int: int, float: float, str | None: word_or_none}.get(hint, str)
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"(default: {default})")
     group = parser.add_argument_group("LARP discriminator", "likewise")
     for name, default in DISC_FLAGS.items():
@@ -170,7 +293,7 @@ def larp_config(args: argparse.Namespace, carried: dict | None = None, source: s
         given, inner = getattr(args, name), config
         for key in path[:-1]:
             inner = inner.setdefault(key, {})
-        if carried is not None:
+        if carried is not None and not (given is None and is_none(inner[path[-1]])):
             check_carried(name, given, inner[path[-1]], source)
         inner[path[-1]] = given
     return config
@@ -251,28 +374,47 @@ def check_carried(flag: str, given: Any, held: Any, source: str) -> None:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """End with exit code 1 and one line for errors a user can mend; VT_TRACEBACK=1 shows where they arose."""
+    """End with one line, the last that is printed, for whatever ends a run; VT_TRACEBACK=1 shows where it arose.
+
+    Errors that a user can mend, exit code 1; Ctrl-C, 130; and mistakes of this code, whose traceback comes before.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, VideoError) as error:
+    except Exception as error:
         if os.environ.get("VT_TRACEBACK"):
             raise
-        # An error that crossed a loader worker carries its traceback: the message is the last line.
-        line = str(error).strip().splitlines()[-1]
-        line = re.sub(r"^[\w.]*(Error|Exception): ", "", line)
-        where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-        print(f"error{where}: {line}", file=sys.stderr, flush=True)
-        # os._exit would lose what other threads hold; a plain exit lets loaders close.
-        sys.exit(1)
+        where = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        line = one_line(error)
+        if line is None:
+            text = (str(error).strip() or "no text").splitlines()[-1]
+            end(f"error{where}: {type(error).__name__}: {text} (not foreseen; see the traceback above)",
+                before=traceback.format_exc())
+        end(f"error{where}: {line}")
     except KeyboardInterrupt:
-        print("error: interrupted by Ctrl-C", file=sys.stderr, flush=True)
-        sys.exit(130)
-    except (MemoryError, RuntimeError) as error:
-        lines = [line for line in str(error).splitlines() if re.search("out of memory|allocate memory", line)]
-        if os.environ.get("VT_TRACEBACK") or not (lines or isinstance(error, MemoryError)):
+        if os.environ.get("VT_TRACEBACK"):
             raise
-        print(f"error: not enough memory: {lines[-1] if lines else error}: lower the batch size or --num_workers",
-              file=sys.stderr, flush=True)
-        sys.exit(1)
+        end("error: interrupted by Ctrl-C", 130)
     else:
         distributed.teardown()  # not after an error: by NCCL it would wait for processes that wait for this one
+
+
+def one_line(error: Exception) -> str | None:
+    """What to say of an error that a user can mend; None for any other."""
+    text = str(error).strip()
+    # An error that crossed a loader worker carries its traceback: the message is the last line.
+    last = re.sub(r"^[\w.]*(Error|Exception|DamagedFile): ", "", text.splitlines()[-1]) if text else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        what = text.splitlines()[0].split(". ")[0]
+        return f"not enough memory: {what}: lower the batch size, or try --gradient_checkpointing"
+    if found := re.search(r".*allocate memory.*", text):  # a RuntimeError of torch's
+        return f"not enough memory: {found[0]}: lower the batch size or --num_workers"
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {last or 'the system has none left'}: lower the batch size or --num_workers"
+    if isinstance(error, ValueError | OSError | FloatingPointError | VideoError):
+        return last or type(error).__name__
+    if broken := re.search(r"Connection (closed|reset) by peer|[Ss]ocket closed|remote process exited", text):
+        return f"another process of this run has ended without a word, killed perhaps ({broken[0]})"
+    return None

@@ -1,25 +1,25 @@
 """Checkpoints: dicts of plain values and tensors, written whole or not at all. One with sharded tensors is a folder:
 state.pt holds the dict without them, and each process writes its share of them to a file of its own."""
-import argparse
 import json
 import os
+import re
 import shutil
-import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save as serialize
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.errors import DamagedFile, found, reading
 from data.files import of_system, write_whole, writing
+from data.usage import ArgumentParser
+from models.released import PRETRAINED, check_finite, load_state, read_pretrained
 from training import distributed, sharding
 
 FORMAT = 1
-
-
-class DamagedError(ValueError):
-    """A file that should hold a checkpoint and does not, or not all of it."""
+NAME = re.compile(r"step_(\d+)(\.pt)?")  # of a file, or of a folder where the state has sharded tensors
 
 
 def rng_state() -> dict:
@@ -39,12 +39,24 @@ def set_rng_state(states: list[dict]) -> None:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-def save(folder: Path, step: int, state: dict, keep: int = 3, best: bool = False) -> Path:
-    """Write `folder`/step_0001000.pt, a folder step_0001000 where the state has sharded tensors, and drop all but the
-    newest `keep`; every process must call it.
+def start_rng(seed: int, states: list[dict] | None) -> None:
+    """The generators as training begins: those of the checkpoint that it goes on from, else each process draws its own.
 
-    It appears under its name only when complete. `best` also keeps it as best.pt, or best.
+    Call it last: whatever is built after it would draw from them, and a resumed run would not go on as it was.
     """
+    torch.manual_seed(seed + distributed.rank())
+    if states is not None:
+        set_rng_state(states)
+
+
+def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
+    """Write `folder`/step_0001000.pt, a folder step_0001000 where the state has sharded tensors, and drop all but the
+    newest `keep` (from 1 on); every process must call it.
+
+    It appears under its name only when complete.
+    """
+    if keep < 1:
+        raise ValueError(f"--keep_checkpoints is {keep}, expected 1 or more")
     rng = distributed.gather(rng_state())
     state, shards = sharding.split({"format": FORMAT, "step": step, "rng": rng, **state})
     suffix = "" if shards else ".pt"
@@ -61,17 +73,27 @@ def save(folder: Path, step: int, state: dict, keep: int = 3, best: bool = False
         with writing(partial / "state.pt" if shards else partial, path) as file:
             torch.save(state, file)
         rename(partial, path)
-        if best:
-            link = folder / "best.partial"
-            if shards:
-                shutil.copytree(path, link, copy_function=link_file)
-            else:
-                link_file(path, link)
-            rename(link, folder / f"best{suffix}")
-        for old in written(folder)[:-keep]:
+        others = [other for other in written(folder) if other != path]
+        for old in others[: max(len(others) - keep + 1, 0)]:
             remove(old)
     distributed.barrier()
     return path
+
+
+def mark_best(folder: Path, step: int) -> None:
+    """Keep the checkpoint of `step` as best.pt, or best, too. A run that began with another folder's checkpoint has
+    none of that step."""
+    path = next((path for path in written(folder) if step_of(path) == step), None)
+    if path is None or not distributed.is_main():
+        return
+    best, link = folder / f"best{path.suffix}", folder / "best.partial"
+    remove(link)  # of a process that was killed
+    if path.is_dir():
+        shutil.copytree(path, link, copy_function=link_file)
+    elif not (best.exists() and best.samefile(path)):  # renaming one link of a file to another would do nothing
+        link_file(path, link)
+    if link.exists():
+        rename(link, best)
 
 
 def link_file(path: str | Path, link: str | Path) -> None:
@@ -96,12 +118,16 @@ def remove(path: Path) -> None:
         os.replace(path, unnamed)
         shutil.rmtree(unnamed)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
+
+
+def step_of(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[1])
 
 
 def written(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.suffix in ("", ".pt"))
+    """The checkpoints in `folder`, oldest first: by the number of their step, which may have any number of digits."""
+    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=step_of)
 
 
 def is_sharded(path: Path) -> bool:
@@ -112,10 +138,13 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     """A checkpoint of this project on the CPU; of a folder of them, the newest whole one.
 
     A sharded one comes without its sharded tensors: "shards" is its folder, for `sharding.fill` and `select_weights`.
-    mmap: leave tensors in the file until they are used. Raises FileNotFoundError; DamagedError; ValueError where it is
-    not ours, or of another version; OSError where the system does not give it, which says nothing of the file.
+    mmap: leave tensors in the file until they are used, and do not look whether they are damaged. Raises
+    FileNotFoundError; DamagedFile; ValueError where it is not ours, or of another version; OSError where the system
+    does not give it, which says nothing of the file.
     """
     path = Path(path)
+    if is_export(path):
+        return load_export(path)
     if path.is_dir() and not is_sharded(path):
         state = newest(path)
         if state is None:
@@ -125,25 +154,62 @@ def load(path: str | Path, mmap: bool = False) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        if not mmap:
+            sharding.verify(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         if path.is_dir():
             sharding.check(path)
     except Exception as error:
-        reason = (str(error) or "it is empty").splitlines()[0]
+        reason = found(file, error)
         if of_system(error):
             raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or reason}") from error
-        raise DamagedError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        raise DamagedFile(f"{path} cannot be read as a checkpoint: {reason}; give another, or take it away") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
+    if not mmap:
+        averages = state.get("ema") or {}
+        nested = any(isinstance(value, dict) for value in averages.values())
+        for weights in (state.get("model") or {}, *(averages.values() if nested else [averages])):
+            if isinstance(weights, dict):  # else `restore` says so
+                check_finite(weights, path)
     if path.is_dir():
         state["shards"] = path
-    return state
+    for key in {"config", "disc_config", "args"} & state.keys():
+        if not isinstance(state[key], dict):
+            raise DamagedFile(f"{path} is damaged: its {key} is a {type(state[key]).__name__}; give another")
+        state[key] = State(state[key], path)
+    return State(state, path)
+
+
+class State(dict):
+    """What a checkpoint holds. A key that it lacks raises DamagedFile. path: the checkpoint."""
+
+    def __init__(self, content: dict, path: Path):
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str):
+        raise DamagedFile(f"{self.path} has no {key!r}, but {', '.join(map(str, list(self)[:12])) or 'nothing'}: it is "
+                          "of another model or version, or damaged; give another checkpoint")
+
+
+def restore(parts: dict[str, Any], state: State) -> None:
+    """Load into models, optimizers, ... what a checkpoint holds under their names. Raises DamagedFile."""
+    for name, part in parts.items():
+        content = select_weights(state, name.replace("/", "_")) if name.startswith("ema/") else state[name]
+        with reading(state.path, "the state of this run", f"its {name} does not fit the flags, or is damaged"):
+            if isinstance(part, nn.Module):
+                load_state(part, content, state.path)
+            else:
+                part.load_state_dict(content)
 
 
 def is_ours(path: str | Path) -> bool:
     """Whether `path` is a checkpoint of this project, rather than a file the papers' authors released."""
+    if is_export(Path(path)):
+        return True
     try:
         load(path, mmap=True)
     except ValueError:
@@ -152,27 +218,36 @@ def is_ours(path: str | Path) -> bool:
 
 
 def newest(folder: Path) -> dict | None:
-    """The newest whole checkpoint in `folder`, or None where there is none. Raises DamagedError where all are damaged,
+    """The newest whole checkpoint in `folder`, or None where there is none. Raises DamagedFile where all are damaged,
     and what `load` raises for other reasons than damage."""
     there = written(folder)
     for path in reversed(there):
         try:
             return load(path)
-        except (DamagedError, FileNotFoundError) as error:  # a folder without its state.pt is damaged too
+        except (DamagedFile, FileNotFoundError) as error:  # a folder without its state.pt is damaged too
             warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
     if there:
         names = ", ".join(path.name for path in there)
-        raise DamagedError(f"none of the {len(there)} checkpoints in {folder} is whole ({names}): put a whole one in "
+        raise DamagedFile(f"none of the {len(there)} checkpoints in {folder} is whole ({names}): put a whole one in "
                            "their place, or move them away to start anew")
     return None
 
 
-def find(folder: Path, resume: str | None) -> dict | None:
-    """What a run in `folder` starts from: None (anew), the newest whole checkpoint (`auto`), or the one at a path."""
+def expect(state: dict, kind: str, source: str | Path) -> dict:
+    """The state itself, read from `source`. ValueError where another script wrote it."""
+    if state.get("kind") != kind:
+        raise ValueError(f"{source} holds a {state.get('kind')} model, expected a {kind} checkpoint")
+    return state
+
+
+def find(folder: Path, resume: str | None, kind: str) -> dict | None:
+    """What a run in `folder` starts from: None (anew), the newest whole checkpoint (`auto`), or the one at a path.
+    kind: that the script writes and goes on from."""
     if resume == "auto":
-        return newest(folder)
+        state = newest(folder)
+        return state and expect(state, kind, folder)
     if resume is not None:
-        return load(resume)
+        return expect(load(resume), kind, f"--resume {resume}")
     if there := written(folder):
         raise ValueError(
             f"{folder} already holds {there[-1].name}: continue it with --resume auto, or choose another --exp_name"
@@ -196,26 +271,69 @@ def select_weights(state: dict, version: str = "sd") -> dict[str, Tensor]:
     return found[version] | sharding.read_whole(state["shards"], f"{path}/")
 
 
-def export(state: dict, folder: Path, version: str = "sd") -> None:
-    """Weights alone: `folder`/model.safetensors and config.json."""
-    weights = select_weights(state, version)
+# What an exported model needs beside its architecture. Kinds that are not here have a layout of their own, the released
+# one, which their from_pretrained reads.
+EXPORTED = {
+    "coordtok": (),
+    "sit": ("interpolant", "statistics", "classes", "tokenizer", "args"),
+}
+
+
+def export(state: dict, folder: Path, version: str | None = None) -> None:
+    """Weights alone, without what training needs: `folder`/model.safetensors and config.json, which `load` reads.
+
+    version: as `select_weights` takes it; None: those that are sampled from, a SiT's average and else the live ones.
+    """
+    kind = state.get("kind")
+    weights = select_weights(state, version or ("ema" if kind == "sit" else "sd"))
+    config = state["config"]
+    if kind in EXPORTED:
+        config = {"kind": kind, "config": config, **{name: state[name] for name in EXPORTED[kind]}}
     folder.mkdir(parents=True, exist_ok=True)
     with write_whole(folder / "model.safetensors") as file:
         file.write(serialize({name: tensor.contiguous() for name, tensor in weights.items()}))
     with write_whole(folder / "config.json", "w") as file:
-        file.write(json.dumps(state["config"], indent=2) + "\n")
+        file.write(json.dumps(config, indent=2, default=as_plain) + "\n")
+
+
+def as_plain(value) -> list | str:
+    """What JSON lacks: tensors as lists of numbers, and paths as text."""
+    return value.tolist() if isinstance(value, Tensor) else str(value)
+
+
+def is_export(path: Path) -> bool:
+    return all((path / name).is_file() for name in PRETRAINED)
+
+
+def load_export(folder: Path) -> dict:
+    """What `export` wrote of a CoordTok or a SiT, as a checkpoint of it whose "model" and "ema" are these weights.
+    ValueError where the files are damaged, or of something else."""
+    config, weights, path = read_pretrained(folder)
+    kind = config.get("kind") if isinstance(config, dict) else None
+    if kind not in EXPORTED:
+        raise ValueError(f"{folder / 'config.json'} is not of an exported {' or '.join(EXPORTED)}: kind {kind!r}")
+    if missing := [name for name in ("config", *EXPORTED[kind]) if name not in config]:
+        raise ValueError(f"{folder / 'config.json'} is damaged: it lacks {', '.join(missing)}")
+    check_finite(weights, path)
+    if kind == "sit":
+        config["statistics"] = {name: torch.tensor(values) for name, values in config["statistics"].items()}
+    return State({"format": FORMAT, **config, "model": weights, "ema": weights}, folder)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Export a checkpoint's weights to safetensors and config.json.")
+    parser = ArgumentParser(
+        prog="python -m training.checkpoint",
+        description="Export a checkpoint's weights to safetensors and config.json, a folder that all scripts take.",
+    )
     parser.add_argument("checkpoint", help="checkpoint, or a folder of them (the newest)")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--version", default="sd", metavar="sd|ema|ema_DECAY", help="live weights, or an average")
+    parser.add_argument("--version", metavar="sd|ema|ema_DECAY",
+                        help="live weights, or an average (default: ema of a SiT, else sd)")
     args = parser.parse_args()
-    try:
+    from training.arguments import one_line_errors
+
+    with one_line_errors():
         export(load(args.checkpoint), args.folder, args.version)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -74,14 +74,20 @@ def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
     distributed.wait_until(lambda: not cache.missing())
 
 
+def is_broken_link(path: str) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
+
+
 def files_sha256(files: Sequence[VideoFile]) -> str:
     """SHA-256 of the videos' paths, relative to the folder they share, and sizes in bytes (0 for a random clip, which
-    has no file, and a missing one): what caches of them are found by."""
+    has no file, and one that is missing): what caches of them are found by."""
     root = os.path.commonpath([os.path.dirname(file.path) for file in files])
+    if all(is_broken_link(file.path) for file in files):
+        raise FileNotFoundError(f"all {len(files)} videos under {root} are links to nothing: is their disk there?")
 
     def size(path: str) -> int:
         try:
-            return 0 if path.startswith(NULL) else file_size(path)
+            return 0 if path.startswith(NULL) or is_broken_link(path) else file_size(path)
         except VideoError:
             return 0
 

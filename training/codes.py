@@ -54,7 +54,7 @@ def draw_flips(seed: int, positions: Sequence[int]) -> Tensor:
 
 def flip_half(video: Tensor, seed: int, positions: Sequence[int]) -> Tensor:
     """The clips (B, 3, T, H, W) at these positions of the run, half of them mirrored."""
-    flips = draw_flips(seed, positions).to(video.device, non_blocking=True)
+    flips = to_device(draw_flips(seed, positions), video.device)
     return torch.where(flips[:, None, None, None, None], video.flip(-1), video)
 
 

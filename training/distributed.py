@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.errors import follow
+
 
 def setup(device: str = "auto", timeout_minutes: int = 30, group: bool = False) -> torch.device:
     """Join torchrun's process group where there is one, and return this process's device.
@@ -32,6 +34,7 @@ def setup(device: str = "auto", timeout_minutes: int = 30, group: bool = False) 
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     launched = "RANK" in os.environ
+    follow()
     if (launched or group) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}

@@ -54,7 +54,8 @@ def evaluate(
     split = next((name for name in ("train", "test", "val") if name in dataset), "all")
     num_videos = len(files)
     files, keys = distributed.broadcast(
-        protocol_clips(protocol, files, num_frames, args.num_clips, quarantine) if distributed.is_main() else None
+        protocol_clips(protocol, files, num_frames, args.num_clips, quarantine, args.decode_timeout)
+        if distributed.is_main() else None
     )
     rule = "larp" if protocol.resize == LARP_RESIZE else "coordtok"
     clips = ClipDataset(

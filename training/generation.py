@@ -17,7 +17,7 @@ from eval.pictures import contact_sheet
 from models.coordtok import CoordTok
 from models.interpolant import Interpolant, draw_noise, noise_stream, sample_generators
 from models.planes import Planes
-from models.released import read_sit_statistics
+from models.released import build, load_state, read_sit_statistics
 from models.sit import SIT_SIZES, SiT
 from training import checkpoint, distributed
 from training.arguments import Parser, check_carried
@@ -36,7 +36,8 @@ def add_sit(parser: Parser) -> None:
     """Flags of a SiT to sample from."""
     group = parser.add_argument_group("SiT", "what follows --sit_log, our checkpoints carry")
     group.add_argument("--sit_model", "--sit_ckpt_path", dest="sit_model", metavar="CKPT",
-                       help="checkpoint or folder of them, ours; or the authors' run folder or .pt file")
+                       help="checkpoint or folder of them, or its export, ours; or the authors' run folder or "
+                       ".pt file")
     group.add_argument("--first_model_ckpt", metavar="CKPT", help="the CoordTok that it was trained on")
     group.add_argument("--sit_ckpt_iter", type=int, default=600000, help="which checkpoint of the authors' run folder")
     group.add_argument("--sit_log", metavar="PATH", help="log.txt of the authors' run (default: beside the checkpoint)")
@@ -60,17 +61,15 @@ def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
     """
     path = Path(args.sit_model)
     path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if path.is_dir() and not list(path.glob("step_*.pt")):
+    if path.is_dir() and not checkpoint.is_export(path) and not list(path.glob("step_*.pt")):
         path = path / f"{args.sit_ckpt_iter:07d}.pt"
     given = {name: getattr(args, name) for name in SIT_FLAGS if hasattr(args, name)}
     if path.exists() and checkpoint.is_ours(path):
-        state = checkpoint.load(path)
-        if state.get("kind") != "sit":
-            raise ValueError(f"{path} holds a {state.get('kind')} model, expected a sit checkpoint (--sit_model)")
+        state = checkpoint.expect(checkpoint.load(path), "sit", f"--sit_model {path}")
         for name, value in given.items():
             check_carried(name, value, state["args"][name], path)
-        sit, interpolant = SiT(**state["config"]), Interpolant(**state["interpolant"])
-        sit.load_state_dict(state["ema"])
+        sit, interpolant = build(SiT, state["config"], state.path), Interpolant(**state["interpolant"])
+        load_state(sit, state["ema"], state.path)
         stats, names = LatentStats.from_state_dict(state["statistics"]), state["classes"]
         if state["tokenizer"] != weights_sha256(tokenizer):
             raise ValueError(f"{path} was not trained on the tokenizer {args.first_model_ckpt}: --first_model_ckpt was "

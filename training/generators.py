@@ -240,7 +240,7 @@ def larp_condition(args: argparse.Namespace, carried: int | None, fp: bool, num_
             raise ValueError(f"{args.ar_model} is class-conditional: leave --frame_prediction, --num_cond_frames and "
                              "--det out, or give a model for frame prediction")
         return 0
-    if args.class_label is not None or args.cfg_scale > 1:
+    if args.class_label is not None or args.cfg_scale != 1:
         raise ValueError(f"{args.ar_model} predicts frames, without classes: leave --class_label and --cfg_scale out")
     if carried is None and not (args.frame_prediction and args.num_cond_frames):
         raise ValueError(f"{args.ar_model} predicts frames: give --frame_prediction and --num_cond_frames (the "

@@ -116,7 +116,7 @@ class WindowCache:
 
     def good_files(self) -> list[int]:
         """Indices of the videos of which every window could be decoded. VideoError where there is none."""
-        first = np.concatenate([np.array(np.load(path, mmap_mode="r")[:, 0]) for path in self.rows.paths()])
+        first = np.concatenate([np.array(self.rows.open(shard)[:, 0]) for shard in range(self.rows.num_shards)])
         bad = np.isnan(first) if np.isnan(self.missing) else first == self.missing
         good = np.flatnonzero(~bad.reshape(-1, self.views).any(1)).tolist()
         if not good:

@@ -1,10 +1,13 @@
 """A run's folder and what it says: arguments, metrics.jsonl, the console, wandb where asked; the guards of the loop."""
 import collections
+import hashlib
 import itertools
 import json
+import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import reading
 from data.clips import Quarantine
 from data.files import claim, write_whole
-from eval.protocols import git_revision
+from eval.protocols import as_json, git_revision
 from training import distributed
 
 
@@ -48,6 +52,29 @@ def open_quarantine(folder: Path, timeout: float) -> Quarantine:
     return quarantine
 
 
+def wandb_id(folder: Path) -> str:
+    """What wandb knows a run by: the same each time that it goes on, and another for each folder."""
+    return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+
+
+def check_writable(folder: Path) -> None:
+    """Make a run's folder and try to write to it, before anything takes hours. OSError where that fails."""
+    if not distributed.is_main():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(2**16))
+    except OSError as error:
+        raise OSError(f"cannot write to the run's folder {folder}: {error.strerror}; make room, or choose another "
+                      "--save_dir or --exp_name") from error
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether to do after `step` what is done every `every` steps and after the last one."""
+    return step > 0 and (step % every == 0 or step == last)
+
+
 class RunLog:
     """Writes on rank 0 and is silent elsewhere.
 
@@ -57,25 +84,34 @@ class RunLog:
 
     def __init__(self, folder: Path, args: dict, start: int, total: int, samples_per_step: int, wandb_mode: str):
         self.folder, self.samples_per_step = folder, samples_per_step
-        self.step, self.waiting = start, 0.0
+        self.start, self.step, self.waiting = start, start, 0.0
         self.clock = time.perf_counter()
         self.main = distributed.is_main()
         # In a terminal a bar; in a file a line each time metrics are written.
         quiet = None if self.main else True
         self.bar = tqdm(total=total, initial=start, disable=quiet, unit="step", dynamic_ncols=True)
         self.file = self.wandb = None
-        if not self.main:
-            return
+        kept = self.open(args, wandb_mode) if self.main else []
+        # What the log has of the step that the run goes on from: {kind: its values}.
+        lines = [line for line in map(json.loads, kept) if line["step"] == start]
+        self.known = distributed.broadcast({line.pop("kind"): line for line in lines})
+
+    def open(self, args: dict, wandb_mode: str) -> list[str]:
+        """Rank 0's part. Returns the lines of metrics.jsonl that stay."""
+        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"git_revision": git_revision(), "world_size": distributed.world_size(), "torch": torch.__version__}
         with write_whole(folder / "args.json", "w") as file:
             file.write(json.dumps({**args, **facts}, indent=2, default=str) + "\n")
         path = folder / "metrics.jsonl"
         kept = []
-        if start and path.exists():
+        if self.start and path.exists():
             # A line cut short by a kill is dropped with the rest.
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            for number, line in enumerate(lines, 1):
+                with reading(path, "a run's metrics", f"delete or mend line {number}, or move the file away"):
+                    if json.loads(line)["step"] <= self.start:
+                        kept.append(line.decode())
         with write_whole(path, "w") as file:
             file.write("".join(kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
@@ -83,9 +119,10 @@ class RunLog:
             import wandb
 
             self.wandb = wandb.init(
-                project="video-tokenizers", name=folder.name, dir=folder, config=args, mode=wandb_mode, id=folder.name,
-                resume="allow",
+                project="video-tokenizers", name=folder.name, dir=folder, config=args, mode=wandb_mode,
+                id=wandb_id(folder), resume="allow",
             )
+        return kept
 
     def waited(self, seconds: float) -> None:
         """Add time spent waiting for data since the last `train` line."""
@@ -111,11 +148,23 @@ class RunLog:
             self.bar.set_postfix_str(text)
         self.write(step, "train", **values, **speed)
 
+    def scores(self, step: int, kind: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Compute scores after a step, whose checkpoint is saved; write and print them. Where a run goes on from this
+        step and has them in its log, they are taken from there: a run killed between the two makes up for them, and no
+        other computes them twice. Training draws the same numbers with them as without."""
+        if step == self.start and kind in self.known:
+            return self.known[kind]
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            values = compute()
+        self.write(step, kind, **values)
+        say(f"step {step}, {kind}" + "".join(f", {name} {value:.4g}" for name, value in values.items()))
+        return values
+
     def write(self, step: int, kind: str, **values) -> None:
-        """Append {"step", "kind", values...} to metrics.jsonl and wandb."""
+        """Append {"step", "kind", values...} to metrics.jsonl, null where a value is not finite, and to wandb."""
         if not self.main:
             return
-        self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self.file.write(json.dumps({"step": step, "kind": kind, **as_json(values)}, allow_nan=False) + "\n")
         if self.wandb:
             self.wandb.log({f"{kind}/{k}": v for k, v in values.items()}, step=step)
 

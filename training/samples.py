@@ -3,6 +3,8 @@ import csv
 import hashlib
 import json
 import random
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +19,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from common.errors import DamagedFile, read_json, reading
 from data.clips import ClipDataset, ClipKey, make_loader
 from data.files import claim, release, remove_partials, write_whole
 from data.video import to_video, write_video
-from eval.protocols import write_record
+from eval.protocols import read_record, write_record
 from eval.reconstruction import length
 from training.generation import differences
 from training.log import say
+
+REMAKE = "delete it, and it is made again"
 
 # --- real clips beside the samples ---
 
@@ -38,7 +43,7 @@ def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
     with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
         for start in range(0, len(order), 256):
             part = order[start : start + 256]
-            lengths = pool.map(lambda video: length(clips.files[video], clips.quarantine), part)
+            lengths = pool.map(lambda video: length(clips.files[video], clips.quarantine, clips.timeout), part)
             chosen += [video for video, frames in zip(part, lengths) if frames >= clips.num_frames]
             if len(chosen) >= total:
                 break
@@ -68,10 +73,12 @@ def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
     """Frames of each video, 0 where it cannot be decoded; kept in `folder`/lengths.json."""
     path = folder / "lengths.json"
     with FileLock(folder / ".lengths.lock"):
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = read_json(path, "lengths of videos", REMAKE) if path.exists() else {}
+        if not all(type(frames) is int and frames >= 0 for frames in known.values()):
+            raise DamagedFile(f"{path} holds lengths that are not numbers of frames: {REMAKE}")
         if unknown := [file for file in clips.files if file.path not in known]:
             with ThreadPoolExecutor(8) as pool:
-                found = pool.map(lambda file: length(file, clips.quarantine), unknown)
+                found = pool.map(lambda file: length(file, clips.quarantine, clips.timeout), unknown)
                 known |= zip((file.path for file in unknown), tqdm(found, "lengths", len(unknown), leave=False))
             with write_whole(path, "w") as file:
                 file.write(json.dumps(known, indent=0) + "\n")
@@ -125,7 +132,14 @@ class SampleStore:
         these."""
         path = self.folder / "settings.json"
         with self.lock:
-            there = json.loads(path.read_text()) if path.exists() else self.settings
+            there = self.settings
+            if path.exists():
+                try:
+                    there = read_json(path, "settings of samples", "choose another --output_dir, or --replace them")
+                except DamagedFile:
+                    if not replace:
+                        raise
+                    there = {}
             if there != self.settings and not replace:
                 raise ValueError(f"{self.folder} holds samples of other settings: {differences(there, self.settings)}; "
                                  "choose another --output_dir, or --replace them")
@@ -138,10 +152,7 @@ class SampleStore:
                 if (number := part.name.split(".")[1]).isdecimal() and int(number) in indices:
                     part.unlink()
             if replace:
-                for chunk in self.chunks.iterdir():
-                    if there != self.settings or set(chunk_indices(chunk)) & set(indices):
-                        chunk.unlink()
-                self.report.unlink(missing_ok=True)
+                self.drop(None if there != self.settings else set(indices))
             done = self.done()
         return [index for index in indices if index not in done]
 
@@ -154,6 +165,25 @@ class SampleStore:
                 claim(path, f"samples {first} to {last} in {self.folder} are being made")
                 release(path)  # by a process that has ended
         claim(self.folder / f".samples_{made[0]}_{made[-1]}.lock", f"{self.folder} is in use")
+    def drop(self, indices: set[int] | None) -> None:
+        """Remove the report and the chunks that hold any of `indices` (None: all), with whatever was written of their
+        samples: videos, real clips, previews. Damaged chunks go too."""
+        self.report.unlink(missing_ok=True)
+        (self.folder / "sheet.png").unlink(missing_ok=True)
+        dropped = set() if indices is None else set(indices)
+        for chunk in self.chunks.glob("*.npz"):
+            try:
+                held = set(chunk_indices(chunk))
+            except ValueError:
+                held = dropped
+            if indices is None or held & indices or not held:
+                chunk.unlink()
+                dropped |= held
+        for folder in (self.videos, self.given, self.chunks):
+            for path in folder.glob("*"):
+                number = re.fullmatch(r"(?:preview_(\d+)\.npy|(\d{6,})(?:\.mp4)?)", path.name)
+                if number and (indices is None or int(number[1] or number[2]) in dropped):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def done(self) -> dict[int, Path]:
         """{index: its chunk}. ValueError for chunks of other settings, and where two hold the same sample."""
@@ -189,10 +219,11 @@ class SampleStore:
                 frames = torch.linspace(0, clips[0].shape[1] - 1, min(8, clips[0].shape[1])).round().long()
                 with write_whole(self.chunks / f"preview_{i:02d}.npy") as file:
                     np.save(file, torch.stack(clips)[:, :, frames].numpy())
-        for name in {"nll", "fake"} & values.keys():
-            bad = [i for i, row in zip(index, values[name]) if not row.isfinite().all()]
-            if bad:
-                raise FloatingPointError(f"samples {ranges(bad)} are not finite ({name}): the weights are damaged, or "
+        for name in {"nll", "fake", "finite"} & values.keys():
+            good = values.pop(name) if name == "finite" else values[name].isfinite()
+            if bad := [i for i, row in zip(index, good) if not row.all()]:
+                named = "" if name == "finite" else f" ({name})"
+                raise FloatingPointError(f"samples {ranges(bad)} are not finite{named}: the weights are damaged, or "
                                          "too large for --dtype; try float32")
         first, last = min([*index, *left_out]), max([*index, *left_out])
         path = self.chunks / f"{first:07d}-{last:07d}.{self.run}.npz"
@@ -204,11 +235,11 @@ class SampleStore:
     def previews(self) -> dict[int, list[Tensor]]:
         """A few frames (3, 8, H, W) in [0, 1] of each of the first samples, after those of the clip given, if kept."""
         paths = {i: self.chunks / f"preview_{i:02d}.npy" for i in range(min(NUM_PREVIEWS, self.total))}
-        return {i: list(torch.from_numpy(np.load(path)) / 255) for i, path in paths.items() if path.exists()}
+        return {i: list(torch.from_numpy(load_array(path)) / 255) for i, path in paths.items() if path.exists()}
 
     def collect(self) -> dict[str, np.ndarray]:
         """All rows, in the order of their indices."""
-        chunks = [dict(np.load(path)) for path in sorted(set(self.done().values()))]
+        chunks = [load_chunk(path) for path in sorted(set(self.done().values()))]
         left_out = sum(len(chunk.pop("left_out")) for chunk in chunks)
         chunks = [chunk for chunk in chunks if len(chunk["index"])]
         if not chunks:
@@ -231,8 +262,13 @@ class SampleStore:
                     f"{ranges(missing)}")
                 return None
             if self.report.exists():
-                say(f"all {self.total} samples are in {self.folder}, and reported in {self.report}")
-                return None
+                try:
+                    read_record(self.report)
+                except ValueError as error:
+                    say(f"{error}; it is made again")
+                else:
+                    say(f"all {self.total} samples are in {self.folder}, and reported in {self.report}")
+                    return None
             record, results, row = make_report(self.collect())
             if row is not None:
                 append_report(table, {**row, "report": str(self.report)})
@@ -244,8 +280,25 @@ def chunk_indices(path: Path) -> list[int]:
     """The samples in a chunk, made or left out; none in other files."""
     if path.suffix != ".npz":
         return []
-    with np.load(path) as chunk:
-        return [*chunk["index"].tolist(), *chunk["left_out"].tolist()]
+    chunk = load_chunk(path)
+    return [*chunk["index"].tolist(), *chunk["left_out"].tolist()]
+
+
+def load_chunk(path: Path) -> dict[str, np.ndarray]:
+    """A chunk's values by name. Raises DamagedFile; the zip that it is holds checksums."""
+    with reading(path, "a chunk of samples", REMAKE), np.load(path) as file:
+        chunk = dict(file)
+        for name in ("index", "left_out"):
+            if chunk[name].ndim != 1 or chunk[name].dtype.kind != "i":
+                raise ValueError(f"its {name} is {chunk[name].shape} {chunk[name].dtype}")
+        if any(len(values) != len(chunk["index"]) for name, values in chunk.items() if name != "left_out"):
+            raise ValueError("its values are of different lengths")
+    return chunk
+
+
+def load_array(path: Path) -> np.ndarray:
+    with reading(path, "frames of a sample", REMAKE):
+        return np.load(path)
 
 
 def write_frames(folder: Path, video: Tensor) -> None:
@@ -305,20 +358,45 @@ def append_report(path: Path, row: dict) -> None:
     fvd up; columns of all rows are kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     row = {name: "" if value is None else str(value) for name, value in row.items()}
+
+    def as_text(cell: str) -> str:
+        """What a spreadsheet would run as a formula, with an apostrophe before it."""
+        try:
+            float(cell)
+        except ValueError:
+            return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+        return cell
+
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = []
         if path.exists():
-            with open(path, newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_report(path)
         names = dict.fromkeys(name for each in (*rows, row) for name in each)
         names = [*(name for name in COLUMNS if name in names), *(name for name in names if name not in COLUMNS)]
-        rows = [{name: each.get(name, "") for name in names} for each in (*rows, row)]
+        rows = [{name: as_text(each.get(name) or "") for name in names} for each in (*rows, row)]
         rows = [each for i, each in enumerate(rows) if each not in rows[:i]]
         rows.sort(key=lambda each: (-int(each["num_samples"] or 0), float(each["fvd"] or "inf")))
         with write_whole(path, "w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
+
+
+def read_report(path: Path) -> list[dict]:
+    """The rows of a csv table of results, also one saved by a spreadsheet. Raises DamagedFile."""
+    with (reading(path, "a table of results", "mend it, move it away, or name another with --report"),
+          open(path, newline="", encoding="utf-8-sig") as file):
+        reader = csv.DictReader(file, strict=True)
+        if lacking := {"num_samples", "fvd"} - {*(reader.fieldnames or ())}:
+            raise ValueError(f"it has no column {' and '.join(sorted(lacking))}")
+        rows = list(reader)
+        for number, row in enumerate(rows, 1):
+            if None in row or None in row.values():
+                raise ValueError(f"row {number} has not as many values as there are columns")
+            if not re.fullmatch(r"\d*", row["num_samples"]):
+                raise ValueError(f"row {number} has num_samples {row['num_samples']!r}")
+            float(row["fvd"] or 0)
+    return rows
 
 
 def ranges(numbers: Sequence[int]) -> str:

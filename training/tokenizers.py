@@ -1,6 +1,8 @@
 """Trained models by the path of their checkpoint, ours or the authors', and batches of clips as CoordTok takes them."""
 import argparse
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from data.video import to_video
 from models.coordtok import CoordTok, CoordTokConfig, released_padding
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
+from models.released import build, load_state
 from training import checkpoint
 from training.arguments import coordtok_config
 
@@ -19,11 +22,9 @@ def load_coordtok(path: str, args: argparse.Namespace) -> CoordTok:
     """CoordTok on the CPU. Ours carry their architecture; the authors' take it from the flags."""
     if not checkpoint.is_ours(path):
         return CoordTok.from_released(path, **coordtok_config(args))
-    state = checkpoint.load(path)
-    if state.get("kind") != "coordtok":
-        raise ValueError(f"{path} holds a {state.get('kind')} model, expected a coordtok checkpoint")
-    tokenizer = CoordTok(**coordtok_config(args, state["config"], path))
-    tokenizer.load_state_dict(state["model"])
+    state = checkpoint.expect(checkpoint.load(path), "coordtok", path)
+    tokenizer = build(CoordTok, coordtok_config(args, state["config"], path), state.path)
+    load_state(tokenizer, state["model"], state.path)
     return tokenizer
 
 
@@ -68,11 +69,9 @@ def _load_larp(kind: str, source: str, version: str) -> tuple[LARPTokenizer | LA
             return LARPGenerator.from_released(path, version), {}
         ema = None if version == "sd" else version.removeprefix("ema_")
         return LARPTokenizer.from_released_checkpoint(path, ema), {}
-    state = checkpoint.load(path)
-    if state.get("kind") != kind:
-        raise ValueError(f"{source} holds a {state.get('kind')} model, expected a {kind} checkpoint")
-    model = model_class(**state["config"])
-    model.load_state_dict(checkpoint.select_weights(state, version))
+    state = checkpoint.expect(checkpoint.load(path), kind, source)
+    model = build(model_class, state["config"], state.path)
+    load_state(model, checkpoint.select_weights(state, version), state.path)
     return model.eval(), state
 
 
@@ -86,6 +85,18 @@ def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) ->
         return video, None
     n_frames = batch["n_frames"].to(device, non_blocking=True)
     return released_padding(video, n_frames) if config.padding == "released" else video, n_frames
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, `model` is on `device`; afterwards it is back where it was. A frozen tokenizer that waits on the CPU
+    takes no memory of the GPU while it is not used."""
+    home = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
 
 
 def weights_sha256(model: nn.Module) -> str:

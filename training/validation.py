@@ -49,12 +49,14 @@ class Validation:
     def __init__(
         self, files: Sequence[VideoFile], num_clips: int | None, num_frames: int, size: int, rule: str,
         device: torch.device, batch_size: int, num_workers: int, quarantine: Quarantine, lpips_weights: str,
+        timeout: float,
     ):
         self.size, self.rule, self.device = size, rule, device
         keys = [ClipKey(position, index) for position, index in enumerate(spread(len(files), num_clips))]
         mine = keys[distributed.rank() :: distributed.world_size()]
         clips = ClipDataset(
             files, num_frames, size, rule=rule, resize="worker", short="repeat", quarantine=quarantine, damaged="skip",
+            timeout=timeout,
         )
         batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
         self.loader = make_loader(clips, batches, min(num_workers, len(batches)), 2, pin_memory=device.type == "cuda")

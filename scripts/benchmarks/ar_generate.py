@@ -23,7 +23,7 @@ from scripts.benchmarks.common import add_record, alternate, kernels, record
 def plain_generate(model: LARPGenerator, cond: torch.Tensor, cfg_scale: float, num_codes: int) -> torch.Tensor:
     """(B,) labels -> (B, num_codes) codes."""
     config, device, dtype = model.config, cond.device, model.output.weight.dtype
-    if cfg_scale > 1:
+    if cfg_scale != 1:
         cond = torch.cat([cond, torch.full_like(cond, -1)])
     shape = (len(cond), config.kv_heads, config.num_positions, config.head_dim)
     caches = [torch.zeros(2, *shape, device=device, dtype=dtype) for _ in model.layers]
@@ -45,7 +45,7 @@ def plain_generate(model: LARPGenerator, cond: torch.Tensor, cfg_scale: float, n
             x = x + attention.wo(y.transpose(1, 2).flatten(2))
             x = x + layer.feed_forward(layer.ffn_norm(x))
         logits = model.output(model.norm(x))[:, -1].float()
-        if cfg_scale > 1:
+        if cfg_scale != 1:
             plain, uncond = logits.chunk(2)
             logits = uncond + cfg_scale * (plain - uncond)
         code = torch.multinomial(sampling_probs(logits), 1)
@@ -59,7 +59,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="llama-abs-S")
     parser.add_argument("--batch", type=int, nargs="+", default=[8])
-    parser.add_argument("--cfg_scale", type=float, nargs="+", default=[1.0], help="above 1: with guidance")
+    parser.add_argument("--cfg_scale", type=float, nargs="+", default=[1.0], help="1: no guidance")
     parser.add_argument("--codes", type=int, default=1024, help="codes of a clip")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
@@ -84,7 +84,7 @@ def main():
     for batch in args.batch:
         for cfg_scale in args.cfg_scale:
             cond = torch.arange(batch, device=device) % model.config.num_classes
-            rows = batch * (1 + (cfg_scale > 1))
+            rows = batch * (1 + (cfg_scale != 1))
             ways = {
                 "ours": partial(model.generate, cond, cfg_scale),
                 "plain": partial(plain_generate, model, cond, cfg_scale, plain_codes),

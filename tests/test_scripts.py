@@ -1,0 +1,119 @@
+"""The bash scripts, with programs in place of python, torchrun and pip that note their arguments."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, environment
+
+STUB = """#!/usr/bin/env bash
+printf '%s\\n' "${0##*/}" "$@" '' >>"$CALLS"
+case "$*" in *device_count*) echo 0 ;; esac
+"""
+
+
+class Repository:
+    """A copy of the scripts, in a folder whose name has a space and a *."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        shutil.copytree(ROOT / "scripts", folder / "scripts")
+        for name in ("requirements.txt", ".gitignore"):
+            shutil.copy(ROOT / name, folder)
+        (folder / "data").mkdir()
+        bin_folder = folder / ".venv" / "bin"
+        bin_folder.mkdir(parents=True)
+        for name in ("python", "python3", "torchrun", "pip", "ruff"):
+            (bin_folder / name).write_text(STUB)
+            (bin_folder / name).chmod(0o755)
+        shutil.copy(folder / "requirements.txt", folder / ".venv" / "installed")
+
+    def run(self, script: str, *flags: str, **variables: str) -> list[list[str]]:
+        """The calls that a script makes, each with its arguments. No nvidia-smi is on PATH."""
+        calls = self.folder / "calls"
+        calls.unlink(missing_ok=True)
+        path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep)
+                               if not os.path.exists(os.path.join(part, "nvidia-smi")))
+        done = subprocess.run(["bash", f"scripts/{script}", *flags], cwd=self.folder, capture_output=True, text=True,
+                              env={**environment(), "PATH": path, "CALLS": str(calls), **variables})
+        assert done.returncode == 0, done.stdout + done.stderr
+        blocks = calls.read_text().split("\n\n")[:-1] if calls.exists() else []
+        return [block.split("\n") for block in blocks]
+
+
+@pytest.fixture
+def repository(tmp_path) -> Repository:
+    folder = tmp_path / "a b*"
+    folder.mkdir()
+    (tmp_path / "a bc").mkdir()  # what the * would stand for
+    return Repository(folder)
+
+
+def value(call: list[str], flag: str) -> str:
+    """Of a flag; the last one given wins."""
+    return call[len(call) - call[::-1].index(flag)]
+
+
+def test_pip_runs_only_where_the_requirements_changed(repository):
+    os.utime(repository.folder / "requirements.txt")  # as a checkout does
+    assert repository.run("setup.sh") == []
+    (repository.folder / "requirements.txt").write_text("torch\n")
+    assert [call[:2] for call in repository.run("setup.sh")] == [["pip", "install"]]
+    assert repository.run("setup.sh") == []
+
+
+@pytest.mark.parametrize(("version", "right"), [("(3, 9)", False), ("(3, 10)", True), ("(3, 14)", True),
+                                                ("(3, 15)", False)])
+def test_which_python(repository, tmp_path, version, right):
+    """With pythons that claim to be of one version."""
+    (repository.folder / ".venv" / "installed").unlink()
+    claim = f"import sys; sys.version_info = {version}; exec(sys.argv[2] if len(sys.argv) > 2 else '')"
+    (tmp_path / "bin").mkdir()
+    for name in ("python3", *(f"python3.{minor}" for minor in range(10, 15))):
+        (tmp_path / "bin" / name).write_text(f"#!{sys.executable}\n{claim}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    done = subprocess.run(["bash", "scripts/setup.sh"], cwd=repository.folder, capture_output=True, text=True,
+                          env={**environment(), "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "CALLS": "/dev/null"})
+    assert (done.returncode == 0) == right, done.stderr
+    assert right or done.stderr.startswith("error: Python 3.10 to 3.14 is needed; python3 here is ")
+
+
+def test_sampling_without_a_gpu_runs_one_process(repository):
+    flags = ["--output_dir", "an out*"]
+    assert repository.run("sample_parallel.sh", *flags)[-1] == [
+        "torchrun", "--standalone", "--nproc_per_node=1", "sample.py", *flags]
+    assert "--nproc_per_node=3" in repository.run("sample_parallel.sh", *flags, GPUS="3")[-1]
+    sent = repository.run("slurm/sample.sbatch", *flags, SLURM_SUBMIT_DIR=str(repository.folder),
+                          SLURM_ARRAY_TASK_ID="1", TOTAL="10", SHARDS="4")[-1]
+    assert sent[2:] == ["--nproc_per_node=1", "sample.py", "--num_samples_total", "10", "--num_samples", "3",
+                        "--starting_index", "3", *flags]
+
+
+def test_paths_with_spaces_and_stars(repository):
+    odd = f"{repository.folder}/data *"
+    one, two = repository.run("train_coordtok.sh", DATA_ROOT=odd, RUN="r *")
+    assert value(one, "--data_root") == value(two, "--data_root") == odd
+    assert value(two, "--first_step_ckpt") == "logs/r *_step1_1M/checkpoints"
+    train, sample = repository.run("train_sit.sh", DATA_ROOT=odd, CKPT="c *", RUN="r *")
+    assert value(train, "--data_root") == value(sample, "--data_root") == odd
+    assert value(train, "--first_model_ckpt") == value(sample, "--first_model_ckpt") == "c *"
+    assert value(sample, "--sit_model") == "results/r *"
+    calls = repository.run("quickstart.sh", OUT=odd)
+    folders = [value(call, flag) for call in calls for flag in ("--save_dir", "--output_dir") if flag in call]
+    assert len(folders) == 11 and all(folder == odd or folder.startswith(f"{odd}/") for folder in folders)
+    assert ["python", "scripts/report.py", odd] in calls
+
+
+def test_flags_of_training_reach_what_follows(repository):
+    flags = ["--video-name", "V", "--results_dir=out *", "--exp_name", "mine", "--enc_num_layers", "2", "--lr", "1",
+             "--seed", "5"]
+    for script in ("train_sit.sh", "train_sit_reproduce.sh"):
+        train, sample = repository.run(script, *flags, CKPT="c", DATA_ROOT="d")
+        assert train[-len(flags):] == flags
+        assert value(sample, "--sit_model") == "out */mine" and value(sample, "--output_dir") == "samples/mine"
+        assert value(sample, "--video-name") == "V" and value(sample, "--enc_num_layers") == "2"
+        assert "--lr" not in sample and "--seed" not in sample and value(sample, "--data_root") == "d"
+    _, two = repository.run("train_coordtok.sh", "--save-dir", "out", "--exp_name=mine")
+    assert value(two, "--first_step_ckpt") == "out/mine/checkpoints"
