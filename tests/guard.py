@@ -350,7 +350,7 @@ class Guard:
             self.row(f"{name}, 2 processes, accumulation", lambda: self.train(name, "2", f"{small} --accum_iter 2", 2))
         else:
             self.row(f"{name}, 2 processes", lambda: self.train(name, "2", small, 2))
-        if name in ("coordtok", "sit", "larp_ar"):  # the LARP tokenizer's has none
+        if name in ("coordtok", "sit", "larp_tokenizer", "larp_ar"):
             self.row(f"{name}, accumulation", lambda: self.train(name, "accum", f"{small} --accum_iter 2"))
         if name != "coordtok_second":  # the same clips by the same cache as step 1's
             self.row(f"{name}, cache", lambda: self.train(name, "cache", f"{small} {cache}"))
