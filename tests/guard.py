@@ -80,7 +80,7 @@ TRAINERS = {
     ),
     "larp_tokenizer": (
         "train_larp_tokenizer.py", f"{LARP} {BATCH} {VIDEOS} --d_update_freq 2 --lpips_weights random --save_every 2 "
-        "--eval_every 2",
+        "--eval_every 4",
         "--save_dir", "--max_epoch {epochs}", "--cache_clips",
     ),
     "larp_ar": (
@@ -95,28 +95,28 @@ TRAINERS = {
     ),
 }
 CHECKPOINTS = ("coordtok", "sit", "larp_tokenizer", "larp_ar", "larp_ar_fp")  # kept in FOLDER
-SAMPLE = "--sample_batch_size 4 --save png --i3d_weights i3d.safetensors"
+SAMPLE = "--sample_batch_size 3 --save png --i3d_weights i3d.safetensors"
 SIT_SAMPLES = f"--sit_model old/sit.pt --first_model_ckpt old/coordtok.pt --data_root data {SAMPLE}"
 CLASS_SAMPLES = (
-    f"--ar_model old/larp_ar.pt --tokenizer old/larp_tokenizer.pt --cfg_scale 1.25 --num_samples 6 "
+    f"--ar_model old/larp_ar.pt --tokenizer old/larp_tokenizer.pt --cfg_scale 1.25 --num_samples 4 "
     f"--dataset_csv lists/ucf101_train.csv {SAMPLE}"
 )
 FRAME_SAMPLES = (
-    f"--fp --num_cond_frames 5 --ar_model old/larp_ar_fp.pt --tokenizer old/larp_tokenizer.pt --num_samples 6 "
+    f"--fp --num_cond_frames 5 --ar_model old/larp_ar_fp.pt --tokenizer old/larp_tokenizer.pt --num_samples 4 "
     f"--dataset_csv lists/k600_train.csv {SAMPLE}"
 )
 SAMPLES = {  # {row: (flags, processes)}
-    "sit SDE": (f"{SIT_SAMPLES} --mode SDE --num_sampling_steps 6 --cfg_scale 2 --num_samples 6", 0),
+    "sit SDE": (f"{SIT_SAMPLES} --mode SDE --num_sampling_steps 6 --cfg_scale 2 --num_samples 4", 0),
     "sit ODE": (f"{SIT_SAMPLES} --mode ODE --likelihood --num_samples 2 --no_fvd", 0),
     "larp_ar": (CLASS_SAMPLES, 0),
-    "larp_ar, 2 processes": (CLASS_SAMPLES, 2),
+    "larp_ar, 2 processes": (f"{CLASS_SAMPLES} --no_fvd", 2),
     "larp_ar_fp": (FRAME_SAMPLES, 0),
 }
 EVAL = "--batch_size 2 --lpips_weights random --i3d_weights i3d.safetensors"
 EVALS = {  # {row: (script, flags)}
     "coordtok": ("eval/eval_coordtok.py", f"--tokenizer old/coordtok.pt {VIDEOS} --num_clips 4 {EVAL}"),
     "larp_tokenizer": ("eval/eval_larp_tokenizer.py", "--tokenizer old/larp_tokenizer.pt --dataset_csv "
-                       f"lists/ucf101_train.csv --use_amp --det {EVAL}"),
+                       f"lists/ucf101_val.csv --use_amp --det {EVAL}"),
     "larp_tokenizer, drawn": ("eval/eval_larp_tokenizer.py", "--tokenizer old/larp_tokenizer.pt --version ema_0.9 "
                               f"--dataset_csv lists/ucf101_train.csv --no_fvd {EVAL}"),
 }
@@ -203,9 +203,9 @@ def metrics(run: Path) -> dict:
 def weights(run: Path) -> dict:
     """SHA-256 of the newest checkpoint's weights and averages."""
     state, hashes = torch.load(max(run.glob("checkpoints/step_*.pt")), "cpu", weights_only=True), {}
-    for part in ("model", "ema"):
+    for part in {"model", "ema"} & state.keys():
         tensors = {}
-        walk(state.get(part, {}), lambda name, leaf, found=tensors: found.update({name: leaf}))
+        walk(state[part], lambda name, leaf, found=tensors: found.update({name: leaf}))
         names = sorted(tensors)
         hashes[f"{part} after step {state['step']}"] = sha256(np.array(names), *(tensors[n].numpy() for n in names))
     return hashes
@@ -288,7 +288,7 @@ class Guard:
         try:
             self.rows[name] = make()
             lines = [] if self.recorded is None else differences(self.recorded.get(name, {}), self.rows[name])
-        except (CommandError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a row meets, the others are compared too
             if self.recorded is None:
                 raise
             self.rows[name], lines = {}, [f"{type(error).__name__}: {error}"]
@@ -346,12 +346,11 @@ class Guard:
             torch.save(walk(state, emptied), self.old / f"{name}.pt")
             self.fill(name)
         self.row(f"{name}, resumed", lambda: self.train(name, "resumed", "--num_val 2", start=middle))
-        if name == "larp_tokenizer":  # it has no accumulation
-            self.row(f"{name}, 2 processes", lambda: self.train(name, "2", small, 2))
-        else:
+        if name == "coordtok_second":  # rows cost seconds: step 1's tell the two apart
             self.row(f"{name}, 2 processes, accumulation", lambda: self.train(name, "2", f"{small} --accum_iter 2", 2))
-        if name in ("coordtok", "sit", "larp_ar"):
-            self.row(f"{name}, 2 processes", lambda: self.train(name, "both", small, 2))
+        else:
+            self.row(f"{name}, 2 processes", lambda: self.train(name, "2", small, 2))
+        if name in ("coordtok", "sit", "larp_tokenizer", "larp_ar"):
             self.row(f"{name}, accumulation", lambda: self.train(name, "accum", f"{small} --accum_iter 2"))
         if name != "coordtok_second":  # the same clips by the same cache as step 1's
             self.row(f"{name}, cache", lambda: self.train(name, "cache", f"{small} {cache}"))
@@ -378,8 +377,8 @@ class Guard:
         self.row("data", self.data)
         self.only = only
         if self.recorded is not None:
-            for path in self.old.glob("*.pt"):
-                self.fill(path.stem)
+            for kind in CHECKPOINTS:
+                self.fill(kind)
         for name in TRAINERS:
             self.trainer(name)
         for name, (flags, processes) in SAMPLES.items():
@@ -403,13 +402,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["record", "compare"])
     parser.add_argument("folder", type=Path, help="folder of record.json and the old checkpoints")
-    parser.add_argument("--only", default="", metavar="PREFIX", help="compare the rows whose names begin so")
+    parser.add_argument("--only", default="", metavar="PREFIX", help="compare the rows whose names begin so, e.g. sit")
     args = parser.parse_args()
     path, here, start = args.folder / "record.json", machine(), time.monotonic()
     if args.action == "record":
         if args.only:
             sys.exit("error: --only is for compare: a recording has all rows")
-        args.folder.mkdir(parents=True, exist_ok=True)
         recorded = None
     else:
         if not path.is_file():
@@ -423,16 +421,19 @@ def main() -> None:
             print(f"THIS MACHINE DIFFERS: {'; '.join(changed)}. Differences below prove nothing: record the old "
                   "revision here and compare with that.")
     with tempfile.TemporaryDirectory(prefix="guard_") as work:
-        guard = Guard(Path(work), args.folder, recorded, args.only)
+        new = Path(work, "recorded")
+        new.mkdir()
+        guard = Guard(Path(work), args.folder if recorded else new, recorded, args.only)
         try:
             guard.everything()
         except CommandError as error:
             sys.exit(f"error: nothing is recorded, as a command failed: {error}")
-    taken = f"{time.monotonic() - start:.0f} s, {cpu_seconds():.0f} s of CPU time"
-    if recorded is None:
-        path.write_text(json.dumps({"machine": here, "rows": guard.rows}, indent=1) + "\n")
-        print(f"{len(guard.rows)} rows in {path}; {taken}")
-        return
+        taken = f"{time.monotonic() - start:.0f} s, {cpu_seconds():.0f} s of CPU time"
+        if recorded is None:
+            (new / "record.json").write_text(json.dumps({"machine": here, "rows": guard.rows}, indent=1) + "\n")
+            shutil.copytree(new, args.folder, dirs_exist_ok=True)
+            print(f"{len(guard.rows)} rows in {path}; {taken}")
+            return
     gone = [name for name in recorded if name.startswith(args.only) and name not in guard.rows]
     for name in gone:
         print(f"{name:<42}    0 s  DIFFERS: it is recorded, and this script has no such row")
