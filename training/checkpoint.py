@@ -6,6 +6,7 @@ import re
 import shutil
 import warnings
 from argparse import Namespace
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,10 @@ class State(dict):
     def __init__(self, content: dict, path: Path):
         super().__init__(content)
         self.path = path
+
+    def __reduce__(self):
+        """Pickles as a plain dict, which `torch.load(weights_only=True)` admits."""
+        return OrderedDict, (list(self.items()),)
 
     def __missing__(self, key: str):
         raise DamagedFile(f"{self.path} has no {key!r}, but {', '.join(map(str, list(self)[:12])) or 'nothing'}: it is "
