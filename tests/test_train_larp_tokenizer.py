@@ -313,7 +313,7 @@ def test_every_option_of_the_released_config_has_a_flag():
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="the script would set up .venv")
 def test_set_datasets_links_and_lists(data, tmp_path):
-    code = ("scripts/set_datasets.sh", "scripts/setup.sh", "data/metadata.py", "data/usage.py")
+    code = ("scripts/set_datasets.sh", "scripts/setup.sh", "data/metadata.py", "common/__init__.py", "common/errors.py")
     for name in (*code, "requirements.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / name)
