@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader, Sampler, get_worker_info
@@ -95,15 +97,13 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator:
         raise_file_limit()
         batches = reason = None
-        # A half-built iterator of torch's prints errors when it is freed. So Ctrl-C is blocked until it is built, and a
-        # new OSError is raised below: the original one would keep the iterator until the process ends.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            batches = super().__iter__()
-        except OSError as error:
-            reason = error.strerror
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        # A half-built iterator of torch's prints errors when it is freed. So Ctrl-C waits until it is built, and a new
+        # OSError is raised below: the original one would keep the iterator until the process ends.
+        with interrupts_deferred():
+            try:
+                batches = super().__iter__()
+            except OSError as error:
+                reason = error.strerror
         if batches is None:
             raise OSError(f"{self.num_workers} loader workers cannot start: {reason}: lower --num_workers, or look at "
                           "`df /dev/shm`, `ulimit -n`, `ulimit -u` and the memory")
@@ -118,6 +118,23 @@ class Loader(DataLoader):
                                         "a run goes on with --resume auto") from error
 
         return in_one_line()
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back until the block has ended. A signal mask would not do: it holds for one thread, and the kernel
+    gives the signal to another, such as BLAS's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs signal handlers in the main thread alone
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def raise_file_limit(wanted: int = 2**16) -> None:

@@ -442,11 +442,12 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE))
 def test_ctrl_c_while_workers_start_leaves_nothing_half_made(folder):
     """What torch says of a half-made loader would follow the one line."""
     code = f"""
-import os, signal
+import os, signal, threading, time
 from data import loader
 from data.clips import ClipDataset, ClipKey
 from data.lists import list_folder
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this behind it
+threading.Thread(target=time.sleep, args=(5,), daemon=True).start()  # may be the one that gets the signal
 real = loader.DataLoader._get_iterator
 loader.DataLoader._get_iterator = lambda self: (os.kill(os.getpid(), signal.SIGINT), real(self))[1]
 files = list_folder({str(folder)!r})

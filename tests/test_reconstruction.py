@@ -38,6 +38,12 @@ def test_clips_without_error_are_counted_beside_the_mean():
     }
 
 
+class Batches(list):
+    """Stands for a loader of clips."""
+
+    dataset = ClipDataset([VideoFile("null:0")], 6, 16, "coordtok")
+
+
 def test_rows_of_a_perfect_and_of_a_mean_frame_reconstruction():
     frames = (torch.rand(2, 6, 16, 16, 3) * 255).to(torch.uint8)
     batch = {"position": torch.tensor([0, 1]), "frames": frames}
@@ -45,9 +51,6 @@ def test_rows_of_a_perfect_and_of_a_mean_frame_reconstruction():
 
     def mean_frame(video, _):
         return video.mean(2, keepdim=True).expand_as(video)
-
-    class Batches(list):
-        dataset = ClipDataset([VideoFile("null:0")], 6, 16, "coordtok")
 
     found, examples = reconstruct_rows(mean_frame, Batches([empty, batch]), torch.device("cpu"))
     assert torch.equal(found["psnr_frame"], found["psnr_mean_frame"])
@@ -66,14 +69,14 @@ def test_motion_is_measured_of_the_chosen_clips():
         return video[:, :, :1].expand_as(video)
 
     def numbers(loader):
-        rows, _ = reconstruct_rows(still, loader, torch.device("cpu"), 16, "coordtok", motion_of={2}, patch=(1, 8, 8))
+        rows, _ = reconstruct_rows(still, loader, torch.device("cpu"), motion_of={2}, patch=(1, 8, 8))
         return summary(rows, "N")
 
-    found = numbers(batches)
+    found = numbers(Batches(batches))
     assert found["motion_clips"] == 1 and found["frozen"] == 1 and found["frozen_real"] == 0 and found["flicker"] == 0
     assert found["flicker_real"] > 0.1 and found["seams_xy"] > 0 and found["clips"] == 3
-    assert found == pytest.approx(numbers([{"position": torch.arange(3), "frames": frames}]))
-    assert "warping_error" not in summary(reconstruct_rows(still, batches, torch.device("cpu"), 16, "coordtok")[0], "N")
+    assert found == pytest.approx(numbers(Batches([{"position": torch.arange(3), "frames": frames}])))
+    assert "warping_error" not in summary(reconstruct_rows(still, Batches(batches), torch.device("cpu"))[0], "N")
 
 
 def test_clips_of_the_protocols(tmp_path):
@@ -109,7 +112,9 @@ def test_the_time_limit_holds_wherever_files_are_opened(monkeypatch, tmp_path):
     check(lambda: drawn_clips(clips, 4))
     check(lambda: segments(clips, 4, 0, tmp_path))
     monkeypatch.setattr(Validation, "available", lambda *_: None)
-    held_out = Validation(files, 4, 4, 16, "larp", torch.device("cpu"), 2, 0, Quarantine(), "random", timeout=7)
+    held_out = Validation(
+        files, 4, 4, 16, "larp", torch.device("cpu"), 2, 0, Quarantine(), "lpips", "random", timeout=7
+    )
     check(lambda: list(held_out.loader))
     protocol = dataclasses.replace(fvd.FOLDERS, size=16, num_frames=4)
 
