@@ -1,14 +1,29 @@
-"""Generate clips from a trained model and measure their Fréchet video distance under a named protocol.
+"""Generate clips from a trained model, and measure their Fréchet video distance (FVD).
 
-CoordTok-SiT:      python3 sample.py --sit_model SIT_CKPT --first_model_ckpt CKPT --data_root DATA --output_dir OUT
-LARP, by class:    python3 sample.py --ar_model hywang66/LARP-L-long-AR --tokenizer hywang66/LARP-L-long-tokenizer \\
-                       --output_dir OUT --num_samples 10000 --cfg_scale 1.25 --dataset_csv ucf101_train.csv
-LARP, frames:      python3 sample.py --fp --num_cond_frames 5 --ar_model hywang66/LARP-L-long-AR-FP \\
-                       --tokenizer hywang66/LARP-L-long-tokenizer --output_dir OUT --dataset_csv k600_val.csv
+CoordTok-SiT:    python3 sample.py --sit_model SIT_CKPT --first_model_ckpt CKPT --data_root DATA \\
+                     --output_dir OUT
+LARP, classes:   python3 sample.py --ar_model hywang66/LARP-L-long-AR \\
+                     --tokenizer hywang66/LARP-L-long-tokenizer --output_dir OUT \\
+                     --num_samples 10000 --cfg_scale 1.25 --dataset_csv ucf101_train.csv
+LARP, frames:    python3 sample.py --fp --num_cond_frames 5 --ar_model hywang66/LARP-L-long-AR-FP \\
+                     --tokenizer hywang66/LARP-L-long-tokenizer --output_dir OUT \\
+                     --dataset_csv k600_val.csv
 
-Runs under torchrun, and in shards by hand (--starting_index, --num_samples, --num_samples_total), in any order: what is
-there is not made again, and the shard that finishes last writes the report. Sample i is a function of the seed and i.
+It runs under torchrun too, and in shards (--starting_index, --num_samples, --num_samples_total)
+in any order. Samples that exist are not made again. The shard that finishes last writes the report.
+Sample i is a function of the seed and i.
 """
+from common.cli import one_line_errors
+from sampling import arguments
+
+
+def parse_args():
+    return arguments.parse(__doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
 import itertools
 import math
 import os
@@ -21,7 +36,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import distributed
-from common.cli import Parser, one_line_errors
 from common.console import print_main
 from common.files import manifest_sha256
 from data.clips import open_quarantine
@@ -33,71 +47,12 @@ from eval.motion import evenly_spaced_clips, motion_rows, motion_summary
 from eval.pictures import contact_sheet
 from eval.protocols import LARP_RESIZE, PROTOCOLS
 from eval.report import describe, run_record
-from sampling.generator import PRECISIONS
-from sampling.larp import add_larp_sampling, larp_generator
+from sampling.larp import larp_generator
 from sampling.real_clips import drawn_clips, real_batches, segments
-from sampling.sit import add_sit_sampling, sit_generator
+from sampling.sit import sit_generator
 from sampling.store import BackgroundWriter, SampleStore
-from training.flags import add_coordtok, add_data
-from training.load import add_sit
 from training.log import StageClock
 from training.setup import make_clips, set_up_device
-
-
-def parse_args():
-    parser = Parser(__doc__)
-    out = parser.add_argument_group("samples")
-    out.add_argument("--output_dir", required=True, help="folder of the samples and their report")
-    out.add_argument("--num_samples", "--ns", dest="num_samples", type=int,
-                     help="of this shard (default: 2048 of a SiT, 1024 of a LARP generator)")
-    out.add_argument("--starting_index", type=int, default=0, help="first sample of this shard")
-    out.add_argument("--num_samples_total", type=int, help="of all shards (default: up to the end of this one)")
-    out.add_argument("--sample_batch_size", type=int, default=32, help="samples at once in each process")
-    out.add_argument("--cfg_scale", "--cs", dest="cfg_scale", type=float, default=1.0,
-                     help="guidance; 1 is none, 0 no condition")
-    out.add_argument("--class_label", type=int, help="this class only (default: drawn uniformly, or by LARP those of "
-                     "the real clips)")
-    out.add_argument("--seed", type=int, default=0, help="of all that is drawn for samples, and of a SiT's real clips")
-    out.add_argument("--save", nargs="+", choices=["mp4", "png"], default=["mp4"], help="png: frames, without loss")
-    out.add_argument("--stats_only", action="store_true", help="write no videos, only what the report needs")
-    out.add_argument("--replace", action="store_true", help="make samples anew that are there")
-    out.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    out.add_argument("--dtype", choices=PRECISIONS,
-                     help="autocast of a SiT (default: float32), weights of a LARP generator (default: bfloat16)")
-    out.add_argument("--allow_tf32", action="store_true", help="let float32 matrix products use TF32")
-    out.add_argument("--num_workers", type=int, default=4, help="loader workers of each process, for real clips")
-    measure = parser.add_argument_group("report")
-    names = [name for name, protocol in PROTOCOLS.items() if protocol.metrics == ("fvd",)]
-    measure.add_argument("--protocol", choices=names, help="how FVD is measured (default: by the model)")
-    measure.add_argument("--no_fvd", action="store_true", help="only sample: no I3D")
-    measure.add_argument("--motion", type=int, default=256, help="samples, and real clips, whose warping error, "
-                         "flicker, frozen frames and seams are measured, evenly spaced; optical flow takes a CPU "
-                         "0.2 s for 16 frames; 0: none")
-    measure.add_argument("--report", help="table of results (default: fvd_report.csv beside OUTPUT_DIR)")
-    measure.add_argument("--i3d_weights", metavar="PATH", help="I3D weights (default: the cache, or a download)")
-    measure.add_argument("--i3d_eps", type=float, default=1e-3, help="eps of I3D's batch norms; 1e-5: the older port's")
-    measure.add_argument("--dataset_csv", help="lists of the real videos (default of LARP: ucf101_train.csv); else the "
-                         "folder DATA_ROOT/VIDEO_NAME (default of a SiT: UCF-101_train)")
-    measure.add_argument("--dataset_split_seed", type=int, default=42, help="draws LARP's real segments")
-    add_data(parser)
-    parser.set_defaults(video_name=None)
-    add_sit(parser)
-    add_coordtok(parser)
-    flags = {"sit_model": add_sit_sampling(parser), "ar_model": add_larp_sampling(parser)}
-    args = parser.parse_args()
-    if (args.sit_model is None) == (args.ar_model is None):
-        parser.error("which model to sample from? Give either --sit_model or --ar_model")
-    for model, actions in flags.items():
-        given = [action.option_strings[0] for action in actions if getattr(args, action.dest) != action.default]
-        if getattr(args, model) is None and given:
-            parser.error(f"{', '.join(given)} is of --{model} alone: leave it out")
-    if args.dataset_csv and args.video_name:
-        parser.error("--dataset_csv is a list, --video_name a folder of real videos: give one of them")
-    if args.ar_model and not args.video_name:
-        args.dataset_csv = args.dataset_csv or "ucf101_train.csv"
-    elif not args.dataset_csv:
-        args.video_name = args.video_name or "UCF-101_train"
-    return args
 
 
 def main():
@@ -106,7 +61,7 @@ def main():
     generator = sit_generator(args, device) if args.sit_model else larp_generator(args, device)
     num_frames, size = generator.num_frames, generator.size
 
-    count = (2048 if args.sit_model else 1024) if args.num_samples is None else args.num_samples
+    count = args.num_samples
     total = args.num_samples_total or args.starting_index + count
     if not (0 <= args.starting_index < total and count > 0):
         raise ValueError(f"--starting_index {args.starting_index} --num_samples {count} are none of the samples 0 to "

@@ -1,14 +1,52 @@
-"""Train LARP's generator (arXiv 2410.21264) on the codes of a frozen LARP tokenizer: clips of a class, or clips that
-continue a few given frames.
+"""Train LARP's generator (arXiv 2410.21264) on the codes of a frozen LARP tokenizer. It generates
+clips of a class, or continues a few given frames.
 
-Published:    torchrun --nproc_per_node=8 train_ar.py --config scripts/configs/larp_ar.yaml
-Continuing:   torchrun --nproc_per_node=8 train_ar.py --config scripts/configs/larp_ar_fp.yaml
-One GPU:      python train_ar.py --config scripts/configs/larp_ar.yaml --batch_size 4
-Your own:     ... --tokenizer CKPT --data_root DATA --video_name UCF-101_train
-Add --cache_codes 8 to encode eight windows of every video once and never touch video again, and --fsdp to share weights
-and optimizer states out among the processes, for models too large for one GPU (--model llama-abs-XXXL).
-Runs are written to SAVE_DIR/EXP_NAME and go on with --resume auto.
+Classes:   torchrun --nproc_per_node=8 train_ar.py --config scripts/configs/larp_ar.yaml
+Frames:    torchrun --nproc_per_node=8 train_ar.py --config scripts/configs/larp_ar_fp.yaml
+One GPU:   python train_ar.py --config scripts/configs/larp_ar.yaml --batch_size 4
+Your own:  ... --tokenizer CKPT --data_root DATA --video_name UCF-101_train
+
+With --cache_codes 8, eight windows of every video are encoded once, and video is not read again.
+With --fsdp, weights and optimizer states are shared out among the GPUs, for the largest models.
+A run writes to SAVE_DIR/EXP_NAME and continues with --resume.
 """
+from common.cli import Parser, Rare, one_line_errors
+from training import flags
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    data = flags.add_data(parser)
+    flags.add_lists(data, csv_file="ucf101_train.csv")
+    data.add_argument("--tokenizer", default="hywang66/LARP-L-long-tokenizer", metavar="PATH", help="LARP tokenizer: "
+                      "a folder, hub id, checkpoint of this project, or file of the authors' trainer")
+    data.add_argument("--tokenizer_version", default="sd", metavar="sd|ema_DECAY",
+                      help=Rare("Which weights of the tokenizer's checkpoint to use"))
+    flags.add_window_cache(data, "codes")
+    flags.add_larp_ar(parser)
+    train = flags.add_training(parser, batch_size=64, lr=6e-4, epochs=3000, warmup_epoch=4.0)
+    train.add_argument("--weight_decay", type=float, default=0.05, help="Weight decay of the linear layers")
+    train.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help=Rare("Betas of AdamW"))
+    train.add_argument("--fsdp", action="store_true", help="Share out weights and optimizer states among processes")
+    logs = flags.add_logging(parser, log_every=50, save_every=30.0)
+    flags.add_validation(logs, eval_every=30.0, num_val=None, batch_size=8)
+    logs.add_argument("--sample_every", type=float, default=30.0, help="Epochs between sample sheets and their FVD, "
+                      "made with the last average of EMA_DECAYS")
+    logs.add_argument("--num_samples", type=int, default=32,
+                      help="Number of these samples, which take the labels or frames of the first validation clips")
+    logs.add_argument("--sample_batch_size", type=int, default=32,
+                      help=Rare("Samples that each process makes at once"))
+    logs.add_argument("--cfg_scale", type=float, default=1.0,
+                      help="Scale of the samples' guidance; 1 turns it off, 0 ignores the condition")
+    flags.add_code_draws(logs)
+    flags.add_run(parser, save_dir="./logs", exp_name="larp_ar", num_workers=16)
+    parser.set_defaults(video_name=None, seed=66667)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,46 +55,19 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.cli import Parser, one_line_errors
 from common.distributed import on_device, prefetch, to_device
 from data.clips import open_quarantine
 from data.lists import check_classes, check_labels, class_names
 from models.larp_ar import LARPGenerator, code_loss
 from models.layers import compile_blocks, set_checkpointing
 from models.pretrained import build
-from training import checkpoint, flags, fsdp
+from training import checkpoint, fsdp
 from training.codes import CodeCache, batches_from_cache, batches_from_video, draw_drops, encode_video
 from training.load import check_tokenizer, load_larp_tokenizer, weights_sha256
 from training.log import NonFiniteGuard, start_log
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
 from training.setup import make_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import HeldOut, SampleCheck, caption, held_out_keys, validation_files
-
-
-def parse_args():
-    parser = Parser(__doc__)
-    flags.add_data(parser)
-    data = flags.add_lists(parser, csv_file="ucf101_train.csv")
-    data.add_argument("--tokenizer", default="hywang66/LARP-L-long-tokenizer",
-                      help="folder, hub id, checkpoint of ours or file of the authors' trainer")
-    data.add_argument("--tokenizer_version", default="sd", metavar="sd|ema_DECAY", help="of a checkpoint's weights")
-    flags.add_window_cache(data, "codes")
-    flags.add_larp_ar(parser)
-    train = flags.add_training(parser, batch_size=64, lr=6e-4, epochs=3000, warmup_epoch=4.0)
-    train.add_argument("--weight_decay", type=float, default=0.05, help="of the weights of linear layers")
-    train.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW")
-    train.add_argument("--fsdp", action="store_true", help="share weights and optimizer states out among processes")
-    logs = flags.add_logging(parser, log_every=50, save_every=30.0)
-    flags.add_validation(logs, eval_every=30.0, num_val=None, batch_size=8)
-    logs.add_argument("--sample_every", type=float, default=30.0, help="epochs between sample sheets and FVD, of the "
-                      "last average in EMA_DECAYS")
-    logs.add_argument("--num_samples", type=int, default=32, help="samples, of or after the first validation clips")
-    logs.add_argument("--sample_batch_size", type=int, default=32, help="samples at once in each process")
-    logs.add_argument("--cfg_scale", type=float, default=1.0, help="guidance of the samples; 1: none, 0: no condition")
-    flags.add_code_draws(logs)
-    flags.add_run(parser, save_dir="./logs", exp_name="larp_ar", num_workers=16)
-    parser.set_defaults(video_name=None, seed=66667)
-    return parser.parse_args()
 
 
 def main():

@@ -1,9 +1,41 @@
-"""Train CoordTok (arXiv 2411.14762): a video tokenizer that decodes any patch of a long clip from three planes.
+"""Train CoordTok (arXiv 2411.14762), a video tokenizer that encodes a long clip as three planes
+and decodes any of its patches from them.
 
-Step 1, pixels:      torchrun --nnodes=1 --nproc_per_node=8 train_coordtok.py --data_root DATA --lpips_loss_scale 0.0
-Step 2, perceptual:  ... --point_per_vid 4096 --is_second_step --first_step_ckpt logs/EXP/checkpoints/best.pt
-One process or none of torchrun works too. Runs are written to SAVE_DIR/EXP_NAME and go on with --resume auto.
+Step 1, pixel loss:       torchrun --nproc_per_node=8 train_coordtok.py --data_root DATA \\
+                              --lpips_loss_scale 0.0
+Step 2, perceptual loss:  ... --point_per_vid 4096 --is_second_step \\
+                              --first_step_ckpt logs/EXP_NAME/checkpoints/best.pt
+One process:              python train_coordtok.py ...
+
+A run writes to SAVE_DIR/EXP_NAME (step 2: EXP_NAME_second) and continues with --resume.
 """
+from common.cli import Parser, Rare, add_perceptual, one_line_errors
+from models.configs import CoordTokConfig
+from training import flags
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    flags.add_clip_cache(flags.add_data(parser))
+    train = flags.add_training(parser, batch_size=256, lr=1e-4, num_iters=1000000)
+    train.add_argument("--point_per_vid", type=int, default=1024, help="Patches of each clip that are decoded")
+    train.add_argument("--is_second_step", action="store_true", help="Step 2: whole frames and a perceptual loss")
+    train.add_argument("--first_step_ckpt", metavar="CKPT", help="Checkpoint of step 1, of this project or the authors")
+    train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="Weight of the perceptual loss in step 2")
+    add_perceptual(train)
+    train.add_argument("--lpips_dropout", action="store_true",
+                       help=Rare("Keep LPIPS's own dropout of 0.5 on in training, as the released code does"))
+    train.add_argument("--world_size", type=int, help=Rare("Ignored: torchrun sets it"))
+    logs = flags.add_logging(parser, log_every=50, save_every=50000)
+    flags.add_validation(logs, eval_every=1000, num_val=32, batch_size=4)
+    flags.add_run(parser, save_dir="./logs", exp_name="coordtok_large_step1_1M", num_workers=8)
+    flags.add_flags(parser, CoordTokConfig)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
 from dataclasses import asdict
 from functools import partial
 
@@ -11,7 +43,6 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.cli import Parser, add_perceptual, one_line_errors
 from data.clips import open_quarantine
 from data.patch_sampling import count_frames
 from models.coordtok import CoordTok, coordtok_loss
@@ -19,32 +50,12 @@ from models.layers import compile_blocks, set_checkpointing
 from models.patches import gather_patches
 from models.pretrained import build
 from models.stlpips import perceptual_metric
-from training import checkpoint, flags
+from training import checkpoint
 from training.load import coordtok_clips, load_coordtok
 from training.log import NonFiniteGuard, start_log
 from training.optim import Precision, adamw, update
 from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import make_validation
-
-
-def parse_args():
-    parser = Parser(__doc__)
-    flags.add_data(parser)
-    flags.add_clip_cache(parser)
-    flags.add_coordtok(parser)
-    train = flags.add_training(parser, batch_size=256, lr=1e-4, num_iters=1000000)
-    train.add_argument("--point_per_vid", type=int, default=1024, help="patches of each video that are decoded")
-    train.add_argument("--is_second_step", action="store_true", help="step 2: whole frames and a perceptual loss")
-    train.add_argument("--first_step_ckpt", help="step 2 starts from this checkpoint, ours or the authors'")
-    train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="weight of the perceptual loss; step 2 only")
-    add_perceptual(train)
-    train.add_argument("--lpips_dropout", action="store_true",
-                       help="LPIPS's own dropout of 0.5 in training, as released; else it is off")
-    train.add_argument("--world_size", type=int, help="ignored: torchrun says it")
-    logs = flags.add_logging(parser, log_every=50, save_every=50000)
-    flags.add_validation(logs, eval_every=1000, num_val=32, batch_size=4)
-    flags.add_run(parser, save_dir="./logs", exp_name="coordtok_large_step1_1M", num_workers=8)
-    return parser.parse_args()
 
 
 def main():
@@ -55,13 +66,14 @@ def main():
     # What to start from: the run's own checkpoint, step 1's weights, or fresh weights.
     state = checkpoint.find(folder / "checkpoints", args.resume, "coordtok")
     if state:
-        tokenizer = build(CoordTok, flags.coordtok_config(args, state["config"], f"the run in {folder}"), state.path)
+        options = flags.merge(CoordTokConfig, args, state["config"], f"the run in {folder}")
+        tokenizer = build(CoordTok, options, state.path)
     elif args.is_second_step:
         if args.first_step_ckpt is None:
             raise ValueError("--is_second_step needs --first_step_ckpt, the checkpoint that step 1 wrote")
         tokenizer = load_coordtok(args.first_step_ckpt, args)
     else:
-        tokenizer = CoordTok(**flags.coordtok_config(args))
+        tokenizer = CoordTok(**flags.merge(CoordTokConfig, args))
     config = tokenizer.config
     tokenizer.to(device).train()
     set_checkpointing(tokenizer, args.gradient_checkpointing)

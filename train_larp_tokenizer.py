@@ -1,10 +1,62 @@
-"""Train a LARP tokenizer (arXiv 2410.21264): clips of 16 frames as 1,024 discrete codes that a prior finds easy.
+"""Train a LARP tokenizer (arXiv 2410.21264), which encodes a clip of 16 frames as 1,024 discrete
+codes that an autoregressive prior predicts well.
 
-Published:  torchrun --nproc_per_node=8 train_larp_tokenizer.py --config scripts/configs/larp_tokenizer.yaml
-One GPU:    python train_larp_tokenizer.py --config scripts/configs/larp_tokenizer.yaml --batch_size 8
-A folder:   ... --data_root DATA --video_name UCF-101_train     The loop alone: ... --csv_file null128.csv
-Runs are written to SAVE_DIR/EXP_NAME and go on with --resume auto.
+Published:   torchrun --nproc_per_node=8 train_larp_tokenizer.py \\
+                 --config scripts/configs/larp_tokenizer.yaml
+One GPU:     python train_larp_tokenizer.py --config ... --batch_size 8
+A folder:    ... --data_root DATA --video_name UCF-101_train
+Random data: ... --csv_file null128.csv
+
+A run writes to SAVE_DIR/EXP_NAME and continues with --resume.
 """
+from common.cli import Parser, Rare, add_perceptual, one_line_errors
+from models.configs import GAN_LOSSES, DiscriminatorConfig, LARPTokenizerConfig
+from training import flags
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    data = flags.add_data(parser)
+    flags.add_lists(data, csv_file="k600_train.csv+ucf101_train.csv")
+    flags.add_clip_cache(data)
+    train = flags.add_training(parser, batch_size=128, lr=1e-4, epochs=150, warmup_epoch=8.0)
+    train.add_argument("--disc_lr", type=float, default=3e-5, help="Highest learning rate of the discriminator")
+    train.add_argument("--prior_lr_mult", type=float, default=50.0,
+                       help=Rare("Factor of the prior's learning rate; the published training has 1 in effect"))
+    train.add_argument("--emb_lr_mult", type=float, default=1.0, help=Rare("Factor of the codebook's learning rate"))
+    loss = parser.add_argument_group("losses")
+    loss.add_argument("--pixel_weight", type=float, default=1.0, help="Weight of the L1 loss")
+    loss.add_argument("--perceptual_weight", type=float, default=1.0, help="Weight of the perceptual loss")
+    add_perceptual(loss)
+    loss.add_argument("--loss_q_weight", type=float, default=0.1, help="Weight of the quantiser's loss")
+    loss.add_argument("--loss_q_warmup_from", type=float, default=1.0,
+                      help=Rare("Factor of that weight at the first step, from which it goes to 1"))
+    loss.add_argument("--loss_q_warmup_epoch", type=float, default=1.0, help=Rare("Epochs until the factor is 1"))
+    loss.add_argument("--loss_latent_ce_weight", type=float, default=0.06, help="Weight of the prior's loss")
+    loss.add_argument("--temperature_to", type=float,
+                      help=Rare("Anneal the temperature of drawn codes to this value (default: keep it)"))
+    loss.add_argument("--temperature_epoch", type=float, default=1.0, help=Rare("Epochs of that annealing, linear"))
+    gan = parser.add_argument_group("adversarial loss")
+    gan.add_argument("--disc_weight", type=float, default=0.3,
+                     help="Weight of the adversarial loss; 0: no discriminator")
+    gan.add_argument("--disc_loss", choices=GAN_LOSSES, default="ns_smooth",
+                     help=Rare("Non-saturating with or without smoothed labels, or hinge"))
+    gan.add_argument("--disc_start", type=float, default=0.0, help=Rare("Epochs before it starts"))
+    gan.add_argument("--d_update_freq", type=int, default=5, help="Steps between updates of the discriminator")
+    gan.add_argument("--lecam_weight", type=float, default=0.001, help="Weight of the LeCam regularisation")
+    gan.add_argument("--r1_weight", type=float, default=0.0, help=Rare("Weight of the R1 gradient penalty"))
+    logs = flags.add_logging(parser, log_every=50, save_every=1.0)
+    flags.add_validation(logs, eval_every=1.0, num_val=None, batch_size=8)
+    flags.add_run(parser, save_dir="./logs", exp_name="larp_tokenizer", num_workers=16)
+    flags.add_flags(parser, LARPTokenizerConfig)
+    flags.add_flags(parser, DiscriminatorConfig)
+    parser.set_defaults(video_name=None, seed=66667)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,57 +65,22 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.cli import Parser, add_perceptual, one_line_errors
 from common.rng import sample_generators
 from data.augment import flip_half
 from data.clips import open_quarantine
 from data.video import to_video
 from models.discriminator import Discriminator
-from models.gan import GAN_LOSSES, frozen, generator_loss
+from models.gan import frozen, generator_loss
 from models.larp_tokenizer import LARPTokenizer
 from models.layers import compile_blocks, set_checkpointing
 from models.pretrained import build
 from models.stlpips import perceptual_metric
-from training import checkpoint, flags
+from training import checkpoint
 from training.adversary import Adversary, MicroBatch, Round, mean_of
 from training.log import NonFiniteGuard, start_log
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import CodeStats, make_validation
-
-
-def parse_args():
-    parser = Parser(__doc__)
-    flags.add_data(parser)
-    flags.add_clip_cache(parser)
-    flags.add_lists(parser, csv_file="k600_train.csv+ucf101_train.csv")
-    flags.add_larp_tokenizer(parser)
-    train = flags.add_training(parser, batch_size=128, lr=1e-4, epochs=150, warmup_epoch=8.0)
-    train.add_argument("--disc_lr", type=float, default=3e-5, help="highest learning rate of the discriminator")
-    train.add_argument("--prior_lr_mult", type=float, default=50.0, help="the prior's learning rate, times LR")
-    train.add_argument("--emb_lr_mult", type=float, default=1.0, help="the codebook's learning rate, times LR")
-    loss = parser.add_argument_group("losses")
-    loss.add_argument("--pixel_weight", type=float, default=1.0, help="of L1")
-    loss.add_argument("--perceptual_weight", type=float, default=1.0, help="of the perceptual loss")
-    add_perceptual(loss)
-    loss.add_argument("--loss_q_weight", type=float, default=0.1, help="of the quantiser's loss")
-    loss.add_argument("--loss_q_warmup_from", type=float, default=1.0, help="multiple of it to start from")
-    loss.add_argument("--loss_q_warmup_epoch", type=float, default=1.0, help="epochs until it is LOSS_Q_WEIGHT")
-    loss.add_argument("--loss_latent_ce_weight", type=float, default=0.06, help="of the prior's loss")
-    loss.add_argument("--temperature_to", type=float, help="anneal the temperature of the codes' draws to this")
-    loss.add_argument("--temperature_epoch", type=float, default=1.0, help="epochs that takes, in a straight line")
-    gan = parser.add_argument_group("adversarial loss")
-    gan.add_argument("--disc_weight", type=float, default=0.3, help="of the generator's loss; 0: no discriminator")
-    gan.add_argument("--disc_loss", choices=GAN_LOSSES, default="ns_smooth", help="hinge, non-saturating, smoothed")
-    gan.add_argument("--disc_start", type=float, default=0.0, help="epochs without it")
-    gan.add_argument("--d_update_freq", type=int, default=5, help="steps between steps of the discriminator")
-    gan.add_argument("--lecam_weight", type=float, default=0.001, help="of LeCam's regularisation")
-    gan.add_argument("--r1_weight", type=float, default=0.0, help="of the R1 gradient penalty")
-    logs = flags.add_logging(parser, log_every=50, save_every=1.0)
-    flags.add_validation(logs, eval_every=1.0, num_val=None, batch_size=8)
-    flags.add_run(parser, save_dir="./logs", exp_name="larp_tokenizer", num_workers=16)
-    parser.set_defaults(video_name=None, seed=66667)
-    return parser.parse_args()
 
 
 def main():
@@ -74,10 +91,12 @@ def main():
     state = checkpoint.find(folder / "checkpoints", args.resume, "larp_tokenizer")
     carried, source = state or {}, f"the run in {folder}"
     path = state.path if state else None
-    tokenizer = build(LARPTokenizer, flags.larp_config(args, carried.get("config"), source), path).to(device).train()
+    tokenizer = build(LARPTokenizer, flags.merge(LARPTokenizerConfig, args, carried.get("config"), source), path)
+    tokenizer.to(device).train()
     config = tokenizer.config
-    disc_options = flags.disc_config(args, config, carried.get("disc_config"), source)
-    discriminator = build(Discriminator, disc_options, path).to(device)
+    disc_options = flags.merge(DiscriminatorConfig, args, carried.get("disc_config"), source)
+    of_clips = {name: getattr(config, name) for name in ("input_size", "frame_num", "in_channels")}
+    discriminator = build(Discriminator, disc_options | of_clips, path).to(device)
     perceptual = None
     if args.perceptual_weight > 0:
         perceptual = perceptual_metric(args.perceptual, weights=args.lpips_weights).to(device)

@@ -1,9 +1,47 @@
-"""Train SiT (arXiv 2401.08740) on the planes of a frozen CoordTok (arXiv 2411.14762): a generator of long clips.
+"""Train SiT (arXiv 2401.08740), a generator of long clips, on the planes of a frozen CoordTok
+(arXiv 2411.14762).
 
-torchrun --nnodes=1 --nproc_per_node=8 train_sit.py --data_root DATA --first_model_ckpt CKPT --model SiT-L/2
-Add --cache_latents 4 to encode four windows of every video once and never touch video again.
-Runs are written to RESULTS_DIR/EXP_NAME and go on with --resume auto.
+torchrun --nproc_per_node=8 train_sit.py --data_root DATA --first_model_ckpt CKPT --model SiT-L/2
+
+With --cache_latents 4, four windows of every video are encoded once, and video is not read again.
+A run writes to SAVE_DIR/EXP_NAME and continues with --resume.
 """
+from common.cli import Parser, Rare, config_diff, one_line_errors, word_or_none
+from models.configs import LOSS_WEIGHT_NAMES, SIT_SIZES, CoordTokConfig
+from training import flags
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    data = flags.add_data(parser)
+    data.add_argument("--first_model_ckpt", required=True, metavar="CKPT",
+                      help="Checkpoint of the CoordTok, of this project or the authors")
+    flags.add_window_cache(data, "latents")
+    model = parser.add_argument_group("SiT")
+    flags.add_sit(model, carried=False)
+    model.add_argument("--loss_weight", type=word_or_none, choices=LOSS_WEIGHT_NAMES,
+                       help=Rare("Weighting of the loss over time, for score and noise predictions"))
+    model.add_argument("--train_eps", type=float,
+                       help=Rare("Margin of the times in training (default: by path and prediction)"))
+    train = flags.add_training(parser, batch_size=64, lr=1e-4, epochs=7500)
+    train.add_argument("--ema_decay", type=float, default=0.9999,
+                       help="Decay of the averaged weights, which samples are made with")
+    train.add_argument("--stat_clips", type=int, default=2048,
+                       help=Rare("Clips from which the mean and deviation of the latents are measured"))
+    logs = flags.add_logging(parser, log_every=100, save_every=10000)
+    logs.add_argument("--sample_every", type=int, default=10000, help="Steps between sample sheets and their FVD")
+    logs.add_argument("--num_val", type=int, default=64, help="Number of these samples; 0 turns them off")
+    logs.add_argument("--val_sampling_steps", type=int, default=50, help=Rare("Time points of the SDE in sampling"))
+    logs.add_argument("--val_cfg_scale", type=float, default=1.0, help=Rare("Scale of the guidance in sampling"))
+    logs.add_argument("--val_batch_size", type=int, default=8, help=Rare("Samples that each process makes at once"))
+    flags.add_run(parser, save_dir="results", exp_name="coordtok_large", num_workers=6)
+    flags.add_flags(parser, CoordTokConfig)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,51 +50,22 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.cli import Parser, config_diff, one_line_errors, word_or_none
 from common.distributed import on_device, prefetch
 from data.clips import ClipKey, open_quarantine
 from data.lists import class_names
 from data.loader import make_loader
-from models.interpolant import LOSS_WEIGHTS, PATHS, PREDICTIONS, Interpolant, check_sde
+from models.interpolant import Interpolant, check_sde
 from models.layers import compile_blocks, set_checkpointing
-from models.sit import SIT_SIZES, SiT
+from models.sit import SiT
 from models.triplane import Planes
 from sampling.sit import sample_labels, sample_planes
-from training import checkpoint, flags
+from training import checkpoint
 from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure
 from training.load import TrainedSiT, check_tokenizer, coordtok_clips, load_coordtok, weights_sha256
 from training.log import NonFiniteGuard, start_log
 from training.optim import EMA, Precision, adamw, update
 from training.setup import make_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import SampleCheck, evenly_spaced
-
-
-def parse_args():
-    parser = Parser(__doc__)
-    flags.add_data(parser)
-    flags.add_coordtok(parser)
-    model = parser.add_argument_group("SiT")
-    model.add_argument("--first_model_ckpt", required=True, metavar="CKPT", help="CoordTok, ours or the authors'")
-    model.add_argument("--model", choices=SIT_SIZES, default="SiT-L/2", help="size / patch")
-    model.add_argument("--num_classes", type=int, default=1, help="classes of the data's folders; 1 is unconditional")
-    model.add_argument("--class_dropout_prob", type=float, default=0.0, help="labels dropped, for guidance")
-    model.add_argument("--path_type", choices=PATHS, default="Linear", help="interpolant")
-    model.add_argument("--prediction", choices=PREDICTIONS, default="velocity", help="what the network predicts")
-    model.add_argument("--loss_weight", type=word_or_none, choices=LOSS_WEIGHTS, help="of score and noise predictions")
-    model.add_argument("--train_eps", type=float, help="margin of training times (default: by path and prediction)")
-    model.add_argument("--sample_eps", type=float, help="margin of sampling times (default: likewise)")
-    train = flags.add_training(parser, batch_size=64, lr=1e-4, epochs=7500)
-    train.add_argument("--ema_decay", type=float, default=0.9999, help="of the weights that sampling uses")
-    train.add_argument("--stat_clips", type=int, default=2048, help="clips that the latents' mean and std are of")
-    flags.add_window_cache(train, "latents")
-    logs = flags.add_logging(parser, log_every=100, save_every=10000)
-    logs.add_argument("--sample_every", type=int, default=10000, help="steps between sample sheets and FVD")
-    logs.add_argument("--num_val", type=int, default=64, help="samples then; 0 is none")
-    logs.add_argument("--val_sampling_steps", type=int, default=50, help="SDE time points then")
-    logs.add_argument("--val_cfg_scale", type=float, default=1.0, help="guidance then")
-    logs.add_argument("--val_batch_size", type=int, default=8, help="samples at once in each process")
-    flags.add_run(parser, save_dir="results", exp_name="coordtok_large", num_workers=6)
-    return parser.parse_args()
 
 
 def main():
