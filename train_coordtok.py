@@ -5,11 +5,10 @@ Step 1, pixel loss:       torchrun --nproc_per_node=8 train_coordtok.py --data_r
                               --lpips_loss_scale 0.0
 Step 2, perceptual loss:  ... --point_per_vid 4096 --is_second_step \\
                               --first_step_ckpt logs/EXP_NAME/checkpoints/best.pt
-One process:              python train_coordtok.py ...
 
 A run writes to SAVE_DIR/EXP_NAME (step 2: EXP_NAME_second) and continues with --resume.
 """
-from common.cli import Parser, Rare, add_perceptual, one_line_errors
+from common.cli import Parser, one_line_errors
 from models.configs import CoordTokConfig
 from training import flags
 
@@ -18,14 +17,7 @@ def parse_args():
     parser = Parser(__doc__)
     flags.add_clip_cache(flags.add_data(parser))
     train = flags.add_training(parser, batch_size=256, lr=1e-4, num_iters=1000000)
-    train.add_argument("--point_per_vid", type=int, default=1024, help="Patches of each clip that are decoded")
-    train.add_argument("--is_second_step", action="store_true", help="Step 2: whole frames and a perceptual loss")
-    train.add_argument("--first_step_ckpt", metavar="CKPT", help="Checkpoint of step 1, of this project or the authors")
-    train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="Weight of the perceptual loss in step 2")
-    add_perceptual(train)
-    train.add_argument("--lpips_dropout", action="store_true",
-                       help=Rare("Keep LPIPS's own dropout of 0.5 on in training, as the released code does"))
-    train.add_argument("--world_size", type=int, help=Rare("Ignored: torchrun sets it"))
+    flags.add_coordtok_steps(train)
     logs = flags.add_logging(parser, log_every=50, save_every=50000)
     flags.add_validation(logs, eval_every=1000, num_val=32, batch_size=4)
     flags.add_run(parser, save_dir="./logs", exp_name="coordtok_large_step1_1M", num_workers=8)
@@ -52,7 +44,7 @@ from models.pretrained import build
 from models.stlpips import perceptual_metric
 from training import checkpoint
 from training.load import coordtok_clips, load_coordtok
-from training.log import NonFiniteGuard, start_log
+from training.log import NonFiniteGuard, count_parameters, start_log
 from training.optim import Precision, adamw, update
 from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import make_validation
@@ -63,7 +55,7 @@ def main():
     device, folder = start_run(args, suffix="_second" * args.is_second_step)
     world_size = distributed.world_size()
 
-    # What to start from: the run's own checkpoint, step 1's weights, or fresh weights.
+    # Start from the run's own checkpoint, from the weights of step 1, or from fresh weights.
     state = checkpoint.find(folder / "checkpoints", args.resume, "coordtok")
     if state:
         options = flags.merge(CoordTokConfig, args, state["config"], f"the run in {folder}")
@@ -77,25 +69,21 @@ def main():
     config = tokenizer.config
     tokenizer.to(device).train()
     set_checkpointing(tokenizer, args.gradient_checkpointing)
-    use_lpips = args.is_second_step and args.lpips_loss_scale > 0
     perceptual = None
-    if use_lpips:
+    if args.is_second_step and args.lpips_loss_scale > 0:
         perceptual = perceptual_metric(args.perceptual, weights=args.lpips_weights, dropout=args.lpips_dropout)
         perceptual.to(device)
     if args.is_second_step:
         count_frames(args.point_per_vid, config.grid)
 
-    # Weight decay on everything, as published.
+    # As published, weight decay applies to every parameter.
     precision = Precision(args.precision, device)
     optimizer = adamw(tokenizer.parameters(), lr=args.lr, weight_decay=1e-3)
     parts = {"model": tokenizer, "optimizer": optimizer, "scaler": precision.scaler}
-    start, rng, best = 0, None, float("-inf")
-    if state:
-        checkpoint.restore(parts, state)
-        start, rng, best = state["step"], state["rng"], state["best"]
-        del state  # frees a copy of the model
+    start, rng, best = checkpoint.resume(parts, state, best=float("-inf"))
+    del state  # frees a copy of the model
 
-    # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
+    # Each sample is a function of the seed and its position in the run, whatever the number of processes and workers.
     files, source = training_files(args)
     quarantine = open_quarantine(folder, args.decode_timeout)
     sampler = train_sampler(args, len(files), args.num_iters, start, order="replacement")
@@ -108,9 +96,8 @@ def main():
     if args.compile:
         compile_blocks(tokenizer, *([perceptual] if perceptual else []))
     model = distributed.wrap(tokenizer, device, args.accum_iter == 1)
-    parameters = sum(p.numel() for p in tokenizer.parameters())
-    log = start_log(args, folder, start, args.num_iters, f"CoordTok, {parameters:,} parameters, "
-                    f"{precision.name}; {len(files):,} videos in {source}")
+    log = start_log(args, folder, start, args.num_iters, f"CoordTok, {count_parameters(tokenizer)}, {precision.name}; "
+                    f"{len(files):,} videos in {source}")
     guard = NonFiniteGuard(device)
 
     def save(step: int) -> None:
@@ -146,10 +133,10 @@ def main():
             with distributed.sync_gradients(model, micro == args.accum_iter - 1), precision.autocast():
                 patches = model(video, index, n_frames)
                 losses, logs = coordtok_loss(patches, target, index, config, perceptual, args.lpips_loss_scale)
-                # The sum over the global batch: micro-batches add up, and DDP's mean over processes is undone.
+                # The loss is a sum over the global batch: micro-batches add up, and world_size undoes DDP's mean.
                 loss = losses.sum() * world_size
             precision.scaler.scale(loss).backward()
-            # Every micro-batch has the same number of videos, so that the mean of means is the mean over the batch.
+            # All micro-batches have the same number of videos, so the mean of their means is the mean of the batch.
             means = means + torch.stack([losses.detach().mean(), *logs.values()]) / (world_size * args.accum_iter)
             guard.watch(step, loss, batch["path"])
         update(optimizer, precision.scaler, args.clip_grad)

@@ -144,6 +144,6 @@ def add_sit_sampling(parser: Parser) -> list[argparse.Action]:
     ]
     add("--sit_ckpt_iter", type=int, default=600000, help=Rare("Step of the checkpoint in the authors' run folder"))
     add("--sit_log", metavar="PATH",
-        help=Rare("log.txt of the authors' run (default: the one beside the checkpoint)"))
+        help=Rare("File log.txt of the authors' run (default: the one beside the checkpoint)"))
     add_sit(group, carried=True)
     return only_sit

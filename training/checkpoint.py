@@ -231,6 +231,15 @@ def restore(parts: dict[str, Any], state: State) -> None:
                 part.load_state_dict(content)
 
 
+def resume(parts: dict[str, Any], state: State | None, best: float = 0.0) -> tuple[int, list[dict] | None, float]:
+    """Load the parts from the checkpoint that a run continues, if there is one. Returns its step, its random number
+    generators and its best score; without a checkpoint 0, None and `best`."""
+    if state is None:
+        return 0, None, best
+    restore(parts, state)
+    return state["step"], state["rng"], state.get("best", best)
+
+
 def is_ours(path: str | Path) -> bool:
     """Whether `path` is a checkpoint of this project, rather than a file the papers' authors released."""
     if is_export(Path(path)):

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from common.cli import Parser, Rare, add_perceptual, check_carried, is_none, run_name, str2bool, word_or_none
 from eval.protocols import PROTOCOLS
 from models.configs import (
+    GAN_LOSSES,
+    LOSS_WEIGHT_NAMES,
     PATH_NAMES,
     PREDICTIONS,
     SIT_SIZES,
@@ -266,6 +268,19 @@ def merge(config: type, args: argparse.Namespace, carried: dict | None = None, s
     return merged
 
 
+# --- CoordTok ---
+def add_coordtok_steps(train: Group) -> None:
+    """Add the flags of the two steps in which CoordTok is trained."""
+    train.add_argument("--point_per_vid", type=int, default=1024, help="Patches of each clip that are decoded")
+    train.add_argument("--is_second_step", action="store_true", help="Step 2: whole frames and a perceptual loss")
+    train.add_argument("--first_step_ckpt", metavar="CKPT", help="Checkpoint of step 1, of this project or the authors")
+    train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="Weight of the perceptual loss in step 2")
+    add_perceptual(train)
+    train.add_argument("--lpips_dropout", action="store_true",
+                       help=Rare("Keep LPIPS's own dropout of 0.5 on in training, as the released code does"))
+    train.add_argument("--world_size", type=int, help=Rare("Ignored: torchrun sets it"))
+
+
 # --- SiT ---
 SIT_FLAGS: dict[str, dict[str, Any]] = {  # the options of each flag
     "model": {"choices": SIT_SIZES, "default": "SiT-L/2", "help": "Size and patch size of the model"},
@@ -288,6 +303,47 @@ def add_sit(group: Group, carried: bool) -> None:
             default = "" if options["default"] is None else f" (default: {options['default']})"
             options = {**options, "default": argparse.SUPPRESS, "help": Rare(options["help"] + default)}
         group.add_argument(f"--{name}", **options)
+    if not carried:
+        group.add_argument("--loss_weight", type=word_or_none, choices=LOSS_WEIGHT_NAMES,
+                           help=Rare("Weighting of the loss over time, for score and noise predictions"))
+        group.add_argument("--train_eps", type=float,
+                           help=Rare("Margin of the times in training (default: by path and prediction)"))
+
+
+def add_sit_samples(logs: Group) -> None:
+    """Add the flags of the samples that the training of a SiT makes."""
+    logs.add_argument("--sample_every", type=int, default=10000, help="Steps between sample sheets and their FVD")
+    logs.add_argument("--num_val", type=int, default=64, help="Number of these samples; 0 turns them off")
+    logs.add_argument("--val_sampling_steps", type=int, default=50, help=Rare("Time points of the SDE in sampling"))
+    logs.add_argument("--val_cfg_scale", type=float, default=1.0, help=Rare("Scale of the guidance in sampling"))
+    logs.add_argument("--val_batch_size", type=int, default=8, help=Rare("Samples that each process makes at once"))
+
+
+# --- LARP's tokenizer ---
+def add_larp_losses(parser: Parser) -> None:
+    """Add the flags of the loss terms that train a LARP tokenizer, and of its discriminator's training."""
+    loss = parser.add_argument_group("losses")
+    loss.add_argument("--pixel_weight", type=float, default=1.0, help="Weight of the L1 loss")
+    loss.add_argument("--perceptual_weight", type=float, default=1.0, help="Weight of the perceptual loss")
+    add_perceptual(loss)
+    loss.add_argument("--loss_q_weight", type=float, default=0.1, help="Weight of the quantiser's loss")
+    loss.add_argument("--loss_q_warmup_from", type=float, default=1.0,
+                      help=Rare("Factor of that weight at the first step, from which it goes to 1"))
+    loss.add_argument("--loss_q_warmup_epoch", type=float, default=1.0, help=Rare("Epochs until the factor is 1"))
+    loss.add_argument("--loss_latent_ce_weight", type=float, default=0.06, help="Weight of the prior's loss")
+    loss.add_argument("--temperature_to", type=float,
+                      help=Rare("Anneal the temperature of drawn codes to this value (default: keep it)"))
+    loss.add_argument("--temperature_epoch", type=float, default=1.0, help=Rare("Epochs of that annealing, linear"))
+    gan = parser.add_argument_group("adversarial loss")
+    gan.add_argument("--disc_weight", type=float, default=0.3,
+                     help="Weight of the adversarial loss; 0: no discriminator")
+    gan.add_argument("--disc_loss", choices=GAN_LOSSES, default="ns_smooth",
+                     help=Rare("Non-saturating with or without smoothed labels, or hinge"))
+    gan.add_argument("--disc_start", type=float, default=0.0, help=Rare("Epochs before it starts"))
+    gan.add_argument("--disc_lr", type=float, default=3e-5, help="Highest learning rate of the discriminator")
+    gan.add_argument("--d_update_freq", type=int, default=5, help="Steps between updates of the discriminator")
+    gan.add_argument("--lecam_weight", type=float, default=0.001, help="Weight of the LeCam regularisation")
+    gan.add_argument("--r1_weight", type=float, default=0.0, help=Rare("Weight of the R1 gradient penalty"))
 
 
 # --- LARP's generator ---
@@ -307,6 +363,19 @@ def add_larp_ar(parser: Parser) -> None:
                        default=argparse.SUPPRESS, help="Continue the first frames of a clip, instead of a class label")
     group.add_argument("--num_cond_frames", type=int, default=argparse.SUPPRESS,
                        help=f"Number of first frames that are given (default: {NUM_COND_FRAMES})")
+
+
+def add_larp_samples(logs: Group) -> None:
+    """Add the flags of the samples that the training of LARP's generator makes."""
+    logs.add_argument("--sample_every", type=float, default=30.0, help="Epochs between sample sheets and their FVD, "
+                      "made with the last average of EMA_DECAYS")
+    logs.add_argument("--num_samples", type=int, default=32,
+                      help="Number of these samples, which take the labels or frames of the first validation clips")
+    logs.add_argument("--sample_batch_size", type=int, default=32,
+                      help=Rare("Samples that each process makes at once"))
+    logs.add_argument("--cfg_scale", type=float, default=1.0,
+                      help="Scale of the samples' guidance; 1 turns it off, 0 ignores the condition")
+    add_code_draws(logs)
 
 
 def larp_ar_config(args: argparse.Namespace, tokenizer: LARPTokenizerConfig, carried: dict | None = None,

@@ -121,6 +121,15 @@ class TrainedSiT(NamedTuple):
     class_names: list[str]  # by label; empty where unknown
 
 
+def sit_config(args: argparse.Namespace, config: CoordTokConfig) -> dict:
+    """The configuration of a SiT on the planes of a CoordTok of this `config`, as the flags of `add_sit` say."""
+    return {
+        **SIT_SIZES[args.model], "input_size": (config.latent_resolution_t, config.latent_resolution_xy),
+        "in_channels": config.latent_n_features, "num_classes": args.num_classes,
+        "class_dropout_prob": args.class_dropout_prob,
+    }
+
+
 def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
     """The averaged weights of args.sit_model on the CPU, in evaluation mode.
 
@@ -144,12 +153,7 @@ def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
     else:
         defaults = {name: options["default"] for name, options in SIT_FLAGS.items()}
         flags = argparse.Namespace(**{**defaults, **given})
-        config = tokenizer.config
-        sit = SiT.from_released(
-            path, **SIT_SIZES[flags.model], input_size=(config.latent_resolution_t, config.latent_resolution_xy),
-            in_channels=config.latent_n_features, num_classes=flags.num_classes,
-            class_dropout_prob=flags.class_dropout_prob,
-        )
+        sit = SiT.from_released(path, **sit_config(flags, tokenizer.config))
         interpolant = Interpolant(flags.path_type, flags.prediction, sample_eps=flags.sample_eps)
         beside = [path.with_name("log.txt"), path.parent.with_name("log.txt")]
         logs = [Path(args.sit_log)] if args.sit_log else [log for log in beside if log.is_file()] or beside
