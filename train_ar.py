@@ -75,7 +75,8 @@ def main():
     if state:
         check_tokenizer(state, tokenizer_hash, folder, args, "tokenizer")
     if state and ("shards" in state) != args.fsdp:
-        raise ValueError(f"the run in {folder} was saved {'without' if args.fsdp else 'with'} --fsdp: continue it in the same way")
+        how = "without" if args.fsdp else "with"
+        raise ValueError(f"the run in {folder} was saved {how} --fsdp: continue it in the same way")
     options, num_cond_frames = flags.larp_ar_config(args, clip_config, state, f"the run in {folder}")
     if num_cond_frames and args.cfg_scale != 1:
         raise ValueError(f"--cfg_scale is {args.cfg_scale}, but frame prediction has no guidance: leave it out")
