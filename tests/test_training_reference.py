@@ -102,7 +102,7 @@ class Case:
         self.monkeypatch.setattr(setup, lists, lambda *_: self.files)
         self.monkeypatch.setattr(setup, "make_loader", Loader)
         if script is train_sit:  # statistics have a loader of their own
-            self.monkeypatch.setattr(script, "make_loader", Loader)
+            self.monkeypatch.setattr(script.latents, "make_loader", Loader)
         common = ["--device", "cpu", "--precision", "fp32", "--log_every", 1, "--num_val", 0, "--save_dir", self.folder,
                   "--exp_name", "run"]
         run_here(self.monkeypatch, script, *flags, *common)
