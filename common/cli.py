@@ -136,6 +136,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return lambda size: metavar if isinstance(metavar, tuple) else (metavar,) * size
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return action.dest
         names = action.option_strings[:1]
         if action.nargs != 0:
             names.append(self._format_args(action, self._get_default_metavar_for_optional(action)))
@@ -185,7 +187,9 @@ class Parser(configargparse.ArgumentParser):
         """The usage in one line, the description, and the flags by group: without those of Rare help, unless --help_all
         asks for them."""
         formatter = self._get_formatter()
-        needed = [f"{action.option_strings[0]} {action.metavar}" for action in self._actions if action.required]
+        needed = [f"{action.option_strings[0]} {action.metavar}" for action in self._actions
+                  if action.option_strings and action.required]
+        needed += [action.dest for action in self._actions if not action.option_strings]
         formatter.add_usage(" ".join(["%(prog)s", *needed, "[--FLAG VALUE ...]"]), [], [])
         formatter.add_text(self.description)
         hidden = 0
@@ -265,10 +269,10 @@ def check_carried(flag: str, given: Any, held: Any, source: str) -> None:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Context around a script's main: whatever ends the run is reported in one line, the last that is printed.
+    """Context around a script's main. Whatever ends the run is reported in one line, the last line of the output.
 
-    An error that a user can mend exits with code 1, Ctrl-C with 130. A mistake in this code exits with 1 too, and its
-    traceback is printed before the line. VT_TRACEBACK=1 shows the traceback of every error.
+    The exit code is 1 for an error that a user can mend, and 130 for Ctrl-C. It is 1 for a mistake in this code too,
+    whose traceback is printed before the line. VT_TRACEBACK=1 shows the traceback of every error.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -91,11 +91,14 @@ def test_help_all_has_a_sentence_for_each_flag(script, monkeypatch):
 
 
 def test_help_names_the_default_the_choices_and_the_other_names():
-    parser = Parser("test")
+    parser = Parser("test", prog="x.py")
+    parser.add_argument("folder", help="Where to look")
+    parser.add_argument("--must", required=True, metavar="PATH", help="What is needed")
     parser.add_argument("--size", "--big", dest="size", type=int, default=0, help="How large")
     parser.add_argument("--kind", choices=["a", "b"], help="Which kind (default: by size)")
     parser.add_argument("--flag", type=str2bool, default=argparse.SUPPRESS, metavar="BOOL", help=Rare("Whether"))
     text = re.sub(" +", " ", parser.format_help())
+    assert text.startswith("usage: x.py --must PATH folder [--FLAG VALUE ...]\n") and "folder Where to look" in text
     assert "--size N How large (default: 0; also --big)" in text
     assert "--kind NAME Which kind (default: by size; a, b)" in text and "--flag" not in text
 
