@@ -77,14 +77,14 @@ def main():
     precision = Precision(args.precision, device)
     optimizer = adamw(tokenizer.parameters(), lr=args.lr, weight_decay=1e-3)
     parts = {"model": tokenizer, "optimizer": optimizer, "scaler": precision.scaler}
-    start, rng, best = 0, None, float("-inf")
+    start, rng, best, before = 0, None, float("-inf"), None
     if state:
         checkpoint.restore(parts, state)
-        start, rng, best = state["step"], state["rng"], state["best"]
+        start, rng, best, before = state["step"], state["rng"], state["best"], state["data"]
         del state  # frees a copy of the model
 
     # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
-    files, source = training_files(args)
+    files, source, listed = training_files(args, before)
     quarantine = open_quarantine(folder, args.decode_timeout)
     sampler = train_sampler(args, len(files), args.num_iters, start, order="replacement")
     of_clips = (*config.video_shape[:2], "coordtok", device, quarantine)
@@ -103,7 +103,7 @@ def main():
 
     def save(step: int) -> None:
         guard.check()
-        checkpoint.save_run(folder, step, args, parts, len(files), kind="coordtok", config=asdict(config), best=best)
+        checkpoint.save_run(folder, step, args, parts, listed, kind="coordtok", config=asdict(config), best=best)
 
     def reconstruct(video: Tensor, _: list[int]) -> Tensor:
         tokenizer.eval()

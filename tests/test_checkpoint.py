@@ -5,7 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.errors import DamagedFile
 from training import checkpoint
+from training.optim import adamw
 
 
 def state(value):
@@ -190,3 +192,23 @@ def test_weights_by_version():
     assert checkpoint.select_weights({**state(1), "ema": state(4)["model"]}, "ema")["w"][0] == 4
     with pytest.raises(ValueError, match="no weights 'ema' in this checkpoint; it holds sd, ema_0.9, ema_0.99"):
         checkpoint.select_weights(averaged, "ema")
+
+
+def spoil_shape(moments: dict) -> None:
+    moments["exp_avg"] = moments["exp_avg"][:1]
+
+
+@pytest.mark.parametrize("spoil", [spoil_shape, lambda moments: moments.pop("exp_avg_sq"), dict.clear])
+def test_an_optimizer_of_another_model_is_refused(tmp_path, spoil):
+    """By torch only at the first step, or not at all."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = adamw(model.parameters(), lr=1.0)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    good = checkpoint.save(tmp_path / "good", 1, {"optimizer": optimizer.state_dict()})
+    checkpoint.restore({"optimizer": optimizer}, checkpoint.load(good))
+    content = optimizer.state_dict()
+    spoil(content["state"][0])
+    path = checkpoint.save(tmp_path, 1, {"optimizer": content})
+    with pytest.raises(DamagedFile, match=f"{path} cannot be read as the state of this run: .* for a parameter that"):
+        checkpoint.restore({"optimizer": optimizer}, checkpoint.load(path))
