@@ -208,6 +208,17 @@ def test_what_cannot_work_is_told_before_a_cache_is_filled(
     assert message in mistake(monkeypatch, capsys, SCRIPTS[script], *flags(script, tmp_path), *mistaken)
 
 
+def test_step_2_is_checked_before_step_1(flags, monkeypatch, capsys, tmp_path):
+    """Without step 1's checkpoint, which is yet to be made, and without touching the run's folder."""
+    given = [*flags("train_coordtok", tmp_path), "--first_step_ckpt", tmp_path / "none", "--check"]
+    run_here(monkeypatch, train_coordtok, *given)
+    capsys.readouterr()
+    for wrong, message in (["--point_per_vid", 17], "17 points are no whole number of frames"), (
+            ["--lpips_weights", tmp_path / "vgg.pth"], f"{tmp_path}/vgg.pth: no such file"):
+        assert message in mistake(monkeypatch, capsys, train_coordtok, *given, *wrong)
+    assert not list(tmp_path.iterdir())
+
+
 OTHER = {"train_coordtok": "sit", "train_sit": "larp_ar", "train_larp_tokenizer": "coordtok", "train_ar": "sit"}
 
 
