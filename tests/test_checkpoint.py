@@ -1,5 +1,6 @@
 import errno
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from safetensors.torch import load_file
 
 from common.errors import DamagedFile
 from training import checkpoint
+from training.flags import larp_config
 from training.optim import adamw
 
 
@@ -212,3 +214,25 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path, spoil):
     path = checkpoint.save(tmp_path, 1, {"optimizer": content})
     with pytest.raises(DamagedFile, match=f"{path} cannot be read as the state of this run: .* for a parameter that"):
         checkpoint.restore({"optimizer": optimizer}, checkpoint.load(path))
+
+
+@pytest.mark.parametrize(("name", "value", "found"), [
+    ("step", "one", "its step is a str"), ("step", None, "its step is a NoneType"), ("step", -1, "its step is -1"),
+    ("rng", [5], "'int' object is not subscriptable"), ("rng", [{}], "it has no 'cpu'"),
+    ("rng", [{"cpu": torch.zeros(3)}], "its rng are not generators' states"), ("best", "x", "its best is a str"),
+    ("statistics", [1], "its statistics is a list"), ("interpolant", [1], "its interpolant is a list"),
+    ("data", 5, "its data is a int"),
+])
+def test_values_of_a_wrong_type_are_damage(tmp_path, name, value, found):
+    """Else they are errors of the code that uses them first, which does not know the file."""
+    path = checkpoint.save(tmp_path, 1, state(1))
+    content = torch.load(path)
+    torch.save({**content, name: value}, path)
+    with pytest.raises(DamagedFile, match=f"{path} cannot be read as a checkpoint: .*{found}; give another"):
+        checkpoint.load(path)
+
+
+def test_what_a_nested_dict_lacks_names_the_file(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {**state(1), "config": {"bottleneck": {"args": {}}}})
+    with pytest.raises(DamagedFile, match=f"{path} has no 'regularizer'"):
+        larp_config(Namespace(codebook_size=64), checkpoint.load(path)["config"], "the run")
