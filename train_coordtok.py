@@ -48,7 +48,12 @@ def parse_args():
     logs = flags.add_logging(parser, log_every=50, save_every=50000)
     flags.add_validation(logs, eval_every=1000, num_val=32, batch_size=4)
     flags.add_run(parser, save_dir="./logs", exp_name="coordtok_large_step1_1M", num_workers=8)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.is_second_step:
+        given = [f"--{name}" for name in ("first_step_ckpt", "lpips_dropout", "check") if getattr(args, name)]
+        if given:
+            parser.error(f"{', '.join(given)} is of step 2: add --is_second_step, or leave it out")
+    return args
 
 
 def second_step(args, config: CoordTokConfig) -> FrameDistance | None:

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 from argparse import Namespace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import DamagedFile
+from eval.i3d import I3D
+from models.pretrained import WeightsError, read_released
 from training import checkpoint
 from training.flags import larp_config
 from training.optim import adamw
@@ -236,3 +239,26 @@ def test_what_a_nested_dict_lacks_names_the_file(tmp_path):
     path = checkpoint.save(tmp_path, 1, {**state(1), "config": {"bottleneck": {"args": {}}}})
     with pytest.raises(DamagedFile, match=f"{path} has no 'regularizer'"):
         larp_config(Namespace(codebook_size=64), checkpoint.load(path)["config"], "the run")
+
+
+class Foreign:
+    def __init__(self, function):
+        self.function = function
+
+    def __reduce__(self):
+        return self.function, ("touch run",)
+
+
+@pytest.mark.parametrize("function", [os.system, print])
+def test_a_checkpoint_that_names_code_is_refused_without_torchs_advice(tmp_path, monkeypatch, function):
+    """Which is to load it all the same."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "x": Foreign(function)}, tmp_path / "x.pt")
+    name = f"{function.__module__}.{function.__name__}".removeprefix("builtins.")
+    with pytest.raises(DamagedFile, match=f"x.pt cannot be read as a checkpoint: it names {name}, which is not adm"):
+        checkpoint.load(tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match=f"x.pt cannot be read .it names {name}, which is not admitted"):
+        I3D.from_weights(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"x.pt: holds a {name}, which is not admitted"):
+        read_released(tmp_path / "x.pt")
+    assert not (tmp_path / "run").exists()

@@ -186,6 +186,8 @@ DROPOUT = "trained with --class_dropout_prob above 0, this one has 0"
 @pytest.mark.parametrize(("script", "mistaken", "message"), [
     ("train_coordtok", ["--point_per_vid", 17], "17 points are no whole number of frames of 4x4 patches"),
     ("train_coordtok", ["--val_name", "nowhere"], "no videos under"),
+    ("train_coordtok", ["--lpips_loss_scale", 0, "--lpips_weights", "nowhere"], "nowhere: no such file"),
+    ("train_larp_tokenizer", ["--lpips_weights", "nowhere"], "nowhere: no such file"),
     ("train_coordtok", ["--accum_iter", 3], "a global batch of 4 cannot be shared"),
     ("train_coordtok", ["--keep_checkpoints", -1], "--keep_checkpoints is -1, expected 1 or more"),
     ("train_sit", ["--class_dropout_prob", 0], f"cfg_scale 2.0 needs a SiT {DROPOUT}"),
