@@ -141,7 +141,8 @@ def main():
         if cache:
             latents = (cache.read(np.array([key.index * cache.views for key in part])) for part in few)
         else:
-            latents = map(encode, make_loader(clips_of(damaged="skip"), few, min(args.num_workers, len(few))))
+            loader = make_loader(clips_of(damaged="skip"), few, min(args.num_workers, len(few)))
+            latents = (encode(batch) for batch in loader if len(batch["position"]))  # none where all are damaged
         stats = measure(latents, config.latent_n_features, device)
     del state
 
