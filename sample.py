@@ -135,8 +135,8 @@ def main():
             print_main(describe(facts))
             for name, value in results.items():
                 print_main(f"{name:>20}  {value:.6g}")
-            print_main(f"report: {store.report}, {table}   pictures: {store.folder / 'sheet.png'}   "
-                       f"videos: {store.videos}")
+            reports = f"{store.report}, {table}" if i3d else store.report
+            print_main(f"report: {reports}   pictures: {store.folder / 'sheet.png'}   videos: {store.videos}")
 
 
 if __name__ == "__main__":

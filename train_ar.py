@@ -94,7 +94,7 @@ def main():
     if state and args.fsdp:  # each process reads its share into tensors that are allocated before
         fsdp.allocate(optimizer)
         fsdp.fill(state, checkpoint.state_dicts(parts))
-    start, rng, best = checkpoint.resume(parts, state, best=float("inf"))
+    start, rng, best, before = checkpoint.resume(parts, state, best=float("inf"))
     del state  # frees a copy of the model
 
     if args.compile:
@@ -103,7 +103,7 @@ def main():
         compile_generator(generator)
 
     # Clips are encoded as they come, or once for the cache.
-    files, source = training_files(args)
+    files, source, listed = training_files(args, before)
     names = class_names(files) if class_cond else []
     if class_cond:
         check_labels(files, config.num_classes, source)
@@ -159,7 +159,7 @@ def main():
     def save(step: int) -> None:
         guard.check()
         checkpoint.save_run(
-            folder, step, args, parts, len(usable_files), kind="larp_ar", config=asdict(config),
+            folder, step, args, parts, listed, kind="larp_ar", config=asdict(config),
             num_cond_frames=num_cond_frames, classes=names, tokenizer=tokenizer_hash, best=best,
         )
 

@@ -22,7 +22,12 @@ def parse_args():
     flags.add_validation(logs, eval_every=1000, num_val=32, batch_size=4)
     flags.add_run(parser, save_dir="./logs", exp_name="coordtok_large_step1_1M", num_workers=8)
     flags.add_flags(parser, CoordTokConfig)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.is_second_step:
+        given = [f"--{name}" for name in ("first_step_ckpt", "lpips_dropout", "check") if getattr(args, name)]
+        if given:
+            parser.error(f"{', '.join(given)} is of step 2: add --is_second_step, or leave it out")
+    return args
 
 
 if __name__ == "__main__":
@@ -30,6 +35,7 @@ if __name__ == "__main__":
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,6 +45,7 @@ from data.clips import open_quarantine
 from data.patch_sampling import count_frames
 from models.coordtok import CoordTok, coordtok_loss
 from models.layers import compile_blocks, set_checkpointing
+from models.lpips import FrameDistance
 from models.patches import gather_patches
 from models.pretrained import build
 from models.stlpips import perceptual_metric
@@ -50,8 +57,23 @@ from training.setup import cached_clips, start_run, train_loader, train_sampler,
 from training.validation import make_validation
 
 
+def second_step(args, config: CoordTokConfig) -> FrameDistance | None:
+    """The perceptual loss of step 2; None with --lpips_loss_scale 0. Raises ValueError or OSError where the flags do
+    not fit the tokenizer of `config`, or weights are missing."""
+    count_frames(args.point_per_vid, config.grid)
+    if args.lpips_loss_scale == 0:
+        return None
+    return perceptual_metric(args.perceptual, weights=args.lpips_weights, dropout=args.lpips_dropout)
+
+
 def main():
     args = parse_args()
+    if args.check:
+        first = Path(args.first_step_ckpt or "")
+        options = flags.merge(CoordTokConfig, args)
+        there = first.is_file() or checkpoint.list_checkpoints(first)
+        second_step(args, load_coordtok(first, args).config if there else CoordTokConfig(**options))
+        return
     device, folder = start_run(args, suffix="_second" * args.is_second_step)
     world_size = distributed.world_size()
 
@@ -69,22 +91,19 @@ def main():
     config = tokenizer.config
     tokenizer.to(device).train()
     set_checkpointing(tokenizer, args.gradient_checkpointing)
-    perceptual = None
-    if args.is_second_step and args.lpips_loss_scale > 0:
-        perceptual = perceptual_metric(args.perceptual, weights=args.lpips_weights, dropout=args.lpips_dropout)
+    perceptual = second_step(args, config) if args.is_second_step else None
+    if perceptual:
         perceptual.to(device)
-    if args.is_second_step:
-        count_frames(args.point_per_vid, config.grid)
 
     # As published, weight decay applies to every parameter.
     precision = Precision(args.precision, device)
     optimizer = adamw(tokenizer.parameters(), lr=args.lr, weight_decay=1e-3)
     parts = {"model": tokenizer, "optimizer": optimizer, "scaler": precision.scaler}
-    start, rng, best = checkpoint.resume(parts, state, best=float("-inf"))
+    start, rng, best, before = checkpoint.resume(parts, state, best=float("-inf"))
     del state  # frees a copy of the model
 
     # Each sample is a function of the seed and its position in the run, whatever the number of processes and workers.
-    files, source = training_files(args)
+    files, source, listed = training_files(args, before)
     quarantine = open_quarantine(folder, args.decode_timeout)
     sampler = train_sampler(args, len(files), args.num_iters, start, order="replacement")
     of_clips = (*config.video_shape[:2], "coordtok", device, quarantine)
@@ -102,7 +121,7 @@ def main():
 
     def save(step: int) -> None:
         guard.check()
-        checkpoint.save_run(folder, step, args, parts, len(files), kind="coordtok", config=asdict(config), best=best)
+        checkpoint.save_run(folder, step, args, parts, listed, kind="coordtok", config=asdict(config), best=best)
 
     def reconstruct(video: Tensor, _: list[int]) -> Tensor:
         tokenizer.eval()

@@ -96,11 +96,11 @@ def main():
     adversary = Adversary(discriminator, args, precision, device)
     parts = {"model": tokenizer, "optimizer": optimizer, "scaler": precision.scaler, **adversary.parts,
              **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}
-    start, rng, best = checkpoint.resume(parts, state, best=float("-inf"))
+    start, rng, best, before = checkpoint.resume(parts, state, best=float("-inf"))
     del state, carried  # frees a copy of the models
 
     # Each sample is a function of the seed and its position in the run, whatever the number of processes and workers.
-    files, _ = training_files(args)
+    files, _, listed = training_files(args, before)
     quarantine = open_quarantine(folder, args.decode_timeout)
     epoch_steps = len(files) // args.batch_size
     num_iters = args.num_iters or args.max_epoch * epoch_steps
@@ -122,7 +122,7 @@ def main():
 
     def save(step: int) -> None:
         guard.check()
-        checkpoint.save_run(folder, step, args, parts, len(files), kind="larp_tokenizer", config=asdict(config),
+        checkpoint.save_run(folder, step, args, parts, listed, kind="larp_tokenizer", config=asdict(config),
                             disc_config=asdict(discriminator.config), best=best)
 
     def score(net: LARPTokenizer, pictures: Path) -> dict[str, float]:

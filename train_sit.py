@@ -78,10 +78,10 @@ def main():
     precision = Precision(args.precision, device)
     optimizer = adamw(sit.parameters(), lr=args.lr)
     parts = {"model": sit, "ema": ema.model, "optimizer": optimizer, "scaler": precision.scaler}
-    start, rng, _ = checkpoint.resume(parts, state)
+    start, rng, _, before = checkpoint.resume(parts, state)
 
     # Clips are encoded as they come, or once for the cache.
-    files, source = training_files(args)
+    files, source, listed = training_files(args, before)
     names = class_names(files)
     if args.num_classes not in (1, len(names)):
         raise ValueError(f"--num_classes is {args.num_classes}, but {source} has {len(names)} classes: give that, or 1 "
@@ -141,7 +141,7 @@ def main():
     def save(step: int) -> None:
         guard.check()
         checkpoint.save_run(
-            folder, step, args, parts, len(usable_files), kind="sit", config=asdict(sit.config),
+            folder, step, args, parts, listed, kind="sit", config=asdict(sit.config),
             interpolant=asdict(interpolant), tokenizer=tokenizer_hash, statistics=stats.state_dict(), classes=names,
         )
 

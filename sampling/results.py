@@ -104,5 +104,6 @@ def draw_sheet(store: SampleStore, generator: Generator, real_videos: RealVideos
         return
     names = generator.class_names or (class_names(real_videos.files) if generator.num_labels else [])
     label_of = dict(zip(rows["index"].tolist(), rows["label"].tolist()))
-    captions = [f"sample {i}" + (f": {names[label_of[i]]}" if names else "") for i in previews]
+    named = {label: f": {name}" for label, name in enumerate(names)}  # the model may have more classes
+    captions = [f"sample {i}{named.get(label_of[i], '')}" for i in previews]
     contact_sheet(store.folder / "sheet.png", list(previews.values()), captions, ("real", "generated"), 16)

@@ -253,7 +253,7 @@ def merge(config: type, args: argparse.Namespace, carried: dict | None = None, s
         given, inner = getattr(args, name), merged
         *outer, key = flag.path
         for outer_key in outer:
-            inner = inner.setdefault(outer_key, {})
+            inner = inner[outer_key] if carried else inner.setdefault(outer_key, {})
         part = flag.setting.part
         if carried:
             held = inner[key] if part == slice(None) else inner[key][part][0]
@@ -278,6 +278,8 @@ def add_coordtok_steps(train: Group) -> None:
     add_perceptual(train)
     train.add_argument("--lpips_dropout", action="store_true",
                        help=Rare("Keep LPIPS's own dropout of 0.5 on in training, as the released code does"))
+    train.add_argument("--check", action="store_true", help=Rare("Only check that what step 2 needs is there, before "
+                       "step 1 has made its checkpoint"))
     train.add_argument("--world_size", type=int, help=Rare("Ignored: torchrun sets it"))
 
 

@@ -54,13 +54,16 @@ class LatentStats(NamedTuple):
 def measure(batches: Iterator[Planes], channels: int, device: torch.device) -> LatentStats:
     """Statistics over the batches of all processes, from exact sums: not an average of per-process variances.
 
-    batches: this process's, any number of them; channels last, (B, R, S, channels) each plane.
+    batches: this process's, any number of them; channels last, (B, R, S, channels) each plane. Raises ValueError where
+    no process has one.
     """
     sums = torch.zeros(3, 3, channels, dtype=torch.float64, device=device)  # plane; count, sum, squares; channel
     for planes in batches:
         flat = planes.map(lambda plane: plane.to(device).double().flatten(0, -2))  # (values, C)
         sums += torch.stack([torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]) for x in flat])
     count, total, squares = distributed.all_sum(sums).unbind(1)  # (3 planes, C) each
+    if count.min() < 2:
+        raise ValueError("none of the clips that the latents' mean and std are of can be decoded (quarantine.txt)")
     mean = total / count
     std = ((squares - count * mean.square()) / (count - 1)).clamp_min(1e-12).sqrt()  # a dead channel becomes 0, not NaN
     return LatentStats(Planes(*mean.float()), Planes(*std.float()))
@@ -75,7 +78,8 @@ def of_videos(videos: list[int], source: "LatentCache | ClipDataset", encode: En
     if isinstance(source, LatentCache):
         return (source.read(np.array(batch) * source.views) for batch in batches)
     keys = [[ClipKey(video, video) for video in batch] for batch in batches]
-    return map(encode, make_loader(source, keys, min(num_workers, len(keys))))
+    loader = make_loader(source, keys, min(num_workers, len(keys)))
+    return (encode(batch) for batch in loader if len(batch["position"]))  # empty if all clips are damaged
 
 
 def draw_step(seed: int, step: int, batch_size: int, shapes: Sequence[tuple[int, ...]],
