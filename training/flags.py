@@ -3,7 +3,6 @@
 Nothing here needs torch. A flag whose help is `Rare` is shown by --help_all alone.
 """
 import argparse
-import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -246,7 +245,7 @@ def add_flags(parser: Parser, config: type, everyday: bool = True) -> Group:
 def merge(config: type, args: argparse.Namespace, carried: dict | None = None, source: str = "") -> dict:
     """A configuration's values by key, nested as in config.json: the flags given, and all that the checkpoint `source`
     carries, if there is one. Raises ValueError, naming both values, where a flag and the checkpoint differ."""
-    merged = copy.deepcopy(carried) if carried else {}
+    merged = carried or {}
     for name, flag in config_flags(config):
         if not hasattr(args, name):
             continue
