@@ -221,7 +221,7 @@ def main():
             real, fake = torch.from_numpy(rows["real"]), torch.from_numpy(rows["fake"])
             real = real[real.isfinite().all(1)]
             num_real = len(real)
-            results |= fvd.report(real, fake, protocol.divisor)
+            results |= fvd.fvd_scores(real, fake, protocol.divisor)
             results |= motion_summary({name: torch.from_numpy(value) for name, value in rows.items()})
         if num_made < total:
             print_main(f"{total - num_made} samples are left out: their clips cannot be decoded (quarantine.txt)")

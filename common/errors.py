@@ -145,7 +145,12 @@ def follow() -> None:
 
     # The interpreter ends a thread that is inside the store's C++ code by aborting the process: the thread ends first.
     over, thread = threading.Event(), threading.Thread(target=watch, daemon=True, name="follow")
-    atexit.register(lambda: (over.set(), thread.join(EXIT_SECONDS)))
+
+    def end_thread() -> None:
+        over.set()
+        thread.join(EXIT_SECONDS)
+
+    atexit.register(end_thread)
     thread.start()
 
 

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 # Errors that are about the path itself, not about a disk, a permission or a limit.
 PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO}
@@ -86,7 +87,7 @@ def remove_partials(folder: Path) -> None:
             path.unlink()
 
 
-_held: dict[str, object] = {}  # lock files of this process, open until it ends
+_held: dict[str, IO] = {}  # lock files of this process, open until it ends
 
 
 def claim(path: Path, used: str) -> None:

@@ -10,8 +10,10 @@ import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from common.errors import reading
 from common.files import remove_partials, write_whole
@@ -69,7 +71,7 @@ class ShardCache:
 
     def _save(self, shard: int, content: np.ndarray) -> None:
         content = np.ascontiguousarray(content)
-        path = self.folder / f"shard_{shard:06d}.{zlib.crc32(content):08x}.npy"
+        path = self.folder / f"shard_{shard:06d}.{zlib.crc32(content.data):08x}.npy"
         with write_whole(path) as file:
             np.save(file, content)
 
@@ -84,7 +86,9 @@ def check(shard: Path) -> None:
             raise ValueError("its content is not what its checksum says")
 
 
-def open_shard(path: Path, dtype: np.dtype, shape: tuple[int | None, ...], mode: str = "r") -> np.ndarray:
+def open_shard(
+    path: Path, dtype: DTypeLike, shape: tuple[int | None, ...], mode: Literal["r", "c"] = "r"
+) -> np.ndarray:
     """A shard's array, memory-mapped. shape: the expected one; None fits any size. Raises DamagedFile."""
     with reading(path, "a shard of a cache", REMAKE):
         array = np.load(path, mmap_mode=mode)

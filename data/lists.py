@@ -35,7 +35,7 @@ def list_folder(root: str | Path) -> list[VideoFile]:
         raise FileNotFoundError(f"no videos under {root.absolute()}: looked there and in its class folders for "
                                 f"{', '.join(VIDEO_SUFFIXES)} files (--data_root, --video_name)")
     names = [_class_name(Path(path), root) for path in paths]
-    labels = {name: label for label, name in enumerate(sorted(set(names) - {None}))}
+    labels: dict[str | None, int] = {name: label for label, name in enumerate(sorted({name for name in names if name}))}
     return [VideoFile(path, labels.get(name, -1)) for path, name in zip(paths, names)]
 
 
@@ -84,7 +84,7 @@ def _read_csv(path: Path, label_column: str | None) -> list[VideoFile]:
           path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file):
         reader = csv.DictReader(file, strict=True)
         columns = reader.fieldnames or []
-        if lacking := {"path", label_column} - {None, *columns}:
+        if lacking := {"path", label_column or "path"} - {*columns}:
             raise ValueError(f"it has columns {', '.join(columns) or 'none'}, without {' and '.join(sorted(lacking))}")
         files = []
         for row in reader:

@@ -73,7 +73,7 @@ def evaluate(
         files, num_frames, size, rule, seed=args.seed, short="repeat", damaged="skip", quarantine=quarantine,
         resize="device" if device.type == "cuda" else "worker", timeout=args.decode_timeout,
     )
-    mine = keys[distributed.rank() :: distributed.world_size()]
+    mine = distributed.of_rank(keys)
     batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     loader = make_loader(clips, batches, args.num_workers, pin_memory=device.type == "cuda")
 

@@ -106,10 +106,10 @@ class VideoEncoder(nn.Module):
 
     def __init__(self, config: CoordTokConfig):
         super().__init__()
-        dim, size = config.enc_embed_dim, (config.enc_patch_size_t, *[config.enc_patch_size_xy] * 2)
+        dim, side = config.enc_embed_dim, config.enc_patch_size_xy
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.pos_emb = nn.Parameter(torch.randn(1, math.prod(config.num_tubelets), dim))
-        self.patch_embed = patch_embedding(TubeletEmbedding(3, dim, size))
+        self.patch_embed = patch_embedding(TubeletEmbedding(3, dim, (config.enc_patch_size_t, side, side)))
         self.layers = Blocks(
             vit_block(dim, config.enc_num_heads, qkv_bias=False, eps=1e-5) for _ in range(config.enc_patch_num_layers)
         )

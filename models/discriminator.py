@@ -36,6 +36,8 @@ class DiscriminatorConfig:
 
 
 class Discriminator(nn.Module):
+    pos_embed: Tensor
+
     def __init__(self, **config):
         super().__init__()
         self.config = c = DiscriminatorConfig(**config)

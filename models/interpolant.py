@@ -176,7 +176,8 @@ class Interpolant:
         """Whether a formula divides by 0 at an end of [0, 1]."""
         return self.path == "VP" or self.prediction != "velocity"
 
-    def _interval(self, eps: float) -> tuple[float, float]:
+    def _interval(self, eps: float | None) -> tuple[float, float]:
+        assert eps is not None  # set in __post_init__
         return (0.0 if self.path == "VP" else eps), 1 - eps
 
     def interpolate(self, x1: Planes, x0: Planes, t: Tensor) -> tuple[Planes, Planes]:
@@ -295,7 +296,8 @@ class Interpolant:
                 velocity = self._velocity(model, x, t, _take(model_kwargs, rows))
                 signs = Planes(*(plane[rows] for plane in probe))
                 gradients = torch.autograd.grad(velocity, x, signs)
-            divergence = sum((g * e).flatten(1).sum(dim=1) for g, e in zip(gradients, signs))
+            xy, yt, xt = ((g * e).flatten(1).sum(dim=1) for g, e in zip(gradients, signs))
+            divergence = xy + yt + xt
             return *(plane.detach() for plane in velocity), divergence
 
         start = (*planes, planes.xy.new_zeros(len(planes.xy)))

@@ -120,11 +120,11 @@ class Attention(nn.Module):
         pass of one token attends to all of them, a longer one starts at position 0 and attends to itself alone."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads of q, k and v, T, head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        if cache is not None:
+        if cache is not None and window is not None:
             cache.index_copy_(3, window.position, torch.stack([k, v]))
             if x.shape[1] == 1:
                 k, v = cache.narrow(3, 0, window.length)
-        if window is not None and window.rows is not None:
+        if cache is not None and window is not None and window.rows is not None:
             y = attend_one(q, k, cache[1], window.rows)
         else:
             y = F.scaled_dot_product_attention(
@@ -339,7 +339,7 @@ def code_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]
 
 
 # The published sizes, with the parameters that they have for 101 classes.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "llama-abs-S": {"n_layer": 12, "dim": 384, "n_head": 6},  # 28.0M
     "llama-abs-B": {"n_layer": 12, "dim": 768, "n_head": 12},  # 98.4M
     "llama-abs-L": {"n_layer": 24, "dim": 1024, "n_head": 16},  # 326.3M

@@ -101,7 +101,8 @@ class LARPTokenizerConfig:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Number of encoder patches along t, h, w."""
-        return self.frame_num // self.temporal_patch_size, *[self.input_size // self.patch_size] * 2
+        side = self.input_size // self.patch_size
+        return self.frame_num // self.temporal_patch_size, side, side
 
     @property
     def patch(self) -> tuple[int, int, int]:
@@ -111,10 +112,11 @@ class LARPTokenizerConfig:
     @property
     def decoder_grid(self) -> tuple[int, int, int]:
         """Number of decoder patches along t, h, w."""
-        return self.frame_num // self.decoder_temporal_patch_size, *[self.input_size // self.decoder_patch_size] * 2
+        side = self.input_size // self.decoder_patch_size
+        return self.frame_num // self.decoder_temporal_patch_size, side, side
 
 
-def parse_config(cls: type, data: Mapping[str, Any], where: str = "config") -> Any:
+def parse_config(cls: Any, data: Mapping[str, Any], where: str = "config") -> Any:
     """The dataclass `cls`, and those nested in it, from nested mappings. A key that is unknown, or a value of another
     type, is a ValueError. A nested None means that its `name` is None: `prior_model: null` is no prior."""
     if not isinstance(data, Mapping):
@@ -156,6 +158,12 @@ class LARPTokenizer(
 ):
     """`LARPTokenizer(**options)`, with the keys of LARPTokenizerConfig; `bottleneck` and `prior_model` are nested
     dicts as in the released config.json. `save_pretrained` and `push_to_hub` are those of huggingface_hub's mixin."""
+
+    # Each is a learned parameter or a frozen table, as the configuration says.
+    encoder_patch_pe: Tensor
+    encoder_latent_query_embed: Tensor
+    decoder_latent_pe: Tensor
+    decoder_patch_query_embed: Tensor
 
     def __init__(self, **options):
         super().__init__()

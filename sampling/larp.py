@@ -68,7 +68,7 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         place = list(range(num)) if device.type == "cpu" else [min(i, num - 1) for i in range(args.sample_batch_size)]
         parts = [slice(i, i + 1) for i in place] if device.type == "cpu" else [slice(None)]
         indices = [indices[i] for i in place]
-        if fp:
+        if real is not None:
             given = hold_last(real[place], num_cond)
             draws = None if args.det else sample_generators(args.seed, indices, device)
             known = [tokenizer.encode(given[part], args.det, draws and draws[part]) for part in parts]
@@ -79,7 +79,7 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         codes, nll = model.generate(cond, **draw, seeds=[(args.seed, i) for i in indices], return_nll=True)
         videos = torch.cat([tokenizer.decode(codes[part]) for part in parts])[:num].float()
         values = {"label": torch.full_like(nll, -1, dtype=torch.long) if fp else cond, "nll": nll}
-        if fp:
+        if real is not None:
             values["psnr_given"] = psnr_frame(real[:, :, :num_cond], videos[:, :, :num_cond].clamp(0, 1))
         return videos, {name: value[:num] for name, value in values.items()}
 
@@ -119,7 +119,7 @@ def larp_condition(args: argparse.Namespace, carried: int | None, fp: bool, num_
                          "published model's is 5)")
     if carried is not None and args.num_cond_frames is not None:
         check_carried("num_cond_frames", args.num_cond_frames, carried, args.ar_model)
-    num_cond = args.num_cond_frames or carried
+    num_cond = args.num_cond_frames or carried or 0
     if not 0 < num_cond < num_frames:
         raise ValueError(f"--num_cond_frames is {num_cond}, expected 1 to {num_frames - 1}")
     return num_cond

@@ -70,7 +70,7 @@ def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
         if unknown := [file for file in clips.files if file.path not in known]:
             with ThreadPoolExecutor(8) as pool:
                 found = pool.map(lambda file: length(file, clips.quarantine, clips.timeout), unknown)
-                known |= zip((file.path for file in unknown), tqdm(found, "lengths", len(unknown), leave=False))
+                known.update(zip((file.path for file in unknown), tqdm(found, "lengths", len(unknown), leave=False)))
             with write_whole(path, "w") as file:
                 file.write(json.dumps(known, indent=0) + "\n")
     return [known[file.path] for file in clips.files]

@@ -92,7 +92,7 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         values = {"label": y}
         with precision.autocast():
             start = None
-            if args.reverse:
+            if real is not None:
                 latents = trained.stats.standardise(tokenizer.encode(real))
                 start = interpolant.sample_ode(model, latents, reverse=True, y=y, **solver)
             planes = sample_planes(

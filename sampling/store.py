@@ -7,10 +7,11 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class SampleStore:
 
     def done(self) -> dict[int, Path]:
         """{index: path of its chunk}. ValueError for chunks of other settings, and for a sample in two chunks."""
-        found = {}
+        found: dict[int, Path] = {}
         for path in sorted(self.chunks.glob("*.npz")):
             if path.name.split(".")[1] != self.run:
                 raise ValueError(f"{path} is of a run with other settings: take it away")
@@ -140,11 +141,12 @@ class SampleStore:
             for folder, clips in shown.items():
                 folder.mkdir(exist_ok=True)
                 list(pool.map(partial(write, folder), index, clips))  # a list: errors are raised
-        for i, *clips in zip(index, *shown.values()):
+        for i, *sides in zip(index, *shown.values()):
             if i < NUM_PREVIEWS:
-                frames = torch.linspace(0, clips[0].shape[1] - 1, min(8, clips[0].shape[1])).round().long()
+                num_frames = sides[0].shape[1]
+                frames = torch.linspace(0, num_frames - 1, min(8, num_frames)).round().long()
                 with write_whole(self.chunks / f"preview_{i:02d}.npy") as file:
-                    np.save(file, torch.stack(clips)[:, :, frames].numpy())
+                    np.save(file, torch.stack(sides)[:, :, frames].numpy())
         for name in {"nll", "fake", "finite"} & values.keys():
             good = values.pop(name) if name == "finite" else values[name].isfinite()
             if bad := [i for i, row in zip(index, good) if not row.all()]:
@@ -153,10 +155,10 @@ class SampleStore:
                                          "too large for --dtype; try float32")
         first, last = min([*index, *left_out]), max([*index, *left_out])
         path = self.chunks / f"{first:07d}-{last:07d}.{self.run}.npz"
-        values = {name: (value.float() if value.is_floating_point() else value).numpy()
-                  for name, value in values.items()}
+        arrays: dict[str, Any] = {name: (value.float() if value.is_floating_point() else value).numpy()
+                                  for name, value in values.items()}
         with write_whole(path) as file:
-            np.savez(file, index=np.array(index, int), left_out=np.array(left_out, int), **values)
+            np.savez(file, index=np.array(index, int), left_out=np.array(left_out, int), **arrays)
 
     def previews(self) -> dict[int, list[Tensor]]:
         """A few frames (3, 8, H, W) in [0, 1] of each of the first samples, preceded by those of its real clip, if
@@ -245,7 +247,8 @@ class BackgroundWriter:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.pool, self.last, self.seconds = device, ThreadPoolExecutor(1), None, 0.0
+        self.device, self.pool, self.seconds = device, ThreadPoolExecutor(1), 0.0
+        self.last: Future | None = None
 
     def __enter__(self) -> "BackgroundWriter":
         return self
@@ -257,7 +260,8 @@ class BackgroundWriter:
         def to_host(value):
             return value.to("cpu", non_blocking=True) if isinstance(value, Tensor) else value  # into pinned memory
 
-        args, kwargs = [to_host(value) for value in args], {name: to_host(value) for name, value in kwargs.items()}
+        args = tuple(to_host(value) for value in args)
+        kwargs = {name: to_host(value) for name, value in kwargs.items()}
         copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
 
         def work() -> None:
@@ -300,8 +304,8 @@ def append_report(path: Path, row: dict) -> None:
         rows = []
         if path.exists():
             rows = read_report(path)
-        names = dict.fromkeys(name for each in (*rows, row) for name in each)
-        names = [*(name for name in COLUMNS if name in names), *(name for name in names if name not in COLUMNS)]
+        used = dict.fromkeys(name for each in (*rows, row) for name in each)
+        names = [*(name for name in COLUMNS if name in used), *(name for name in used if name not in COLUMNS)]
         rows = [{name: as_text(each.get(name) or "") for name in names} for each in (*rows, row)]
         rows = [each for i, each in enumerate(rows) if each not in rows[:i]]
         rows.sort(key=lambda each: (-int(each["num_samples"] or 0), float(each["fvd"] or "inf")))

@@ -62,7 +62,8 @@ class Adversary:
             with distributed.sync_gradients(self.model, i == num):
                 with self.precision.autocast():
                     logits = self.model(pair)
-                loss, logs = discriminator_loss(*logits.chunk(2), args.disc_loss, noise)
+                real, fake = logits.chunk(2)
+                loss, logs = discriminator_loss(real, fake, args.disc_loss, noise)
                 means = mean_logits(logits)
                 means = distributed.all_mean(means) if num == 1 else whole + (means - means.detach())
                 logs["lecam"] = self.lecam(*means)

@@ -93,7 +93,7 @@ def save_run(folder: Path, step: int, args: Namespace, parts: dict[str, Any], nu
 
 def state_dicts(parts: dict[str, Any]) -> dict:
     """What models, optimizers, ... hold, by their names; "ema/DECAY" is DECAY of the dict "ema"."""
-    states = {}
+    states: dict[str, Any] = {}
     for name, part in parts.items():
         group, _, name = name.rpartition("/")
         inner = states.setdefault(group, {}) if group else states
@@ -143,7 +143,7 @@ def remove(path: Path) -> None:
 
 
 def step_of(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+    return int(NAME.sub(r"\1", path.name))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -155,7 +155,7 @@ def is_sharded(path: Path) -> bool:
     return (path / "state.pt").is_file()
 
 
-def load(path: str | Path, mmap: bool = False) -> dict:
+def load(path: str | Path, mmap: bool = False) -> "State":
     """A checkpoint of this project on the CPU; of a folder of them, the newest whole one.
 
     A sharded one comes without its sharded tensors: "shards" is its folder, for `sharding.fill` and `select_weights`.
@@ -242,7 +242,7 @@ def is_ours(path: str | Path) -> bool:
     return True
 
 
-def newest(folder: Path) -> dict | None:
+def newest(folder: Path) -> State | None:
     """The newest whole checkpoint in `folder`, or None where there is none. Raises DamagedFile where all are damaged,
     and what `load` raises for other reasons than damage."""
     there = list_checkpoints(folder)
@@ -258,14 +258,14 @@ def newest(folder: Path) -> dict | None:
     return None
 
 
-def expect(state: dict, kind: str, source: str | Path) -> dict:
+def expect(state: State, kind: str, source: str | Path) -> State:
     """The state itself, read from `source`. ValueError where another script wrote it."""
     if state.get("kind") != kind:
         raise ValueError(f"{source} holds a {state.get('kind')} model, expected a {kind} checkpoint")
     return state
 
 
-def find(folder: Path, resume: str | None, kind: str) -> dict | None:
+def find(folder: Path, resume: str | None, kind: str) -> State | None:
     """What a run in `folder` starts from: None (anew), the newest whole checkpoint (`auto`), or the one at a path.
     kind: that the script writes and goes on from."""
     if resume == "auto":
@@ -330,7 +330,7 @@ def is_export(path: Path) -> bool:
     return all((path / name).is_file() for name in PRETRAINED)
 
 
-def load_export(folder: Path) -> dict:
+def load_export(folder: Path) -> State:
     """What `export` wrote of a CoordTok or a SiT, as a checkpoint of it whose "model" and "ema" are these weights.
     ValueError where the files are damaged, or of something else."""
     config, weights, path = read_pretrained(folder)

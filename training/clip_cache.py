@@ -2,7 +2,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,6 +13,7 @@ from data.cache import ClipCache
 from data.clips import Quarantine
 from data.lists import VideoFile, files_sha256
 from data.loader import Loader, deliver, init_worker
+from data.shared_memory import Packed
 from data.video import VideoError, read_chosen, resize_crop_8bit
 
 
@@ -45,23 +45,24 @@ class WholeVideos(Dataset):
         path = self.files[index].path
         if path not in self.quarantine:
             try:
-                return resize_crop_8bit(read_chosen(path, np.arange, self.timeout)[0], self.size, self.rule)
+                return resize_crop_8bit(read_chosen(path, range, self.timeout)[0], self.size, self.rule)
             except VideoError as error:
                 self.quarantine.add_error(path, error)
         return torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
 
 
-def deliver_video(frames: Tensor) -> dict:
+def deliver_video(frames: Tensor) -> dict | Packed:
     return deliver({}, [frames], alike=True)
 
 
 def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
     """Write the missing shards, shared by all processes."""
-    shards = distributed.broadcast(cache.missing())[distributed.rank() :: distributed.world_size()]
+    shards = distributed.of_rank(distributed.broadcast(cache.missing()))
     order = [video for shard in shards for video in cache.rows_of(shard)]
     decoded = iter(Loader(
         videos, batch_size=None, sampler=order, num_workers=min(num_workers, len(order)), worker_init_fn=init_worker,
-        collate_fn=deliver_video, generator=torch.Generator(),  # else it would draw from the global generator
+        collate_fn=deliver_video,  # type: ignore[arg-type]  # takes one video, as batch_size is None
+        generator=torch.Generator(),  # otherwise it would draw from the global generator
     ))
     with tqdm(total=len(order), desc="caching clips", disable=not (distributed.is_main() and order)) as bar:
         for shard in shards:

@@ -7,13 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from common.distributed import to_device
 from common.rng import Stream, uniform_per_sample
 from data.augment import draw_flips, flip_half
 from data.clips import ClipDataset
-from data.loader import GlobalBatchSampler
+from data.loader import GlobalBatchSampler, Loader
 from models.larp_tokenizer import LARPTokenizer, LARPTokenizerConfig
 from training.window_cache import WindowCache
 
@@ -69,7 +68,7 @@ class CodeCache(WindowCache):
             mirrored = [video, video.flip(-1)] if self.flip else [video]
             return torch.stack([encode(one) for one in mirrored], dim=1).flatten(1)
 
-        super().fill(flat, batch_size, num_workers)
+        self.fill_rows(flat, batch_size, num_workers)
 
     def read(self, rows: np.ndarray) -> Tensor:
         """(B, 2 where mirrored else 1, kinds, N) long on the CPU."""
@@ -97,7 +96,7 @@ def batches_from_cache(
         yield make_batch(codes, labels, positions, [video.path for video in videos])
 
 
-def batches_from_video(loader: DataLoader, encode: Encode, flip: bool, device: torch.device) -> Iterator[CodeBatch]:
+def batches_from_video(loader: Loader, encode: Encode, flip: bool, device: torch.device) -> Iterator[CodeBatch]:
     """Micro-batches of the loader's clips, encoded as they come; with `flip`, half of them are mirrored."""
     clips = loader.dataset
     for batch in loader:

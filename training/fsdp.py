@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -148,7 +148,7 @@ class IndexReader(dcp.FileSystemReader):
         return part
 
 
-def _load(tensors: dict[str, Tensor], folder: Path, **options) -> None:
+def _load(tensors: dict[str, Any], folder: Path, **options) -> None:
     """Read tensors in place. ValueError, in one line, where they are damaged."""
     try:
         dcp.load(tensors, storage_reader=IndexReader(folder), **options)
@@ -159,7 +159,7 @@ def _load(tensors: dict[str, Tensor], folder: Path, **options) -> None:
 
 def check(folder: Path) -> None:
     """Raises ValueError where a file of shards is missing or cut short, OSError where their index is."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     for entry in IndexReader(folder).read_metadata().storage_data.values():
         sizes[entry.relative_path] = max(sizes.get(entry.relative_path, 0), entry.offset + entry.length)
     for name, size in sizes.items():
@@ -195,7 +195,8 @@ def read_whole(folder: Path, path: str) -> dict[str, Tensor]:
     group."""
     held = IndexReader(folder).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
-               for name, entry in held.items() if name.startswith(path)}
+               for name, entry in held.items()
+               if name.startswith(path) and isinstance(entry, metadata.TensorStorageMetadata)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
         _load(tensors, folder, no_dist=True)

@@ -66,10 +66,10 @@ def measure(batches: Iterator[Planes], channels: int, device: torch.device) -> L
     return LatentStats(Planes(*mean.float()), Planes(*std.float()))
 
 
-def plane_shapes(config: CoordTokConfig) -> Planes:
+def plane_shapes(config: CoordTokConfig) -> tuple[tuple[int, int, int], ...]:
     """(R, S, C) of each plane."""
     res, res_t, channels = config.latent_resolution_xy, config.latent_resolution_t, config.latent_n_features
-    return Planes((res, res, channels), (res_t, res, channels), (res_t, res, channels))
+    return (res, res, channels), (res_t, res, channels), (res_t, res, channels)
 
 
 class LatentCache(WindowCache):
@@ -85,7 +85,7 @@ class LatentCache(WindowCache):
         def flat(batch: dict) -> Tensor:
             return torch.cat([plane.flatten(1) for plane in encode(batch)], dim=1)
 
-        super().fill(flat, batch_size, num_workers)
+        self.fill_rows(flat, batch_size, num_workers)
 
     def read(self, rows: np.ndarray) -> Planes:
         """(B, R, S, C) planes on the CPU."""

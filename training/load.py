@@ -2,7 +2,7 @@
 import argparse
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,11 @@ def load_larp_ar(source: str, version: str = "sd") -> TrainedLARP:
     return TrainedLARP(model, state.get("tokenizer"), state.get("classes", []), state.get("num_cond_frames"))
 
 
-def _load_larp(kind: str, source: str, version: str) -> tuple[LARPTokenizer | LARPGenerator, dict]:
+def _load_larp(kind: str, source: str, version: str) -> tuple[Any, dict]:
     """The model, and the checkpoint it comes from: empty unless it is one of ours."""
     if version != "sd" and not version.startswith("ema_"):
         raise ValueError(f"--version is sd or ema_DECAY, got {version!r}")
-    model_class = {"larp_tokenizer": LARPTokenizer, "larp_ar": LARPGenerator}[kind]
+    model_class: Any = {"larp_tokenizer": LARPTokenizer, "larp_ar": LARPGenerator}[kind]
     path = Path(source)
     path = path / "checkpoints" if checkpoint.list_checkpoints(path / "checkpoints") else path  # a run's folder
     ours = checkpoint.is_sharded(path) or checkpoint.list_checkpoints(path)
@@ -153,7 +153,7 @@ def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
     if path.exists() and checkpoint.is_ours(path):
         state = checkpoint.expect(checkpoint.load(path), "sit", f"--sit_model {path}")
         for name, value in given.items():
-            check_carried(name, value, state["args"][name], path)
+            check_carried(name, value, state["args"][name], str(path))
         sit, interpolant = build(SiT, state["config"], state.path), Interpolant(**state["interpolant"])
         load_state(sit, state["ema"], state.path)
         stats, names = LatentStats.from_state_dict(state["statistics"]), state["classes"]

@@ -12,7 +12,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, Literal, NoReturn, TextIO
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from common.errors import reading
 from common.files import claim, git_revision, write_whole
 from data.clips import Quarantine
 from eval.report import as_json
+
+WandbMode = Literal["online", "offline", "disabled"]
 
 
 def claim_run(folder: Path) -> None:
@@ -75,7 +77,7 @@ class RunLog:
     metrics that a killed run wrote beyond it are dropped, for they are about to be written again.
     """
 
-    def __init__(self, folder: Path, args: dict, start: int, total: int, samples_per_step: int, wandb_mode: str):
+    def __init__(self, folder: Path, args: dict, start: int, total: int, samples_per_step: int, wandb_mode: WandbMode):
         self.folder, self.samples_per_step = folder, samples_per_step
         self.start, self.step, self.total, self.waiting = start, start, total, 0.0
         self.stop = StopSignal()
@@ -84,13 +86,14 @@ class RunLog:
         # In a terminal a bar; in a file a line each time metrics are written.
         quiet = None if self.main else True
         self.bar = tqdm(total=total, initial=start, disable=quiet, unit="step", dynamic_ncols=True)
-        self.file = self.wandb = None
+        self.file: TextIO | None = None
+        self.wandb: Any = None
         kept = self.open(args, wandb_mode) if self.main else []
         # What the log has of the step that the run goes on from: {kind: its values}.
         lines = [line for line in map(json.loads, kept) if line["step"] == start]
         self.known = distributed.broadcast({line.pop("kind"): line for line in lines})
 
-    def open(self, args: dict, wandb_mode: str) -> list[str]:
+    def open(self, args: dict, wandb_mode: WandbMode) -> list[str]:
         """Rank 0's part. Returns the lines of metrics.jsonl that stay."""
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +159,7 @@ class RunLog:
 
     def write(self, step: int, kind: str, **values) -> None:
         """Append {"step", "kind", values...} to metrics.jsonl, null where a value is not finite, and to wandb."""
-        if not self.main:
+        if self.file is None:
             return
         self.file.write(json.dumps({"step": step, "kind": kind, **as_json(values)}, allow_nan=False) + "\n")
         if self.wandb:
@@ -210,21 +213,23 @@ class StageClock:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.marks = device, []
+        self.device = device
+        self.marks: list[tuple[str, Any]] = []  # an event of the device's, or a time in seconds
         self.mark("start")
 
     def mark(self, stage: str) -> None:
         """The end of a stage, which began at the mark before."""
         if self.device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((stage, event))
         else:
-            now = time.perf_counter()
-        self.marks.append((stage, now))
+            self.marks.append((stage, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
         """By stage, in the order of their first ends. Waits for the last one's."""
-        on_gpu, seconds = self.device.type == "cuda", collections.defaultdict(float)
+        on_gpu = self.device.type == "cuda"
+        seconds: dict[str, float] = collections.defaultdict(float)
         if on_gpu:
             self.marks[-1][1].synchronize()
         for (_, start), (stage, end) in itertools.pairwise(self.marks):
@@ -254,7 +259,7 @@ class NonFiniteGuard:
 
     def __init__(self, device: torch.device):
         self.first = torch.full((), -1, dtype=torch.long, device=device)
-        self.files = collections.deque()
+        self.files: list[tuple[int, list[str]]] = []
 
     def watch(self, step: int, loss: Tensor, files: list[str]) -> None:
         bad = ~torch.isfinite(loss.detach()) & (self.first < 0)
@@ -286,8 +291,11 @@ class StopSignal:
     `next` sees to it that a loader which fails or hangs costs no step either.
     """
 
-    def __init__(self):
-        self.received, self.waiting, self.first, self.died = 0, False, None, None
+    def __init__(self) -> None:
+        self.received, self.waiting = 0, False
+        self.first: int | None = None
+        self.died: Exception | None = None
+        self.torch_handler: Callable | None = None
         signal.signal(signal.SIGTERM, self.receive)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is of a script's background jobs
             signal.signal(signal.SIGINT, self.receive)
@@ -342,7 +350,8 @@ class StopSignal:
 
     def _worker_died(self, *args) -> None:
         try:
-            self.torch_handler(*args)
+            if self.torch_handler:
+                self.torch_handler(*args)
         except RuntimeError as error:
             if self.waiting:
                 raise

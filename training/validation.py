@@ -2,6 +2,7 @@
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +14,14 @@ from data.clips import ClipDataset, ClipKey, Quarantine
 from data.lists import VideoFile, list_csv, list_folder
 from data.loader import make_loader
 from data.video import write_video
-from eval import fvd
+from eval.fvd import fvd_scores
 from eval.i3d import I3D
 from eval.pictures import contact_sheet
 from eval.reconstruction import merge, reconstruct_rows, summary
 from models.stlpips import perceptual_metric
 from training.codes import Encode, Score, batches_from_video
+
+Metric = TypeVar("Metric", bound=torch.nn.Module)
 
 
 def validation_source(args: Namespace) -> str:
@@ -64,7 +67,7 @@ class Validation:
     ):
         self.device = device
         keys = [ClipKey(position, index) for position, index in enumerate(evenly_spaced(len(files), num_clips))]
-        mine = keys[distributed.rank() :: distributed.world_size()]
+        mine = distributed.of_rank(keys)
         clips = ClipDataset(
             files, num_frames, size, rule=rule, resize="worker", short="repeat", quarantine=quarantine, damaged="skip",
             timeout=timeout,
@@ -74,7 +77,7 @@ class Validation:
         self.perceptual = self.available(perceptual, lambda: perceptual_metric(perceptual, weights=lpips_weights))
         self.i3d = self.available("rFVD", I3D.from_weights) if num_frames >= 10 else None
 
-    def available(self, metric: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
+    def available(self, metric: str, build: Callable[[], Metric]) -> Metric | None:
         try:
             return build().to(self.device)
         except (OSError, ValueError) as error:
@@ -113,7 +116,7 @@ class CodeStats:
 
     def __init__(self, codebook_size: int, device: torch.device):
         self.counts = torch.zeros(codebook_size, dtype=torch.float64, device=device)
-        self.accuracy = {}
+        self.accuracy: dict[str, Tensor] = {}
 
     def add(self, codes: Tensor, logs: dict[str, Tensor] | None = None) -> None:
         """codes: (B, N) long. logs: of the model, with the prior's accuracies where it has a prior."""
@@ -146,12 +149,13 @@ class HeldOut:
     def __init__(self, clips: ClipDataset, keys: list[ClipKey], encode: Encode, batch_size: int, num_workers: int,
                  device: torch.device):
         self.batch_size, self.device = batch_size, device
-        mine = keys[distributed.rank() :: distributed.world_size()]
+        mine = distributed.of_rank(keys)
         loader = make_loader(clips, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)],
                              min(num_workers, len(mine)))
         batches = list(batches_from_video(loader, encode, False, device)) if mine else []
-        self.codes, self.conds = (torch.cat([part[i].cpu() for part in batches]) if mine else torch.empty(0)
-                                  for i in range(2))  # (n, N), and (n,) or (n, N)
+        none = [torch.empty(0)]  # of a process without clips
+        self.codes = torch.cat([batch.codes.cpu() for batch in batches] or none)  # (n, N)
+        self.conds = torch.cat([batch.cond.cpu() for batch in batches] or none)  # (n,) or (n, N)
 
     def cond(self, indices: Sequence[int]) -> Tensor:
         """What the clips at these indices, all of this process, continue: (B,) labels, or (B, N) codes."""
@@ -198,8 +202,9 @@ class SampleCheck:
     ):
         self.clips, self.num_samples, self.batch_size, self.num_workers = clips, len(keys), batch_size, num_workers
         self.continued = continued
-        self.keys = keys[distributed.rank() :: distributed.world_size()]
-        self.real = self.i3d = None
+        self.keys = distributed.of_rank(keys)
+        self.real: Tensor | None = None
+        self.i3d: I3D | None = None
         if clips.num_frames >= 10 and len(keys) > 1:
             try:
                 self.i3d = I3D.from_weights().to(device)
@@ -212,8 +217,9 @@ class SampleCheck:
 
         generate: sample indices -> (B, 3, T, H, W) clips. captions: by index.
         """
-        mine = list(range(self.num_samples))[distributed.rank() :: distributed.world_size()]
-        fake, shown = [torch.empty(0, 400)], []
+        mine = distributed.of_rank(range(self.num_samples))
+        fake = [torch.empty(0, 400)]
+        shown: list[Tensor] = []
         for start in range(0, len(mine), self.batch_size):
             videos = generate(mine[start : start + self.batch_size]).clamp(0, 1)
             shown += list(videos[: 8 - len(shown)].cpu())
@@ -231,11 +237,11 @@ class SampleCheck:
         if self.real is None:
             device = next(self.i3d.parameters()).device
             batches = [self.keys[i : i + self.batch_size] for i in range(0, len(self.keys), self.batch_size)]
-            videos = (self.clips.to_video(batch, device)
-                      for batch in make_loader(self.clips, batches, min(self.num_workers, len(batches)))
-                      if len(batch["position"]))
-            self.real = gather_rows([torch.empty(0, 400), *(self.i3d(video).cpu() for video in videos)])
-        return fvd.report(self.real, gather_rows(fake))
+            real = (self.clips.to_video(batch, device)
+                    for batch in make_loader(self.clips, batches, min(self.num_workers, len(batches)))
+                    if len(batch["position"]))
+            self.real = gather_rows([torch.empty(0, 400), *(self.i3d(video).cpu() for video in real)])
+        return fvd_scores(self.real, gather_rows(fake))
 
 
 def gather_rows(parts: list[Tensor]) -> Tensor:

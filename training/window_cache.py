@@ -30,13 +30,13 @@ class WindowCache:
         key = {**key, "views": views, "seed": clips.seed, "files": files_sha256(clips.files)}
         self.rows = RowCache(folder, name, key, len(clips.files) * views, (row_size,), dtype)
 
-    def fill(self, encode: Callable[[dict], Tensor], batch_size: int, num_workers: int) -> None:
+    def fill_rows(self, encode: Callable[[dict], Tensor], batch_size: int, num_workers: int) -> None:
         """Encode what is missing, shared by all processes; the whole shards of a killed run are kept.
 
         encode: a loader's batch -> (B, row_size).
         """
         missing = distributed.broadcast(self.rows.missing())
-        shards = missing[distributed.rank() :: distributed.world_size()]
+        shards = distributed.of_rank(missing)
         spans = [self.rows.rows_of(shard) for shard in shards]
         parts = [(shard, span[i : i + batch_size]) for shard, span in zip(shards, spans)
                  for i in range(0, len(span), batch_size)]  # of one shard each
@@ -69,7 +69,7 @@ class WindowCache:
 
         files: the videos that the keys' indices count.
         """
-        chosen = np.array([files[key.index] for key in keys])
+        chosen = np.array([files[key.index] for key in keys if key.index is not None])
         views = [generator(seed, key.position, Stream.CACHED_VIEW).integers(self.views) for key in keys]
         return chosen * self.views + np.array(views), [self.clips.files[file] for file in chosen]
 
