@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-
 # --- files ---
+REMAKE = "delete it, and it is made again"  # advice for files that the code itself keeps
+
+
 class MendableError(RuntimeError):
     """An error that a user can mend; its text is one line that says how."""
 

@@ -15,10 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from common.errors import reading
-from common.files import remove_partials, write_whole
-
-REMAKE = "delete it, and it will be made again"
+from common.errors import REMAKE, reading
+from common.files import atomic_write, remove_partials
 
 
 class ShardCache:
@@ -43,7 +41,7 @@ class ShardCache:
         self.folder = Path(folder) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "key.json").exists():
-            with write_whole(self.folder / "key.json") as file:
+            with atomic_write(self.folder / "key.json") as file:
                 file.write(text.encode())
         remove_partials(self.folder)
 
@@ -72,7 +70,7 @@ class ShardCache:
     def _save(self, shard: int, content: np.ndarray) -> None:
         content = np.ascontiguousarray(content)
         path = self.folder / f"shard_{shard:06d}.{zlib.crc32(content.data):08x}.npy"
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             np.save(file, content)
 
     def _files(self) -> dict[int, Path]:

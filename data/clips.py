@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from common import distributed
 from common.errors import shown
-from common.files import write_whole
+from common.files import atomic_write
 from common.rng import Stream, generator
 from data.cache import ClipCache
 from data.lists import VideoFile
@@ -83,7 +83,7 @@ class Quarantine:
             mended = {video for video, good in zip(avoided, pool.map(opens, avoided)) if good}
         if mended and self.path:
             log.warning("%d of %d videos in %s can be read again", len(mended), len(avoided), self.path)
-            with write_whole(self.path, "w", errors="surrogateescape") as file:
+            with atomic_write(self.path, "w", errors="surrogateescape") as file:
                 file.write("".join(f"{escaped(video)}\t{reason}\n" for video, reason in self.read().items()
                                    if video not in mended))
 

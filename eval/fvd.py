@@ -8,7 +8,6 @@ Check of an installation against the value that TensorFlow's own implementation 
 import argparse
 import dataclasses
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import Parser, one_line_errors
-from common.errors import shown
 from common.files import manifest_sha256
 from data.clips import ClipDataset, ClipKey
-from data.lists import VideoFile, list_csv, list_folder
+from data.lists import VideoFile, list_videos
 from data.loader import make_loader
 from data.video import TIMEOUT
 from eval.features import feature_metrics
@@ -225,22 +223,6 @@ CHOICES = {"folders": FOLDERS} | {name: PROTOCOLS[name] for name in ("styleganv_
 # Distance of 128 and 128 clips of uniform noise, without preprocessing, by TensorFlow's implementation with divisor
 # N-1.
 ANCHOR = 10.138085
-
-
-def list_videos(source: str) -> list[VideoFile]:
-    """Videos of a folder, of a csv list, or of a text file with one path a line; sorted by path."""
-    if Path(source).is_dir():
-        return list_folder(source)
-    if source.endswith(".csv") or "+" in source and not Path(source).is_file():
-        return list_csv(source)
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: no such folder or list of videos")
-    text = Path(source).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    paths = sorted(line for line in text.split("\n") if line.strip())
-    if not any(map(os.path.isfile, paths)):
-        raise ValueError(f"{shown(source)} cannot be read as a list of videos: none of its {len(paths)} lines is the "
-                         "path of a file; give a folder, a csv list, or a text file with one path a line")
-    return [VideoFile(path) for path in paths]
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common import distributed
-from common.files import git_revision, write_whole
+from common.files import atomic_write, git_revision
 from eval.features import FEATURE_METRICS_RECORD
 from eval.i3d import I3D
 from eval.motion import MOTION_RECORD
@@ -116,7 +116,7 @@ def write_record(path: str | Path, record: dict[str, Any], results: dict[str, An
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"results": as_json(results), "record": record}
-    with write_whole(path, "w") as file:
+    with atomic_write(path, "w") as file:
         text = json.dumps({**content, "sha256": content_sha256(content)}, indent=1, allow_nan=False)
         file.write(text + "\n")
 

@@ -22,7 +22,7 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from common.cli import Parser, one_line_errors
-from common.files import git_revision, manifest_sha256, write_whole
+from common.files import atomic_write, git_revision, manifest_sha256
 from common.rng import sample_generators
 from data.clips import ClipDataset, ClipKey
 from data.lists import list_folder
@@ -293,7 +293,7 @@ def picture(path: Path, rows: list[dict], ranks: dict[str, dict[str, float]]) ->
                 x = left + width * i + 7 + step * k
                 draw.rectangle((x, bottom - bar, x + step - 3, bottom), colour)
             draw.line((left + width * i + 4, bottom + 1, left + width * (i + 1) - 4, bottom + 1), "#999999")
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         image.quantize(16).save(file, format="PNG", optimize=True)
 
 
@@ -375,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     text = markdown(rows, ranks, missing)
     write_record(folder / "sensitivity.json", nulls(record), {"rows": rows, "spearman": ranks})
-    with write_whole(folder / "sensitivity.md", "w") as file:
+    with atomic_write(folder / "sensitivity.md", "w") as file:
         file.write(text)
     picture(folder / "sensitivity.png", rows, ranks)
     print(text)

@@ -14,13 +14,11 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import DamagedFile, read_json
-from common.files import write_whole
+from common.errors import REMAKE, DamagedFile, read_json
+from common.files import atomic_write
 from data.clips import ClipDataset, ClipKey
 from data.loader import make_loader
 from eval.reconstruction import length
-
-REMAKE = "delete it, and it is made again"
 
 
 def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
@@ -71,7 +69,7 @@ def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
             with ThreadPoolExecutor(8) as pool:
                 found = pool.map(lambda file: length(file, clips.quarantine, clips.timeout), unknown)
                 known.update(zip((file.path for file in unknown), tqdm(found, "lengths", len(unknown), leave=False)))
-            with write_whole(path, "w") as file:
+            with atomic_write(path, "w") as file:
                 file.write(json.dumps(known, indent=0) + "\n")
     return [known[file.path] for file in clips.files]
 

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from common.cli import config_diff
 from common.console import print_main
-from common.errors import DamagedFile, read_json, reading
-from common.files import claim, release, remove_partials, write_whole
+from common.errors import REMAKE, DamagedFile, read_json, reading
+from common.files import atomic_write, claim, release, remove_partials
 from data.video import write_video
 from eval.report import read_record, write_record
-from sampling.real_clips import REMAKE
 
 NUM_PREVIEWS = 16  # samples on the contact sheet
 
@@ -70,7 +69,7 @@ class SampleStore:
                 raise ValueError(f"{self.folder} holds samples of other settings: {config_diff(there, self.settings)}; "
                                  "choose another --output_dir, or --replace them")
             self.claim(range(self.total) if there != self.settings else indices, indices)
-            with write_whole(path, "w") as file:
+            with atomic_write(path, "w") as file:
                 file.write(json.dumps(self.settings, indent=1) + "\n")
             for folder in (self.folder, self.chunks):
                 remove_partials(folder)
@@ -145,7 +144,7 @@ class SampleStore:
             if i < NUM_PREVIEWS:
                 num_frames = sides[0].shape[1]
                 frames = torch.linspace(0, num_frames - 1, min(8, num_frames)).round().long()
-                with write_whole(self.chunks / f"preview_{i:02d}.npy") as file:
+                with atomic_write(self.chunks / f"preview_{i:02d}.npy") as file:
                     np.save(file, torch.stack(sides)[:, :, frames].numpy())
         for name in {"nll", "fake", "finite"} & values.keys():
             good = values.pop(name) if name == "finite" else values[name].isfinite()
@@ -157,7 +156,7 @@ class SampleStore:
         path = self.chunks / f"{first:07d}-{last:07d}.{self.run}.npz"
         arrays: dict[str, Any] = {name: (value.float() if value.is_floating_point() else value).numpy()
                                   for name, value in values.items()}
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             np.savez(file, index=np.array(index, int), left_out=np.array(left_out, int), **arrays)
 
     def previews(self) -> dict[int, list[Tensor]]:
@@ -235,7 +234,7 @@ def write_frames(folder: Path, video: Tensor) -> None:
     """folder/000.png, ... of a video (3, T, H, W) uint8."""
     folder.mkdir(exist_ok=True)
     for i, frame in enumerate(video.permute(1, 2, 3, 0).numpy()):
-        with write_whole(folder / f"{i:03d}.png") as file:
+        with atomic_write(folder / f"{i:03d}.png") as file:
             Image.fromarray(frame).save(file, format="PNG")
 
 
@@ -309,7 +308,7 @@ def append_report(path: Path, row: dict) -> None:
         rows = [{name: as_text(each.get(name) or "") for name in names} for each in (*rows, row)]
         rows = [each for i, each in enumerate(rows) if each not in rows[:i]]
         rows.sort(key=lambda each: (-int(each["num_samples"] or 0), float(each["fvd"] or "inf")))
-        with write_whole(path, "w", newline="") as file:
+        with atomic_write(path, "w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)

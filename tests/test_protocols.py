@@ -28,7 +28,7 @@ def test_the_named_protocols():
     assert set(PROTOCOLS) == {
         "larp_rfvd", "larp_gfvd10k", "larp_k600fp50k", "coordtok_rfvd10k_128f", "styleganv_fvd2048_16f",
         "styleganv_fvd2048_128f",
-    }  # fmt: skip
+    }
     assert all(name == protocol.name for name, protocol in PROTOCOLS.items())
     assert all(protocols.NOT_OURS in anchor for protocol in PROTOCOLS.values() for anchor in protocol.anchors)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common import distributed
 from common.errors import ArgumentParser, DamagedFile, found, reading
-from common.files import of_system, write_whole, writing
+from common.files import atomic_write, of_system, writing
 from models.pretrained import PRETRAINED, check_finite, load_state, read_pretrained
 from training import fsdp
 
@@ -315,9 +315,9 @@ def export(state: dict, folder: Path, version: str | None = None) -> None:
     if kind in EXPORTED:
         config = {"kind": kind, "config": config, **{name: state[name] for name in EXPORTED[kind]}}
     folder.mkdir(parents=True, exist_ok=True)
-    with write_whole(folder / "model.safetensors") as file:
+    with atomic_write(folder / "model.safetensors") as file:
         file.write(serialize({name: tensor.contiguous() for name, tensor in weights.items()}))
-    with write_whole(folder / "config.json", "w") as file:
+    with atomic_write(folder / "config.json", "w") as file:
         file.write(json.dumps(config, indent=2, default=as_plain) + "\n")
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common import distributed
 from common.console import print_main
 from common.errors import reading
-from common.files import claim, git_revision, write_whole
+from common.files import atomic_write, claim, git_revision
 from data.clips import Quarantine
 from eval.report import as_json
 
@@ -98,7 +98,7 @@ class RunLog:
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"git_revision": git_revision(), "world_size": distributed.world_size(), "torch": torch.__version__}
-        with write_whole(folder / "args.json", "w") as file:
+        with atomic_write(folder / "args.json", "w") as file:
             file.write(json.dumps({**args, **facts}, indent=2, default=str) + "\n")
         path = folder / "metrics.jsonl"
         kept = []
@@ -109,7 +109,7 @@ class RunLog:
                 with reading(path, "a run's metrics", f"delete or mend line {number}, or move the file away"):
                     if json.loads(line)["step"] <= self.start:
                         kept.append(line.decode())
-        with write_whole(path, "w") as file:
+        with atomic_write(path, "w") as file:
             file.write("".join(kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         if wandb_mode != "disabled":

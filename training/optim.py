@@ -88,7 +88,11 @@ def cosine_with_warmup(step: int, warmup: int, total: int, floor: float) -> floa
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, in a copy that starts equal and is never trained."""
+    """Exponential moving average of a model's parameters, in a copy that starts equal and is never trained.
+
+    torch.optim.swa_utils.AveragedModel would change checkpoints and numbers: it saves the weights under "module." with
+    a counter beside them, and its first update copies the weights instead of averaging them.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
