@@ -1,3 +1,4 @@
+import hashlib
 import os
 import resource
 import subprocess
@@ -10,7 +11,7 @@ from helpers import ROOT, mistake
 
 import train_coordtok
 import train_larp_tokenizer
-from common.files import atomic_write, claim, release, remove_partials
+from common.files import atomic_write, claim, git_revision, manifest_sha256, release, remove_partials
 from data.cache import RowCache
 from data.video import write_video
 from eval.pictures import contact_sheet
@@ -140,3 +141,15 @@ def test_shards_that_meet_name_each_other(tmp_path):
     (store.videos / ".000002.77.part.mp4").touch()
     assert store.open(range(3), False) == [0, 1, 2]
     assert list(store.videos.iterdir()) == []
+
+
+def test_manifest_by_hand():
+    expected = hashlib.sha256(b"A/a.avi\nB/b.avi\n").hexdigest()
+    assert manifest_sha256(["A/a.avi", "B/b.avi"]) == expected
+    assert manifest_sha256(["/x/A/a.avi", "/x/B/b.avi"], root="/x") == expected
+    assert manifest_sha256(["B/b.avi", "A/a.avi"]) != expected
+
+
+def test_git_revision_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert git_revision() == "unknown"

@@ -1,3 +1,4 @@
+"""Flags: common/cli.py and training/flags.py."""
 import dataclasses
 import math
 import re

@@ -1,4 +1,4 @@
-"""Imports go one way: scripts > sampling > training > eval > data, models > common."""
+"""Imports go one way: scripts > sampling > training > eval > data, models > common. Modules have a name and tests."""
 import ast
 from pathlib import Path
 
@@ -31,3 +31,11 @@ def test_every_module_has_one_home():
     """No two packages have a module of one name, but for the generators, which are models and are sampled from."""
     names = [Path(file).stem for file in FILES if not file.startswith("scripts/") and Path(file).stem != "__init__"]
     assert {name for name in names if names.count(name) > 1} <= {"sit"}
+
+
+def test_every_module_has_a_test_file():
+    """tests/test_MODULE.py, or another file of tests whose docstring names the module's path."""
+    tests = {path.name: ast.get_docstring(ast.parse(path.read_text())) or "" for path in ROOT.glob("tests/test_*.py")}
+    modules = [file for file in FILES if not file.startswith("scripts/") and not file.endswith("__init__.py")]
+    assert not [file for file in modules if f"test_{Path(file).stem}.py" not in tests
+                and not any(file in docstring for docstring in tests.values())]

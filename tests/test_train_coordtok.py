@@ -1,4 +1,4 @@
-"""train_coordtok.py and eval/eval_coordtok.py end to end, as users run them, at a tiny size."""
+"""train_coordtok.py and eval/eval_coordtok.py end to end at a tiny size, with training/setup.py."""
 import json
 import os
 import random
