@@ -38,7 +38,7 @@ def claim_run(folder: Path) -> None:
             claim(folder / ".lock", f"{folder} is in use")
         except (ValueError, OSError) as caught:
             error = caught
-    if distributed.any_rank(error is not None):
+    if any(distributed.any_rank(error is not None)):
         raise error or SystemExit(1)  # one line is enough
 
 
@@ -292,7 +292,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.received, self.waiting = 0, False
+        self.received, self.told, self.waiting = 0, False, False
         self.first: int | None = None
         self.died: Exception | None = None
         self.torch_handler: Callable | None = None
@@ -329,7 +329,8 @@ class StopSignal:
         finally:
             self.waiting = False
             signal.setitimer(signal.ITIMER_REAL, 0)
-        if not distributed.any_rank(error is not None):
+        failed, self.told = distributed.any_rank(error is not None, self.received > 0)
+        if not failed:
             return batch
         if step > self.first:  # else it is there, or nothing was done
             save(step - 1)
@@ -358,8 +359,9 @@ class StopSignal:
             self.died = ChildProcessError(str(error).splitlines()[0])
 
     def anywhere(self) -> bool:
-        """Whether any process was told to stop; all processes get the same answer."""
-        return distributed.any_rank(self.received > 0)
+        """Whether any process was told to stop; all processes get the same answer. Several processes know of one
+        another what `next` exchanged for this step: a step exchanges flags once."""
+        return self.told if distributed.world_size() > 1 else self.received > 0
 
     def leave(self, step: int, saved: bool = True) -> NoReturn:
         """End with the exit code of the signal, so that a script does not go on with an unfinished model."""
