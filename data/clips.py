@@ -231,8 +231,9 @@ class ClipDataset(Dataset):
             by_rule = {"random": int(rng.integers(starts)), "start": 0, "center": (starts - 1) // 2}[self.window]
             return window_frames(available, by_rule if start is None else start, self.num_frames, self.stride)
 
-        if self.cache and (length := self.cache.length(index)):
-            indices = choose(length)
+        length = self.cache.length(index) if self.cache else 0
+        indices = choose(length) if length else np.empty(0, np.int64)
+        if self.cache and len(indices):
             frames = torch.from_numpy(self.cache.read(index, indices))
         else:
             frames, indices = read_chosen(file.path, choose, self.timeout)

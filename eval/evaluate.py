@@ -1,5 +1,5 @@
-"""Evaluation of a tokenizer, as both evaluation scripts run it: flags, clips shared by processes, metrics, report.json
-and contact sheet."""
+"""The evaluation that both evaluation scripts of tokenizers run: flags, clips shared by the processes, metrics,
+report.json and a contact sheet."""
 import argparse
 import os
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a tokenizer under args.protocol. Rank 0 prints and writes report.json and sheet.png.
 
-    reconstruct: as `reconstruct_rows` takes it. model: names the weights. dataset: the folder or list of `files`.
+    reconstruct: as in `reconstruct_rows`. model: names the weights. dataset: the folder or list of `files`.
     more: called at the end, on every process, for further numbers to report. patch: (t, h, w) of the blocks that the
     tokenizer's clips are made of.
     """

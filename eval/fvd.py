@@ -112,8 +112,8 @@ def frechet_distance(a: FeatureStats, b: FeatureStats, divisor: str = "N-1") -> 
 
 
 def _nonnegative(eigenvalues: Tensor) -> Tensor:
-    """Eigenvalues of a positive semi-definite matrix; those within rounding error of 0 are set to 0, as the sum of 400
-    roots of 1e-16 would not be small."""
+    """Eigenvalues of a positive semi-definite matrix. Those within rounding error of 0 are set to 0: the distance sums
+    their square roots, and 400 roots of 1e-16 would not be small."""
     floor = eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
     return torch.where(eigenvalues > floor, eigenvalues, 0)
 
@@ -230,7 +230,7 @@ def folder_features(
     i3d: I3D, files: list[VideoFile], protocol: Protocol, num_clips: int | None, seed: int, batch_size: int,
     num_workers: int, progress: str | None = None, timeout: float = TIMEOUT,
 ) -> tuple[Tensor, dict[str, int]]:
-    """I3D logits of one clip each of `num_clips` videos, drawn without replacement; None: of all.
+    """I3D logits of one clip each of `num_clips` videos (None: all), drawn without replacement.
 
     Short and damaged videos are left out, and replaced by others while there are any. The choice of clips depends on
     `files` and `seed` alone.

@@ -111,8 +111,7 @@ def comparable(a: dict[str, Any], b: dict[str, Any], ignore: tuple[str, ...] = (
 
 
 def write_record(path: str | Path, record: dict[str, Any], results: dict[str, Any]) -> None:
-    """Save the numbers with their record as JSON, atomically, and the SHA-256 of both for `read_record`.
-    """
+    """Save the numbers with their record as JSON, atomically, with a SHA-256 of both that `read_record` checks."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"results": as_json(results), "record": record}
@@ -122,14 +121,14 @@ def write_record(path: str | Path, record: dict[str, Any], results: dict[str, An
 
 
 def as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: such a number becomes null, and NAME_note beside it says why."""
+    """The values for JSON, which has no NaN or infinity: such a number becomes null, and NAME_note says why."""
     notes = {f"{name}_note": why_not_finite(name, value) for name, value in values.items()
              if isinstance(value, float) and not math.isfinite(value)}
     return nulls(values) | notes
 
 
 def nulls(value: Any) -> Any:
-    """The same value with null for every number that is not finite: JSON has no others."""
+    """The value with null for every number that is not finite, since JSON has no such numbers."""
     if isinstance(value, dict):
         return {name: nulls(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

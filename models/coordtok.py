@@ -404,7 +404,8 @@ def coordtok_loss(
     pred, target: (B, N, p_t * p * p * 3) patches in [-1, 1]. index: (B, N, 3) long, which patches these are; with
     `perceptual` they make up whole frames, in any order (see `assemble_frames`).
     Returns the loss (B,), to be summed over the global batch, and its parts as detached means: mse (of a value), lpips
-    (of a frame).
+    (of a frame). The released code sums over a micro-batch and averages over processes, so that the scale of its loss
+    depends on their number; Adam does not see the difference.
     """
     loss = mse = patch_loss(pred, target)
     logs = {"mse": mse.detach().mean()}

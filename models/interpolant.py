@@ -321,7 +321,8 @@ class Interpolant:
         progress: bool = False,
         **model_kwargs,
     ) -> Planes:
-        """Solve dx = (v + D s) dt + sqrt(2 D) dW from noise to data; velocity v and score s from one network call.
+        """Solve dx = (v + D s) dt + sqrt(2 D) dW from noise to data. Velocity v and score s come from one network call;
+        the released code makes two.
 
         noise: (B, C, R, R) each, float32 or float64. num_steps: time points, so num_steps - 1 solver steps.
         method: "Euler" (Maruyama), one network call a step, or "Heun", two. diffusion_form, diffusion_norm: D(t).

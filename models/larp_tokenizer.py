@@ -242,7 +242,8 @@ class LARPTokenizer(
         return self.encoder(x)[:, -c.bottleneck_token_num :]  # (B, N, D), there is no final norm
 
     def decode_vectors(self, vectors: Tensor, num_frames: int | None = None) -> Tensor:
-        """vectors: (B, N, d) of codes. Returns (B, 3, num_frames, H, W), not clamped."""
+        """vectors: (B, N, d) of codes. Returns (B, 3, num_frames, H, W), not clamped. The released code unpatchifies
+        with the encoder's patch sizes, whatever the decoder's are; here the decoder's own sizes count."""
         c = self.config
         num_frames = c.frame_num if num_frames is None else num_frames
         self.check_frames(num_frames, c.decoder_temporal_patch_size)

@@ -1,4 +1,4 @@
-"""The real clips that samples are paired with: which they are, and their batches.
+"""The real clips that samples are paired with: how they are chosen, and their batches.
 
 Real clip i gives sample i its label or first frames, and its features enter the FVD with those of sample i.
 """
@@ -22,8 +22,8 @@ from eval.reconstruction import length
 
 
 def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
-    """The real clips of samples 0, 1, ..., up to `total` of them: of videos drawn without replacement from the seed,
-    without those too short, with uniform first frames, as `python -m eval.fvd` draws them.
+    """The real clips of samples 0, 1, ..., chosen as `python -m eval.fvd` does: videos drawn without replacement from
+    the seed, short ones left out, first frames uniform. There are fewer than `total` if the videos do not suffice.
 
     clips: with damaged="skip", so that no clip replaces a damaged one.
     """
@@ -43,11 +43,11 @@ def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
 
 
 def segments(clips: ClipDataset, total: int, split_seed: int, folder: Path) -> list[ClipKey]:
-    """The real segments of samples 0 .. total - 1: drawn by random.Random(split_seed).sample from all non-overlapping
-    windows of the videos, in their order.
+    """The real segments of samples 0 .. total - 1, chosen as LARP does: random.Random(split_seed).sample draws them
+    from the list of all non-overlapping windows of the videos.
 
-    A video shorter than a window is one segment, with its last frame repeated. If there are fewer segments than `total`
-    they are reused in order. folder: keeps the lengths of the videos, so that shards agree on them.
+    A video shorter than a window is one segment, with its last frame repeated. If there are fewer segments than
+    `total`, they are used again in the same order. folder: keeps the lengths of the videos, so that shards agree.
     """
     window = clips.num_frames
     starts = [(video, start) for video, frames in enumerate(video_lengths(clips, folder)) if frames
@@ -59,7 +59,7 @@ def segments(clips: ClipDataset, total: int, split_seed: int, folder: Path) -> l
 
 
 def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
-    """Frames of each video, 0 where it cannot be decoded; kept in `folder`/lengths.json."""
+    """The number of frames of each video, 0 if it cannot be decoded. Kept in `folder`/lengths.json."""
     path = folder / "lengths.json"
     with FileLock(folder / ".lengths.lock"):
         known = read_json(path, "lengths of videos", REMAKE) if path.exists() else {}
@@ -77,9 +77,10 @@ def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
 def real_batches(
     clips: ClipDataset, keys: list[ClipKey], batches: list[list[int]], num_workers: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor | None]]:
-    """For each batch of sample indices: the places in it that have a real clip, and those clips (n, 3, T, H, W).
+    """For each batch of sample indices: the places in the batch that have a real clip, and those clips (n, 3, T, H, W),
+    None if there are none.
 
-    keys: of the real clips 0, 1, ..., with distinct positions; samples beyond them have none.
+    keys: of real clips 0, 1, ..., with distinct positions. Samples beyond them have no real clip.
     """
     chosen = [[keys[i] for i in batch if i < len(keys)] for batch in batches]
     loader = make_loader(clips, chosen, min(num_workers, len(chosen)), pin_memory=device.type == "cuda")

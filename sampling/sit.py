@@ -1,5 +1,5 @@
-"""SiT on CoordTok's planes as sample.py samples from it: its flags, and the Generator that they make. Validation during
-training samples by `sample_planes` too."""
+"""Sampling from a SiT on CoordTok's planes in sample.py: flags, and the Generator that they describe. Training calls
+`sample_planes` for its samples too."""
 import argparse
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from training.optim import Precision
 
 
 def add_sit_sampling(parser: Parser) -> list[argparse.Action]:
-    """Add the flags of SiT alone, and return them."""
+    """Add the flags that only SiT has, and return them."""
     add = parser.add_argument_group("SiT sampling").add_argument
     return [
         add("--mode", choices=["ODE", "SDE"], default="SDE", help="probability flow, or diffusion"),
@@ -127,7 +127,7 @@ def sample_labels(indices: Sequence[int], num_classes: int, seed: int) -> list[i
 
 
 def guided(sit: SiT, cfg_scale: float, guidance_interval: tuple[float, float]) -> Callable[..., Planes]:
-    """The model that samplers call: with guidance, unless the scale is 1."""
+    """The model that samplers call: guided, unless the scale is 1."""
     return sit if cfg_scale == 1 else partial(sit.forward_with_cfg, cfg_scale=cfg_scale, interval=guidance_interval)
 
 
@@ -135,10 +135,10 @@ def sample_planes(
     trained: TrainedSiT, indices: Sequence[int], seed: int, labels: Tensor, mode: str = "SDE", cfg_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0), start: Planes | None = None, **sampler,
 ) -> Planes:
-    """Planes of the tokenizer for samples `indices`. Each is a function of (seed, index, label), whatever its batch.
+    """The tokenizer's planes of samples `indices`. A sample depends on (seed, index, label) alone, not on its batch.
 
-    labels: (B,) long, on the model's device. mode: "ODE" or "SDE". start: noise to start from, instead of noise drawn
-    from the indices. sampler: further arguments of Interpolant.sample_ode or sample_sde.
+    labels: (B,) long, on the model's device. mode: "ODE" or "SDE". start: noise to start from; None draws it from
+    (seed, index). sampler: further arguments of Interpolant.sample_ode or sample_sde.
     """
     sit, interpolant, stats = trained[:3]
     generators = sample_generators(seed, indices, labels.device)

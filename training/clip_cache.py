@@ -21,11 +21,11 @@ def clip_cache(
     folder: str | Path, files: Sequence[VideoFile], size: int, rule: str, quarantine: Quarantine, num_workers: int,
     timeout: float,
 ) -> ClipCache:
-    """The cache in `folder` of these videos by `size` and `rule` (as `resize_crop` takes them), filled where it is not
-    yet, by `num_workers` of each process; the whole shards of a killed run are kept.
+    """The cache in `folder` of all frames of these videos, resized by `size` and `rule` (see `resize_crop`). Missing
+    shards are filled by `num_workers` workers of each process; complete shards of a killed run are kept.
 
-    A video of which a frame cannot be decoded is quarantined and has none in the cache; one that is good in part is
-    read from its file. timeout: seconds for one video.
+    A video with a frame that cannot be decoded has no frames in the cache. It is quarantined; if some of its frames are
+    good, training reads them from the file. timeout: seconds for one video.
     """
     cache = ClipCache(folder, {"files": files_sha256(files), "rule": rule}, len(files), size)
     fill(cache, WholeVideos(files, size, rule, quarantine, timeout), num_workers)
@@ -36,7 +36,7 @@ def clip_cache(
 
 
 class WholeVideos(Dataset):
-    """All frames of each video, ready: (num_frames, size, size, 3) uint8, with no frames where one is damaged."""
+    """All frames of each video, resized: (num_frames, size, size, 3) uint8; no frames for a damaged video."""
 
     def __init__(self, files: Sequence[VideoFile], size: int, rule: str, quarantine: Quarantine, timeout: float):
         self.files, self.size, self.rule, self.quarantine, self.timeout = files, size, rule, quarantine, timeout
@@ -56,7 +56,7 @@ def deliver_video(frames: Tensor) -> dict | Packed:
 
 
 def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
-    """Write the missing shards, shared by all processes."""
+    """Write the missing shards; each process writes its share of them."""
     shards = distributed.of_rank(distributed.broadcast(cache.missing()))
     order = [video for shard in shards for video in cache.rows_of(shard)]
     decoded = iter(Loader(
@@ -68,7 +68,7 @@ def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
         for shard in shards:
             frames = []
             for _ in cache.rows_of(shard):
-                # A copy: what workers ship holds a file each, until it is freed.
+                # A copy, since frames from a worker keep a file open until they are freed.
                 frames.append(next(decoded)["frames"][0].numpy().copy())
                 bar.update()
             cache.write(shard, frames)

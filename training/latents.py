@@ -1,7 +1,4 @@
-"""CoordTok's planes as a diffusion model's data: statistics, and batches from videos or from a cache of latents.
-
-WindowCache, what a frozen tokenizer makes of a few windows of every video, serves codes too.
-"""
+"""CoordTok's planes as training data of a diffusion model: statistics, and batches from videos or from a cache."""
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -25,7 +22,7 @@ Encode = Callable[[dict], Planes]  # a loader's batch -> planes, channels last, 
 
 
 class LatentStats(NamedTuple):
-    """Mean and standard deviation of each plane's channels, (C,) float32 each: what latents are standardised by."""
+    """Mean and standard deviation of the channels of each plane, (C,) float32 each, which standardise latents."""
 
     mean: Planes
     std: Planes
@@ -42,7 +39,7 @@ class LatentStats(NamedTuple):
         return LatentStats(*(planes.map(lambda values: values.to(device)) for planes in self))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """{"xy_mean": (C,), "xy_std": ..., ...} as the authors' log names them."""
+        """{"xy_mean": (C,), "xy_std": ..., ...}, with the names of the authors' log."""
         return {f"{plane}_{kind}": values.cpu() for kind in self._fields
                 for plane, values in getattr(self, kind)._asdict().items()}
 
@@ -52,9 +49,10 @@ class LatentStats(NamedTuple):
 
 
 def measure(batches: Iterator[Planes], channels: int, device: torch.device) -> LatentStats:
-    """Statistics over the batches of all processes, from exact sums: not an average of per-process variances.
+    """Statistics over the batches of all processes, from exact sums. (The released code averages the variances of the
+    processes, which depends on their number.)
 
-    batches: this process's, any number of them; channels last, (B, R, S, channels) each plane.
+    batches: this process's, any number of them; each plane is (B, R, S, channels).
     """
     sums = torch.zeros(3, 3, channels, dtype=torch.float64, device=device)  # plane; count, sum, squares; channel
     for planes in batches:
@@ -73,7 +71,7 @@ def plane_shapes(config: CoordTokConfig) -> tuple[tuple[int, int, int], ...]:
 
 
 class LatentCache(WindowCache):
-    """A WindowCache of planes, float32; rows that cannot be decoded are NaN."""
+    """A WindowCache of float32 planes. Rows that cannot be decoded are NaN."""
 
     def __init__(self, folder: Path, clips: ClipDataset, config: CoordTokConfig, views: int, key: dict):
         self.shapes = plane_shapes(config)
@@ -96,9 +94,9 @@ class LatentCache(WindowCache):
 def batches_from_cache(
     cache: LatentCache, sampler: GlobalBatchSampler, files: list[int], device: torch.device
 ) -> Iterator[tuple[Planes, Tensor, list[str]]]:
-    """(planes, labels (B,) long, paths) of each micro-batch; each sample draws one of its video's cached windows.
+    """(planes, labels (B,) long, paths) of each micro-batch. A sample takes one of its video's windows at random.
 
-    files: the videos the sampler's indices count.
+    files: maps the sampler's indices to videos (see `WindowCache.good_files`).
     """
     for keys in sampler:
         rows, videos = cache.draw(keys, files, sampler.seed)
