@@ -143,7 +143,7 @@ def persist(function: Callable, path: str):
                 log.warning("%s: %s; trying again for %g s", path, _reason(error), PATIENCE)
             if time.monotonic() - start >= PATIENCE:
                 raise StorageError(f"{path} cannot be read: {_reason(error)}, for {PATIENCE:g} s. It does not count as "
-                                   "damaged: see to the disk, rights, limits or memory, and run again") from None
+                                   "damaged: check the disk, permissions, limits and memory, and run again") from None
         time.sleep(wait)
         wait = min(2 * wait, 8)
 

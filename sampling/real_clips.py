@@ -38,7 +38,7 @@ def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
                 break
     if not chosen:
         raise ValueError(f"none of {len(clips.files)} videos has {clips.num_frames} frames: choose another --data_root "
-                         "or --video_name, or go without with --no_fvd")
+                         "or --video_name, or leave FVD out with --no_fvd")
     return [ClipKey(video, video) for video in chosen[:total]]
 
 

@@ -116,11 +116,11 @@ class SampleStore:
         found: dict[int, Path] = {}
         for path in sorted(self.chunks.glob("*.npz")):
             if path.name.split(".")[1] != self.run:
-                raise ValueError(f"{path} is of a run with other settings: take it away")
+                raise ValueError(f"{path} is of a run with other settings: move it away")
             for index in chunk_indices(path):
                 if index in found or not 0 <= index < self.total:
                     also = f"in {found[index]} too" if index in found else f"not one of 0 to {self.total - 1}"
-                    raise ValueError(f"{path} holds sample {index}, which is {also}: take one away, and run again")
+                    raise ValueError(f"{path} holds sample {index}, which is {also}: move one away, and run again")
                 found[index] = path
         return found
 

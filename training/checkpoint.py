@@ -188,7 +188,7 @@ def load(path: str | Path, mmap: bool = False) -> "State":
         reason = found(file, error)
         if of_system(error):
             raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or reason}") from error
-        raise DamagedFile(f"{path} cannot be read as a checkpoint: {reason}; give another, or take it away") from error
+        raise DamagedFile(f"{path} cannot be read as a checkpoint: {reason}; give another, or move it away") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:

@@ -84,7 +84,7 @@ def check_tokenizer(state: dict, sha256: str, folder: Path, args: argparse.Names
     """
     if state["tokenizer"] != sha256:
         raise ValueError(f"the run in {folder} was trained on another tokenizer than {getattr(args, flag)}: give "
-                         f"{state['args'][flag]}, which it names, or what became of it")
+                         f"{state['args'][flag]}, the one that it names, at its present path")
 
 
 def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:

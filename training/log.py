@@ -200,7 +200,7 @@ class RunLog:
         """Close the log, and print where damaged files are listed and where the checkpoints are."""
         self.close()
         if len(quarantine):
-            print_main(f"{len(quarantine)} damaged files, listed in {quarantine.path}")
+            print_main(f"{len(quarantine)} damaged files are listed in {quarantine.path}")
         print_main(f"checkpoints: {self.folder / 'checkpoints'}")
 
     def close(self) -> None:

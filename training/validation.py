@@ -83,7 +83,7 @@ class Validation:
         try:
             return build().to(self.device)
         except (OSError, ValueError) as error:
-            print_main(f"validation goes without {metric}: {error}")
+            print_main(f"validation leaves {metric} out: {error}")
             return None
 
     def run(self, reconstruct: Callable[[Tensor, list[int]], Tensor], folder: Path) -> dict[str, float]:
@@ -213,7 +213,7 @@ class SampleCheck:
             try:
                 self.i3d = I3D.from_weights().to(device)
             except OSError as error:
-                print_main(f"samples go without FVD: {error}")
+                print_main(f"FVD of samples is left out: {error}")
 
     @torch.inference_mode()
     def run(self, generate: Callable[[list[int]], Tensor], captions: list[str], folder: Path) -> dict[str, float]:
