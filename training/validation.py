@@ -19,6 +19,7 @@ from eval.fvd import fvd_scores
 from eval.i3d import I3D
 from eval.pictures import contact_sheet
 from eval.reconstruction import merge, reconstruct_rows, summary
+from models.pretrained import WeightsError
 from models.stlpips import perceptual_metric
 from training.codes import Encode, Score, batches_from_video
 
@@ -82,7 +83,7 @@ class Validation:
     def available(self, metric: str, build: Callable[[], Metric]) -> Metric | None:
         try:
             return build().to(self.device)
-        except (OSError, ValueError) as error:
+        except WeightsError as error:  # of a download; a given file that is wrong ends the run
             print_main(f"validation leaves {metric} out: {error}")
             return None
 
