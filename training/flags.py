@@ -158,7 +158,7 @@ def coordtok_config(args: argparse.Namespace, carried: dict | None = None, sourc
     return {**config, "video_shape": (frames, size, size)}
 
 
-def options(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type, Any]]:
+def options(kind: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     """(path, type, default) of each value in a configuration of nested dataclasses."""
     default = kind()
     for name, hint in get_type_hints(kind).items():
