@@ -79,7 +79,7 @@ def main():
     store = SampleStore(args.output_dir, {**settings, "manifest": manifest}, total)
     missing = distributed.broadcast(store.open(indices, args.replace) if distributed.is_main() else None)
     batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
-    batches = batches[distributed.rank() :: distributed.world_size()]
+    batches = distributed.of_rank(batches)
     print_main(f"samples {indices[0]} to {indices[-1]} of {total} in {store.folder}: {len(missing)} to make")
 
     keys, num_distinct, reals, clock = [], 0, itertools.repeat(([], None)), StageClock(device)

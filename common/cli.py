@@ -121,7 +121,7 @@ class HelpAll(argparse.Action):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows a flag by its first name. Its default, choices and other names follow its help text."""
 
-    KINDS = {int: "N", float: "X"}
+    KINDS: dict[Any, str] = {int: "N", float: "X"}
 
     def __init__(self, prog: str, **options):
         columns = shutil.get_terminal_size().columns - 2
@@ -138,13 +138,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return action.dest
-        names = action.option_strings[:1]
+        names = [action.option_strings[0]]
         if action.nargs != 0:
             names.append(self._format_args(action, self._get_default_metavar_for_optional(action)))
         return " ".join(names)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        notes, text, default = [], action.help, action.default
+        notes: list[str] = []
+        text, default = action.help or "", action.default
         if action.choices:
             notes.append(", ".join(map(str, action.choices)))
         values = default if isinstance(default, (list, tuple)) else [default]

@@ -5,8 +5,9 @@ import datetime
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import follow
+
+Item = TypeVar("Item")
 
 
 def setup(device: str = "auto", timeout_minutes: int = 30, group: bool = False) -> torch.device:
@@ -39,7 +42,7 @@ def setup(device: str = "auto", timeout_minutes: int = 30, group: bool = False) 
     follow()
     if (launched or group) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes), **alone)
     return torch.device(device)
 
@@ -59,6 +62,11 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def of_rank(items: Sequence[Item]) -> list[Item]:
+    """This process's share of `items`: every world_size-th, from its rank on."""
+    return list(items[rank() :: world_size()])
 
 
 def barrier() -> None:

@@ -84,7 +84,8 @@ def probe(path: str, timeout: float = TIMEOUT) -> VideoInfo:
 
     def look() -> VideoInfo:
         source = _open(path)
-        return VideoInfo(source.num_frames, *_frames(path, source, np.zeros(1, np.int64)).shape[1:3], source.fps)
+        height, width = _frames(path, source, np.zeros(1, np.int64)).shape[1:3]
+        return VideoInfo(source.num_frames, height, width, source.fps)
 
     return _bounded(look, path, timeout)
 
@@ -95,7 +96,7 @@ def read_frames(path: str, indices: Sequence[int], timeout: float = TIMEOUT) -> 
 
 
 def read_chosen(
-    path: str, choose: Callable[[int], Sequence[int]], timeout: float = TIMEOUT
+    path: str, choose: Callable[[int], Sequence[int] | np.ndarray], timeout: float = TIMEOUT
 ) -> tuple[Tensor, np.ndarray]:
     """`read_frames` of indices `choose(num_frames)`, opening the file once. Returns the frames and their indices."""
 
@@ -142,7 +143,7 @@ def persist(function: Callable, path: str):
                 log.warning("%s: %s; trying again for %g s", path, _reason(error), PATIENCE)
             if time.monotonic() - start >= PATIENCE:
                 raise StorageError(f"{path} cannot be read: {_reason(error)}, for {PATIENCE:g} s. It does not count as "
-                                   "damaged: see to the disk, rights, limits or memory, and run again") from None
+                                   "damaged: check the disk, permissions, limits and memory, and run again") from None
         time.sleep(wait)
         wait = min(2 * wait, 8)
 
@@ -190,7 +191,7 @@ def _limited(function: Callable, path: str, timeout: float):
     decord releases the interpreter lock, so the caller can go on when decord hangs, and a daemon thread does not keep
     the process from ending.
     """
-    future = Future()
+    future: Future = Future()
 
     def work(future: Future) -> None:
         try:
@@ -304,8 +305,7 @@ def _read_ffmpeg(path: str, indices: np.ndarray) -> Tensor:
     done = _ffmpeg(path, "-vf", f"select=between(n\\,{first}\\,{last})", "-frames:v", str(last - first + 1),
                    "-f", "image2pipe", "-c:v", "ppm", "-")
     frames, data = [], memoryview(done.stdout)
-    while data:
-        header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", data)
+    while header := re.match(rb"P6\s(\d+)\s(\d+)\s255\s", data):
         width, height = int(header[1]), int(header[2])
         end = header.end() + 3 * width * height
         frames.append(np.frombuffer(data[header.end() : end], np.uint8).reshape(height, width, 3))

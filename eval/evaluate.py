@@ -32,7 +32,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a tokenizer under args.protocol. Rank 0 prints and writes report.json and sheet.png.
 
-    reconstruct: as `reconstruct_rows` takes it. model: names the weights. dataset: the folder or list of `files`.
+    reconstruct: as in `reconstruct_rows`. model: names the weights. dataset: the folder or list of `files`.
     more: called at the end, on every process, for further numbers to report. patch: (t, h, w) of the blocks that the
     tokenizer's clips are made of.
     """
@@ -53,7 +53,7 @@ def evaluate(
         files, num_frames, size, rule, seed=args.seed, short="repeat", damaged="skip", quarantine=quarantine,
         resize="device" if device.type == "cuda" else "worker", timeout=args.decode_timeout,
     )
-    mine = keys[distributed.rank() :: distributed.world_size()]
+    mine = distributed.of_rank(keys)
     batches = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
     loader = make_loader(clips, batches, args.num_workers, pin_memory=device.type == "cuda")
 

@@ -68,7 +68,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     found, recalled = torch.zeros(len(fake), dtype=torch.bool), 0
     for rows, distances in _squared_distances(real, fake):
         found |= (distances <= real_radii[rows, None]).any(dim=0)
-        recalled += (distances <= fake_radii).any(dim=1).sum().item()
+        recalled += int((distances <= fake_radii).any(dim=1).sum())
     return found.double().mean().item(), recalled / len(real)
 
 
@@ -83,8 +83,8 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, flo
     radii, inside, covered = _squared_radii(real, k), 0, 0
     for rows, distances in _squared_distances(real, fake):
         within = distances <= radii[rows, None]
-        inside += within.sum().item()
-        covered += within.any(dim=1).sum().item()
+        inside += int(within.sum())
+        covered += int(within.any(dim=1).sum())
     return inside / (k * len(fake)), covered / len(real)
 
 

@@ -7,7 +7,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from common.files import write_whole
+from common.files import atomic_write
 
 MARGIN = 4
 TEXT = 14  # height of a line of text
@@ -53,7 +53,7 @@ def contact_sheet(
         draw.text((MARGIN, top + row.height // 2 - TEXT // 2), labels[place], fill="black")
         sheet.paste(row, (left, top))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         sheet.save(file, format="PNG")
 
 

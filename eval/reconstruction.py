@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.clips import ClipKey, Quarantine
 from data.lists import VideoFile
+from data.loader import Loader
 from data.video import VideoError, probe
-from eval import fvd
+from eval.fvd import fvd_scores
 from eval.metrics import mse_clip, psnr_clip, psnr_frame, ssim_frame
 from eval.motion import motion_rows, motion_summary
 from eval.protocols import Protocol
@@ -48,12 +48,12 @@ def protocol_clips(
     files = list(files)
     if protocol.short_videos == "discarded":
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
-            lengths = pool.map(lambda file: length(file, quarantine, timeout), files)
-            lengths = list(tqdm(lengths, "lengths", len(files), False))
+            found = pool.map(lambda file: length(file, quarantine, timeout), files)
+            lengths = list(tqdm(found, "lengths", len(files), False))
         files = [file for file, frames in zip(files, lengths) if frames >= num_frames]
         if not files:
             raise ValueError(f"no video has {num_frames} frames: {protocol.name} discards shorter ones")
-        wanted = num_clips or protocol.num_real
+        wanted = num_clips or protocol.num_real or len(files)
         return files, [ClipKey(i, i % len(files)) for i in range(wanted)]
     wanted = min(num_clips or len(files), len(files))
     return files, [ClipKey(i, i * len(files) // wanted) for i in range(wanted)]
@@ -71,7 +71,7 @@ def length(file: VideoFile, quarantine: Quarantine, timeout: float) -> int:
 @torch.inference_mode()
 def reconstruct_rows(
     reconstruct: Callable[[Tensor, list[int]], Tensor],
-    loader: DataLoader,
+    loader: Loader,
     device: torch.device,
     i3d: nn.Module | None = None,
     i3d_resize: str = "square",
@@ -91,7 +91,8 @@ def reconstruct_rows(
     Returns ({index (n,), metric (n,), real and fake I3D logits (n, 400)}, the first batch's (input, reconstruction)
     pairs), on the CPU.
     """
-    rows, examples = [], []
+    rows: list[dict[str, Tensor]] = []
+    examples: list[tuple[Tensor, Tensor]] = []
     for batch in tqdm(loader, desc=progress, disable=progress is None):
         if not len(batch["position"]):
             continue  # all its clips were damaged
@@ -126,12 +127,12 @@ def merge(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
-    """Means of the metrics over clips, and rFVD with the other results of `eval.fvd.report`. divisor: of the
+    """Means of the metrics over clips, and rFVD with the other results of `eval.fvd.fvd_scores`. divisor: of the
     covariance, "N" or "N-1".
 
     A clip without any error has an infinite PSNR. Such clips are left out of the mean and counted as NAME_infinite.
     """
-    means = {"clips": len(rows["index"])}
+    means: dict[str, float] = {"clips": len(rows["index"])}
     for name in (*CLIP_METRICS, "lpips", "stlpips"):
         if name in rows:
             values = rows[name].double()
@@ -141,6 +142,6 @@ def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
                 means[f"{name}_infinite"] = len(values) - len(finite)
     means |= motion_summary(rows)
     if "real" in rows:
-        for name, value in fvd.report(rows["real"], rows["fake"], divisor).items():
+        for name, value in fvd_scores(rows["real"], rows["fake"], divisor).items():
             means[f"r{name}" if name.startswith(("fvd", "kvd")) else name] = value
     return means

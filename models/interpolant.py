@@ -173,7 +173,8 @@ class Interpolant:
         """Whether a formula divides by 0 at an end of [0, 1]."""
         return self.path == "VP" or self.prediction != "velocity"
 
-    def _interval(self, eps: float) -> tuple[float, float]:
+    def _interval(self, eps: float | None) -> tuple[float, float]:
+        assert eps is not None  # set in __post_init__
         return (0.0 if self.path == "VP" else eps), 1 - eps
 
     def interpolate(self, x1: Planes, x0: Planes, t: Tensor) -> tuple[Planes, Planes]:
@@ -292,7 +293,8 @@ class Interpolant:
                 velocity = self._velocity(model, x, t, _take(model_kwargs, rows))
                 signs = Planes(*(plane[rows] for plane in probe))
                 gradients = torch.autograd.grad(velocity, x, signs)
-            divergence = sum((g * e).flatten(1).sum(dim=1) for g, e in zip(gradients, signs))
+            xy, yt, xt = ((g * e).flatten(1).sum(dim=1) for g, e in zip(gradients, signs))
+            divergence = xy + yt + xt
             return *(plane.detach() for plane in velocity), divergence
 
         start = (*planes, planes.xy.new_zeros(len(planes.xy)))
@@ -316,7 +318,8 @@ class Interpolant:
         progress: bool = False,
         **model_kwargs,
     ) -> Planes:
-        """Solve dx = (v + D s) dt + sqrt(2 D) dW from noise to data; velocity v and score s from one network call.
+        """Solve dx = (v + D s) dt + sqrt(2 D) dW from noise to data. Velocity v and score s come from one network call;
+        the released code makes two.
 
         noise: (B, C, R, R) each, float32 or float64. num_steps: time points, so num_steps - 1 solver steps.
         method: "Euler" (Maruyama), one network call a step, or "Heun", two. diffusion_form, diffusion_norm: D(t).

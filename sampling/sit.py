@@ -67,7 +67,7 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         values = {"label": y}
         with precision.autocast():
             start = None
-            if args.reverse:
+            if real is not None:
                 latents = trained.stats.standardise(tokenizer.encode(real))
                 start = interpolant.sample_ode(model, latents, reverse=True, y=y, **solver)
             planes = sample_planes(
@@ -102,7 +102,7 @@ def sample_labels(indices: Sequence[int], num_classes: int, seed: int) -> list[i
 
 
 def guided(sit: SiT, cfg_scale: float, guidance_interval: tuple[float, float]) -> Callable[..., Planes]:
-    """The model that samplers call: with guidance, unless the scale is 1."""
+    """The model that samplers call: guided, unless the scale is 1."""
     return sit if cfg_scale == 1 else partial(sit.forward_with_cfg, cfg_scale=cfg_scale, interval=guidance_interval)
 
 
@@ -110,10 +110,10 @@ def sample_planes(
     trained: TrainedSiT, indices: Sequence[int], seed: int, labels: Tensor, mode: str = "SDE", cfg_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0), start: Planes | None = None, **sampler,
 ) -> Planes:
-    """Planes of the tokenizer for samples `indices`. Each is a function of (seed, index, label), whatever its batch.
+    """The tokenizer's planes of samples `indices`. A sample depends on (seed, index, label) alone, not on its batch.
 
-    labels: (B,) long, on the model's device. mode: "ODE" or "SDE". start: noise to start from, instead of noise drawn
-    from the indices. sampler: further arguments of Interpolant.sample_ode or sample_sde.
+    labels: (B,) long, on the model's device. mode: "ODE" or "SDE". start: noise to start from; None draws it from
+    (seed, index). sampler: further arguments of Interpolant.sample_ode or sample_sde.
     """
     sit, interpolant, stats = trained[:3]
     generators = sample_generators(seed, indices, labels.device)

@@ -24,7 +24,7 @@ from PIL import Image  # noqa: E402
 
 from common.cli import one_line_errors  # noqa: E402
 from common.errors import ArgumentParser  # noqa: E402
-from common.files import write_whole  # noqa: E402
+from common.files import atomic_write  # noqa: E402
 from eval.motion import METRICS  # noqa: E402
 from eval.protocols import Protocol  # noqa: E402
 from eval.report import FACTS, comparable, read_record  # noqa: E402
@@ -423,7 +423,7 @@ def main() -> None:
     html = page(folder, reports, runs, problems)
     output = args.output or args.folder / "index.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    with write_whole(output) as file:
+    with atomic_write(output) as file:
         file.write(html.encode("utf-8", "replace"))  # names of files may be of any bytes
     for problem in problems:
         print(f"left out: {problem}")

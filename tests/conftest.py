@@ -1,6 +1,7 @@
 """Shared fixtures. The reference cases and sample clips stand beside the repository and are optional."""
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import train_ar
 import train_coordtok
 import train_larp_tokenizer
 import train_sit
+from data.video import write_video
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -90,6 +92,25 @@ def scripts(data, coordtok, tmp_path) -> dict:
         "larp_ar": (train_ar, [*files, *ar]),
         "larp_ar_cached": (train_ar, [*files, *ar, "--cache_codes", 1, *cached]),
     }
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Three videos, of 20, 9 and 14 frames and two sizes; frame t of video i is grey 10 t + 3 i."""
+    root = tmp_path_factory.mktemp("videos")
+    for i, length in enumerate((20, 9, 14)):
+        grey = (torch.arange(length) * 10 + 3 * i).view(1, length, 1, 1) / 255
+        write_video(root / f"{i}.mp4", grey.expand(3, length, 32, 32 + 8 * (i // 2)))
+    return root
+
+
+@pytest.fixture
+def damaged(folder, tmp_path) -> Path:
+    """The same three, and two that cannot be opened."""
+    shutil.copytree(folder, tmp_path / "root")
+    (tmp_path / "root" / "a.avi").write_text("not a video")
+    (tmp_path / "root" / "b.avi").touch()
+    return tmp_path / "root"
 
 
 # Tiny tensors: threads that wait for one another on a busy machine make them many times slower.

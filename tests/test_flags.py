@@ -1,3 +1,4 @@
+"""Flags: common/cli.py, training/flags.py, sampling/arguments.py, and the configurations of models/configs.py."""
 import dataclasses
 import math
 import re

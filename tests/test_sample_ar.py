@@ -1,4 +1,5 @@
-"""sample.py with a LARP generator, by class and by given frames: shards, processes, kills, the report, mistakes."""
+"""sample.py with a LARP generator, by class and by given frames: shards, processes, kills, the report, mistakes. Holds
+sampling/larp.py and sampling/generator.py too."""
 import csv
 import json
 import re

@@ -1,4 +1,4 @@
-"""sample.py with a CoordTok-SiT: shards, processes, kills, the authors' files, the report."""
+"""sample.py with a CoordTok-SiT: shards, processes, kills, the authors' files, the report (sampling/results.py)."""
 import argparse
 import csv
 import json

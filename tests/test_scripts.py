@@ -20,12 +20,12 @@ class Repository:
     def __init__(self, folder: Path):
         self.folder = folder
         shutil.copytree(ROOT / "scripts", folder / "scripts")
-        for name in ("requirements.txt", ".gitignore"):
+        for name in ("requirements.txt", "requirements-dev.txt", ".gitignore"):
             shutil.copy(ROOT / name, folder)
         (folder / "data").mkdir()
         bin_folder = folder / ".venv" / "bin"
         bin_folder.mkdir(parents=True)
-        for name in ("python", "python3", "torchrun", "pip", "ruff"):
+        for name in ("python", "python3", "torchrun", "pip", "ruff", "mypy", "shellcheck"):
             (bin_folder / name).write_text(STUB)
             (bin_folder / name).chmod(0o755)
         shutil.copy(folder / "requirements.txt", folder / ".venv" / "installed")
@@ -62,6 +62,13 @@ def test_pip_runs_only_where_the_requirements_changed(repository):
     (repository.folder / "requirements.txt").write_text("torch\n")
     assert [call[:2] for call in repository.run("setup.sh")] == [["pip", "install"]]
     assert repository.run("setup.sh") == []
+
+
+def test_only_the_tests_install_development_dependencies(repository):
+    calls = repository.run("test.sh", "tests/test_fvd.py")
+    assert [call[0] for call in calls] == ["pip", "ruff", "mypy", "shellcheck", "python"]
+    assert calls[0][1] == "install" and calls[0][-1] == "requirements-dev.txt" and calls[-1][-1] == "tests/test_fvd.py"
+    assert [call[0] for call in repository.run("test.sh")] == ["ruff", "mypy", "shellcheck", "python"]
 
 
 @pytest.mark.parametrize(("version", "right"), [("(3, 9)", False), ("(3, 10)", True), ("(3, 14)", True),

@@ -1,4 +1,5 @@
-"""train_larp_tokenizer.py, its scripts and eval/eval_larp_tokenizer.py end to end, as users run them, but tiny."""
+"""train_larp_tokenizer.py, its scripts and eval/eval_larp_tokenizer.py end to end, as users run them,
+but tiny; with training/adversary.py."""
 import json
 import os
 import random
