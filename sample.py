@@ -30,7 +30,7 @@ from data.video import to_bytes
 from eval import fvd
 from eval.i3d import I3D
 from eval.motion import evenly_spaced_clips, motion_rows, motion_summary
-from eval.pictures import contact_sheet
+from eval.pictures import contact_sheet, outline, strip_indices
 from eval.protocols import LARP_RESIZE, PROTOCOLS
 from eval.report import describe, run_record
 from sampling.generator import PRECISIONS
@@ -239,7 +239,9 @@ def main():
             names = generator.class_names or (class_names(files) if generator.num_labels else [])
             shown = dict(zip(rows["index"].tolist(), rows["label"].tolist()))
             captions = [f"sample {i}" + (f": {names[shown[i]]}" if names else "") for i in previews]
-            contact_sheet(store.folder / "sheet.png", list(previews.values()), captions, ("real", "generated"), 16)
+            given = int((strip_indices(num_frames, 8) < generator.num_cond_frames).sum())
+            clips_shown = [[outline(video, given) for video in clip] for clip in previews.values()]
+            contact_sheet(store.folder / "sheet.png", clips_shown, captions, ("real", "generated"), 16)
         row = {**generator.row, "num_samples": num_made, "NLL_sampled": results.get("nll"), "fvd": results.get("fvd"),
                "protocol": facts["title"]}
         return facts, results, {**settings, **row} if i3d else None

@@ -135,7 +135,7 @@ def main():
         given = f": {num_cond_frames} frames given" if num_cond_frames else ""
         captions = [caption(val_files[key.index]) + given for key in keys]
         if keys:
-            check = SampleCheck(val_clips, keys, args.sample_batch_size, args.num_workers, device, not class_cond)
+            check = SampleCheck(val_clips, keys, args.sample_batch_size, args.num_workers, device, num_cond_frames)
     usable_files, cache = list(range(len(files))), None
     if args.cache_codes:
         cache = CodeCache(Path(args.cache_dir), clips_of(files, damaged="skip"), clip_config, args.cache_codes,

@@ -23,6 +23,7 @@ from common.console import print_main
 from common.errors import DamagedFile, read_json, reading
 from common.files import claim, release, remove_partials, write_whole
 from data.video import write_video
+from eval.pictures import strip_indices
 from eval.report import read_record, write_record
 from sampling.real_clips import REMAKE
 
@@ -142,7 +143,7 @@ class SampleStore:
                 list(pool.map(partial(write, folder), index, clips))  # a list: errors are raised
         for i, *clips in zip(index, *shown.values()):
             if i < NUM_PREVIEWS:
-                frames = torch.linspace(0, clips[0].shape[1] - 1, min(8, clips[0].shape[1])).round().long()
+                frames = strip_indices(clips[0].shape[1], 8)
                 with write_whole(self.chunks / f"preview_{i:02d}.npy") as file:
                     np.save(file, torch.stack(clips)[:, :, frames].numpy())
         for name in {"nll", "fake", "finite"} & values.keys():

@@ -7,7 +7,7 @@ from common.cli import config_diff
 from data.clips import ClipDataset, ClipKey
 from data.lists import VideoFile
 from data.video import read_frames, write_video
-from eval.pictures import MARGIN, SMALLEST, TEXT
+from eval.pictures import MARGIN, OUTLINE, SMALLEST, TEXT
 from models.interpolant import Interpolant
 from models.sit import SiT
 from models.triplane import Planes
@@ -44,29 +44,32 @@ def test_planes_of_a_sample_do_not_depend_on_the_batch(settings):
     assert together.xy.shape == (3, 4, 4, 2), "channels last, as tokenizers have them"
 
 
-@pytest.mark.parametrize("continued", [False, True])
-def test_pictures_of_samples(tmp_path, continued):
-    """Sample i has its own grey; where it continues clip i, that clip stands above it, in its own grey too."""
+@pytest.mark.parametrize("num_given", [0, 2])
+def test_pictures_of_samples(tmp_path, num_given):
+    """Sample i has its own grey; where it continues clip i, that clip stands above it, in its own grey too,
+    and the given frames have a border."""
     files = [VideoFile(str(tmp_path / f"{i}.mp4")) for i in range(2)]
     for i, file in enumerate(files):
         write_video(file.path, torch.full((3, 4, 32, 32), (40 + 40 * i) / 255))
     clips = ClipDataset(files, 4, 32, "larp", damaged="replace")
-    check = SampleCheck(clips, [ClipKey(i, 1 - i) for i in range(2)], 1, 0, torch.device("cpu"), continued)
+    check = SampleCheck(clips, [ClipKey(i, 1 - i) for i in range(2)], 1, 0, torch.device("cpu"), num_given)
 
     def generate(indices):
         return torch.full((1, 3, 4, 32, 32), (150 + 50 * indices[0]) / 255)
 
     assert check.run(generate, ["a", "b"], tmp_path / "samples") == {}, "clips of 4 frames have no FVD"
     pixels = np.asarray(Image.open(tmp_path / "samples.png").convert("L")).astype(int)
-    greys = [80, 150, 40, 200] if continued else [150, 200]
+    greys = [80, 150, 40, 200] if num_given else [150, 200]
     height = SMALLEST + MARGIN
     assert pixels.shape[0] == MARGIN + 2 * TEXT + len(greys) * height
     for row, grey in enumerate(greys):
         clip, place = divmod(row, len(greys) // 2)
         top = MARGIN + clip * (TEXT + height * len(greys) // 2) + TEXT + place * height
         assert abs(pixels[top + 1 : top + SMALLEST - 1, -20] - grey).max() <= 3, "3: what mp4 loses"
-    video = read_frames(str(tmp_path / "samples.mp4"), [0])
+    video = read_frames(str(tmp_path / "samples.mp4"), range(4))
     assert video.shape[1:3] == (32 * len(greys) // 2, 64)
+    corners = np.asarray(video)[:, 0, 0].astype(int)
+    assert [abs(corner - 255 * np.array(OUTLINE)).max() < 60 for corner in corners] == [i < num_given for i in range(4)]
 
 
 def test_differences():

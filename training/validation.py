@@ -15,7 +15,7 @@ from data.loader import make_loader
 from data.video import write_video
 from eval import fvd
 from eval.i3d import I3D
-from eval.pictures import contact_sheet
+from eval.pictures import contact_sheet, outline
 from eval.reconstruction import merge, reconstruct_rows, summary
 from models.stlpips import perceptual_metric
 from training.codes import Encode, Score, batches_from_video
@@ -188,16 +188,17 @@ def caption(file: VideoFile) -> str:
 class SampleCheck:
     """Samples during training: a contact sheet, an mp4, and the FVD of a few samples against as many fixed real clips.
 
-    clips, keys: the real ones. Too few for a number to report; good for its course. continued: sample i continues clip
-    i, which stands above it in the pictures; `clips` must then replace damaged ones.
+    clips, keys: the real ones. Too few for a number to report; good for its course. num_given: sample i continues the
+    first frames, so many, of clip i, which stands above it in the pictures, and where they are outlined; `clips` must
+    then replace damaged ones.
     """
 
     def __init__(
         self, clips: ClipDataset, keys: list[ClipKey], batch_size: int, num_workers: int, device: torch.device,
-        continued: bool = False,
+        num_given: int = 0,
     ):
         self.clips, self.num_samples, self.batch_size, self.num_workers = clips, len(keys), batch_size, num_workers
-        self.continued = continued
+        self.num_given = num_given
         self.keys = keys[distributed.rank() :: distributed.world_size()]
         self.real = self.i3d = None
         if clips.num_frames >= 10 and len(keys) > 1:
@@ -221,9 +222,10 @@ class SampleCheck:
                 fake.append(self.i3d(videos).cpu())
         if distributed.is_main():
             captions, rows = [captions[index] for index in mine[: len(shown)]], [shown]
-            if self.continued:
+            if self.num_given:
                 frames = [self.clips[key]["frames"] for key in self.keys[: len(shown)]]
-                rows = [list(self.clips.to_video({"frames": frames}, "cpu")), shown]
+                rows = [[outline(video, self.num_given) for video in row]
+                        for row in (self.clips.to_video({"frames": frames}, "cpu"), shown)]
             contact_sheet(folder.with_suffix(".png"), list(zip(*rows)), captions, ("real", "generated"), len(shown))
             write_video(folder.with_suffix(".mp4"), torch.cat([torch.cat(row, dim=3) for row in rows], dim=2))
         if self.i3d is None:
