@@ -50,8 +50,8 @@ def evaluate(
     device: torch.device, num_frames: int, size: int, model: str, settings: dict, dataset: str,
     more: Callable[[], dict[str, float]] = dict, patch: Sequence[int] | None = None,
 ) -> dict[str, float]:
-    """Measure a tokenizer under args.protocol. Rank 0 prints and writes report.json, sheet.png and reconstructions/*.mp4,
-    the first clips beside their reconstructions.
+    """Measure a tokenizer under args.protocol. Rank 0 prints and writes report.json, sheet.png and, in
+    reconstructions/, the first clips beside theirs.
 
     reconstruct: as `reconstruct_rows` takes it. model: names the weights. dataset: the folder or list of `files`.
     more: called at the end, on every process, for further numbers to report. patch: (t, h, w) of the blocks that the
