@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
 from common import distributed
 from common.cli import Parser, one_line_errors
-from common.console import print_main
+from common.console import Progress, print_main
 from common.files import manifest_sha256
 from data.clips import open_quarantine
 from data.lists import check_class_names, check_labels, class_names, find_lists, list_csv, list_folder
@@ -65,7 +64,8 @@ def parse_args():
     out.add_argument("--dtype", choices=PRECISIONS,
                      help="autocast of a SiT (default: float32), weights of a LARP generator (default: bfloat16)")
     out.add_argument("--allow_tf32", action="store_true", help="let float32 matrix products use TF32")
-    out.add_argument("--num_workers", type=int, default=4, help="loader workers of each process, for real clips")
+    out.add_argument("--num_workers", type=int, default=distributed.fitting_workers(4),
+                     help="loader workers of each process, for real clips; by default 4, or fewer on fewer cores")
     measure = parser.add_argument_group("report")
     names = [name for name, protocol in PROTOCOLS.items() if protocol.metrics == ("fvd",)]
     measure.add_argument("--protocol", choices=names, help="how FVD is measured (default: by the model)")
@@ -176,7 +176,7 @@ def main():
 
     # While one batch is written, the next is made.
     with BackgroundWriter(device) as behind, torch.no_grad():
-        for batch, (places, real) in zip(tqdm(batches, "batches", disable=not distributed.is_main()), reals):
+        for batch, (places, real) in zip(Progress(batches, "batches", disable=not distributed.is_main()), reals):
             clock.mark("waiting for real clips")
             # A model that continues real clips has nothing to start from where one is damaged.
             made = [batch[place] for place in places] if generator.needs_real else batch

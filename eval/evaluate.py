@@ -42,7 +42,8 @@ def add_evaluation(parser: Parser, protocol: str, batch_size: int = 8) -> None:
     group.add_argument("--vmaf", action="store_true", help="measure the VMAF of those clips too")
     group.add_argument("--output_dir", help="folder of the report (default: results/eval/PROTOCOL)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    group.add_argument("--num_workers", type=int, default=4, help="loader workers of each process")
+    group.add_argument("--num_workers", type=int, default=distributed.fitting_workers(4),
+                       help="loader workers of each process; by default 4, or fewer on fewer cores")
 
 
 def evaluate(

@@ -26,7 +26,7 @@ def outline(video: Tensor, num_frames: int) -> Tensor:
     """A copy of a video (3, T, H, W), float in [0, 1], whose first `num_frames` frames have a border: the model that
     made the others was given them."""
     video = video.clone()
-    given, width = video[:, :num_frames], max(1, min(video.shape[2:]) // 32)
+    given, width = video[:, :num_frames], max(2, min(video.shape[2:]) // 32)  # 2: mp4 halves the colours
     colour = torch.tensor(OUTLINE, dtype=video.dtype, device=video.device).view(3, 1, 1, 1)
     for side in (given[:, :, :width], given[:, :, -width:], given[..., :width], given[..., -width:]):
         side[:] = colour

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from common.console import Progress
 from data.clips import ClipKey, Quarantine
 from data.lists import VideoFile
 from data.video import VideoError, probe
@@ -36,7 +36,7 @@ def protocol_clips(
     if protocol.short_videos == "discarded":
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
             lengths = pool.map(lambda file: length(file, quarantine, timeout), files)
-            lengths = list(tqdm(lengths, "lengths", len(files), False))
+            lengths = list(Progress(lengths, "lengths", len(files)))
         files = [file for file, frames in zip(files, lengths) if frames >= num_frames]
         if not files:
             raise ValueError(f"no video has {num_frames} frames: {protocol.name} discards shorter ones")
@@ -79,7 +79,7 @@ def reconstruct_rows(
     pairs), on the CPU. psnr_mean_frame is the PSNR of the clip's mean frame, which a useful tokenizer must beat.
     """
     rows, examples = [], []
-    for batch in tqdm(loader, desc=progress, disable=progress is None):
+    for batch in Progress(loader, desc=progress, disable=progress is None):
         if not len(batch["position"]):
             continue  # all its clips were damaged
         video = loader.dataset.to_video(batch, device)

@@ -55,6 +55,9 @@ if [ -z "$ENVIRONMENT" ]; then
 fi
 export PATH="$ENVIRONMENT/bin:$PATH"
 
+# gpu_count: the GPUs of this machine, as torch sees them.
+gpu_count() { python -c "import torch; print(torch.cuda.device_count())"; }
+
 # run_flags RESULTS NAME FLAGS...: what the flags given for training say to the next command. RUN_FOLDER is the run's
 # folder, RESULTS/NAME unless the flags name another; SHARED_FLAGS are those of data, tokenizer and device.
 run_flags() {

@@ -222,6 +222,8 @@ def test_whatever_the_files_hold_the_page_is_made(results, monkeypatch, capsys, 
     """Text is escaped, and what cannot stand where it is leaves its file out; the others are shown."""
     path = results / file
     whole = path.read_text()
+    if path.suffix != ".jsonl":  # curves are of those alone, and slow
+        monkeypatch.setattr(report, "chart", lambda *_: {"uri": "", "alt": ""})
     for value in ("<script>alert(1)</script>", ["<script>"], {"<script>": "<script>"}, None, 10**400, -1, True, 1e308):
         path.write_text(whole)
         change(path, place, value)

@@ -123,6 +123,18 @@ def test_sampling_without_a_gpu_runs_one_process(repository):
                         "--starting_index", "3", *flags]
 
 
+def test_training_on_nodes_takes_the_gpus_that_torch_or_slurm_counts(repository):
+    for name in ("srun", "scontrol"):
+        (repository.folder / ".venv" / "bin" / name).write_text(STUB)
+        (repository.folder / ".venv" / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(repository.folder), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7",
+             "SLURM_JOB_NODELIST": "n[1-2]"}
+    for given, processes in (({}, 1), ({"SLURM_GPUS_ON_NODE": "8"}, 8), ({"GPUS": "3", "SLURM_GPUS_ON_NODE": "8"}, 3)):
+        call = repository.run("slurm/train.sbatch", "train_sit.py", "--seed", "5", **slurm, **given)[-1]
+        assert call[:4] == ["srun", "torchrun", "--nnodes=2", f"--nproc_per_node={processes}"]
+        assert call[-5:] == ["train_sit.py", "--resume", "auto", "--seed", "5"]
+
+
 def test_paths_with_spaces_and_stars(repository):
     odd = f"{repository.folder}/data *"
     one, two = repository.run("train_coordtok.sh", DATA_ROOT=odd, RUN="r *")

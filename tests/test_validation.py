@@ -8,10 +8,10 @@ from training.validation import validation_source
 @pytest.mark.parametrize(("flags", "expected", "says"), [
     ({"video_name": "A_train"}, "{root}/A_test", ""),
     ({"video_name": "A_train", "val_name": "B"}, "{root}/B", ""),
-    ({"video_name": "B"}, "{root}/B", "validation is on B, what is trained on: give --val_name"),
+    ({"video_name": "B"}, "{root}/B", "validating on the training set, B: give --val_name"),
     ({"csv_file": "k_train.csv+u_train.csv"}, "k_val.csv+u_val.csv", ""),
     ({"csv_file": "k_train.csv", "val_csv": "u_val.csv"}, "u_val.csv", ""),
-    ({"csv_file": "mine.csv"}, "mine.csv", "validation is on mine.csv, what is trained on: give --val_csv"),
+    ({"csv_file": "mine.csv"}, "mine.csv", "validating on the training set, mine.csv: give --val_csv"),
     ({"csv_file": "mine.csv", "val_csv": "mine.csv"}, "mine.csv", ""),
 ])
 def test_what_is_validated_on(tmp_path, capsys, flags, expected, says):

@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from common import distributed
-from common.console import print_main
+from common.console import Progress, print_main
 from data.cache import ClipCache
 from data.clips import Quarantine
 from data.lists import VideoFile, files_sha256
@@ -63,7 +62,7 @@ def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
         videos, batch_size=None, sampler=order, num_workers=min(num_workers, len(order)), worker_init_fn=init_worker,
         collate_fn=deliver_video, generator=torch.Generator(),  # else it would draw from the global generator
     ))
-    with tqdm(total=len(order), desc="caching clips", disable=not (distributed.is_main() and order)) as bar:
+    with Progress(total=len(order), desc="caching clips", disable=not (distributed.is_main() and order)) as bar:
         for shard in shards:
             frames = []
             for _ in cache.rows_of(shard):

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
+from common import distributed
 from common.cli import Parser, check_carried, is_none, run_name, str2bool, word_or_none
 from models.coordtok import CoordTokConfig
 from models.discriminator import DiscriminatorConfig
@@ -31,7 +32,8 @@ def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> N
     speed.add_argument("--allow_tf32", action="store_true", help="let float32 matrix products use TF32")
     speed.add_argument("--compile", action="store_true", help="torch.compile the blocks of the model")
     speed.add_argument("--gradient_checkpointing", action="store_true", help="recompute blocks in the backward pass")
-    speed.add_argument("-j", "--num_workers", type=int, default=num_workers, help="loader workers of each process")
+    speed.add_argument("-j", "--num_workers", type=int, default=distributed.fitting_workers(num_workers),
+                       help=f"loader workers of each process; by default {num_workers}, or fewer on fewer cores")
     speed.add_argument("--prefetch_factor", type=int, default=2, help="micro-batches each worker prepares ahead")
 
 

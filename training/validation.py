@@ -23,7 +23,7 @@ from training.codes import Encode, Score, batches_from_video
 
 def validation_source(args: Namespace) -> str:
     """The folder or lists to validate on: those named (val_name, val_csv); else the folder beside the one trained on
-    with _test for _train in its name, or the lists with _val for _train; else, which is said, what is trained on."""
+    with _test for _train in its name, or the lists with _val for _train; otherwise the training set, with a warning."""
     if args.video_name:
         trained, named = args.video_name, args.val_name
         sibling = args.video_name.replace("_train", "_test")
@@ -33,7 +33,7 @@ def validation_source(args: Namespace) -> str:
         source = named or trained.replace("_train", "_val")
     if source == trained and not named:
         flag = "--val_name" if args.video_name else "--val_csv"
-        print_main(f"validation is on {trained}, what is trained on: give {flag} for other videos")
+        print_main(f"validating on the training set, {trained}: give {flag} for other videos")
     return str(Path(args.data_root) / source) if args.video_name else source
 
 
