@@ -223,9 +223,10 @@ def table(reports: list[Report], root: Path) -> dict[str, Any]:
     return {"columns": list(columns), "groups": groups}
 
 
-def model_name(report: Report) -> str:
-    """The record's, without the checksum at its end."""
-    return report.record["model"].rpartition(" ")[0] or report.record["model"]
+def model_name(report: Report) -> tuple[str, str]:
+    """(kind of model, its weights), as the record names them; ("", weights) in records that name no kind."""
+    kind, _, weights = report.record["model"].rpartition(": ")
+    return kind, weights
 
 
 def row(report: Report, columns: dict, root: Path) -> dict[str, Any]:
@@ -252,7 +253,8 @@ def row(report: Report, columns: dict, root: Path) -> dict[str, Any]:
             value = math.inf if infinite else math.nan
         cells.append((title, number(value, decimals), notes.get(title, "") if name else ""))
     own = {"results": results, **{name: record[name] for name in OF_THE_MODEL}}
-    return {"model": model_name(report), "folder": name_of(report.folder, root), "cells": cells, "own": own}
+    kind, weights = model_name(report)
+    return {"kind": kind, "weights": weights, "folder": name_of(report.folder, root), "cells": cells, "own": own}
 
 
 INK = "#010203"  # stands for the page's own colour of text, dark or light
@@ -327,7 +329,7 @@ class Media:
         """Clips beside their reconstructions, or samples; those that continue real clips beside these."""
         folder, given = report.folder, report.record["num_cond_frames"]
         pairs, samples = sorted(folder.glob("reconstructions/*.mp4")), sorted(folder.glob("sampled_videos/*.mp4"))
-        shown = {"model": model_name(report), "folder": name_of(folder, self.root), "title": report.record["title"],
+        shown = {"kind": model_name(report)[0], "folder": name_of(folder, self.root), "title": report.record["title"],
                  "sheets": self.sheets(list(folder.glob("sheet.png")))}
         if pairs:
             return {**shown, "what": "input | reconstruction", "videos": self.videos(pairs)}

@@ -66,7 +66,8 @@ def results(tmp_path) -> Path:
                       "psnr_clip": float("inf"), "psnr_clip_infinite": 5, "rkvd": 0.125, "precision": 0.75,
                       "flicker": 0.0625, "flicker_real": 0.0312}
     random = {"lpips": "lpips 0.1.4 vgg, RANDOM backbone"}
-    write_report(folder / "one", "larp_rfvd", {"rfvd": 1111.14, **reconstruction}, **random)
+    write_report(folder / "one", "larp_rfvd", {"rfvd": 1111.14, **reconstruction}, **random,
+                 model="CoordTok: weights.pth 0123")
     write_report(folder / "two", "larp_rfvd", {"rfvd": 2222.24, **reconstruction}, **random, git_revision="y")
     write_report(folder / "small", "larp_rfvd", {"rfvd": 3333.34, **reconstruction}, **random, size=32)
     write_report(folder / "samples" / "ar", "larp_gfvd10k", {"fvd": 4444.44, "nll": 2.345})
@@ -100,6 +101,7 @@ def test_the_page(results, tmp_path):
     assert alike.count("∞") == alike.count("0.750") == 2 and "KVD" in page.text
     assert alike.count("0.0625 real: 0.0312") == 2 and "seams xy" not in page.text
     assert "2.345" in next(group for group in page.groups if numbers[3] in group)
+    assert "CoordTok" in alike and "weights.pth 0123" in alike, "rows are named by model"
     for words in ("None of them was measured as published", "RANDOM", "under one heading only"):
         assert words in page.text
     assert "Demo data" not in page.text
