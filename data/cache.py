@@ -202,4 +202,4 @@ if __name__ == "__main__":
             check(shard)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"{len(shards)} shards match their checksums")
+    print(f"{len(shards)} shard{'s' * (len(shards) > 1)} verified")

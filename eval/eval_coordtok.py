@@ -53,7 +53,7 @@ def main():
     evaluate(
         reconstruct, list_folder(Path(args.data_root) / args.video_name), args, device,
         num_frames=tokenizer.config.video_shape[0], size=tokenizer.config.video_shape[1],
-        model=f"{args.tokenizer} {weights_sha256(tokenizer)[:12]}",
+        model=f"CoordTok: {args.tokenizer} {weights_sha256(tokenizer)[:12]}",
         settings={"precision": precision.name, "slices": args.slices, "padding": tokenizer.config.padding},
         dataset=args.video_name, patch=tokenizer.config.patch,
     )

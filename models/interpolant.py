@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
-from tqdm import tqdm
 
+from common.console import Progress
 from models.configs import LAST_STEPS, PREDICTIONS
 from models.triplane import Planes
 
@@ -359,7 +359,7 @@ class Interpolant:
             velocity, score = fields(x, time, c)
             return velocity.map(lambda v, s: v + diffusion * s, score)
 
-        for step in tqdm(range(num_steps - 1), desc=f"SDE {method}", disable=not progress):
+        for step in Progress(range(num_steps - 1), desc=f"SDE {method}", disable=not progress):
             time = low + step * dt
             _, diffusion = coefficients(time)
             scale = math.sqrt(2 * diffusion * dt)
@@ -405,7 +405,7 @@ class Interpolant:
             options.setdefault("step_t", times[-1:])
         together = coupled or method in INDEPENDENT
         solved = []
-        with tqdm(desc=f"ODE {method}", unit="call", disable=not progress) as bar:
+        with Progress(desc=f"ODE {method}", unit="call", disable=not progress) as bar:
             for rows in [slice(None)] if together else [slice(i, i + 1) for i in range(len(state[0]))]:
 
                 def counted(t: Tensor, part: tuple[Tensor, ...], rows: slice = rows) -> tuple[Tensor, ...]:

@@ -21,7 +21,8 @@ from models.fetch import Archive, cached_weights, check_sha256
 from models.lpips import Distance, FrameDistance, Perceptual
 from models.pretrained import load_state, read_released
 
-WHEEL = Archive("ST-LPIPS", "stlpips-pytorch", "stlpips_pytorch-0.0.2-py3-none-any.whl", "--lpips_weights")
+WHEEL = Archive("ST-LPIPS", "stlpips-pytorch", "stlpips_pytorch-0.0.2-py3-none-any.whl", "--lpips_weights",
+                "BSD-2-Clause, as its authors release it (arXiv 2207.13686)")
 WHEEL_SHA256 = "a412bf901a97c942b37af57c7c63b6e5d1aebfe8d1dfc17853d4b2f878630645"
 MEMBER = "stlpips_pytorch/weights/vST0.0/{}_shift_tolerant.pth"
 

@@ -74,7 +74,7 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         generate, num_labels=0 if fp or args.class_label is not None else config.num_classes, needs_real=fp,
         num_frames=num_frames, size=tokenizer.config.input_size,
         protocols=["larp_k600fp50k" if fp else "larp_gfvd10k"], settings=settings,
-        model=f"{args.ar_model} {args.version} {sha256[:12]}",
+        model=f"LARP generator{', frame prediction' * fp}: {args.ar_model} {args.version} {sha256[:12]}",
         row={"ar_model": args.ar_model, "tokenizer": args.tokenizer},
         class_names=trained.class_names, num_cond_frames=num_cond, patch=tokenizer.config.patch,
     )

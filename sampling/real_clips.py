@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from tqdm import tqdm
 
+from common.console import Progress
 from common.errors import REMAKE, DamagedFile, read_json
 from common.files import atomic_write, manifest_sha256
 from data.clips import ClipDataset, ClipKey, open_quarantine
@@ -112,7 +112,7 @@ def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
         if unknown := [file for file in clips.files if file.path not in known]:
             with ThreadPoolExecutor(8) as pool:
                 found = pool.map(lambda file: length(file, clips.quarantine, clips.timeout), unknown)
-                known.update(zip((file.path for file in unknown), tqdm(found, "lengths", len(unknown), leave=False)))
+                known.update(zip((file.path for file in unknown), Progress(found, "lengths", len(unknown))))
             with atomic_write(path, "w") as file:
                 file.write(json.dumps(known, indent=0) + "\n")
     return [known[file.path] for file in clips.files]

@@ -15,7 +15,7 @@ from data.lists import class_names, find_lists
 from eval import fvd
 from eval.i3d import I3D
 from eval.motion import motion_rows, motion_summary
-from eval.pictures import contact_sheet
+from eval.pictures import contact_sheet, outline, strip_indices
 from eval.protocols import Protocol
 from eval.report import run_record
 from sampling.generator import Generator
@@ -108,4 +108,6 @@ def draw_sheet(store: SampleStore, generator: Generator, real_videos: RealVideos
     label_of = dict(zip(rows["index"].tolist(), rows["label"].tolist()))
     named = {label: f": {name}" for label, name in enumerate(names)}  # the model may have more classes
     captions = [f"sample {i}{named.get(label_of[i], '')}" for i in previews]
-    contact_sheet(store.folder / "sheet.png", list(previews.values()), captions, ("real", "generated"), 16)
+    given = int((strip_indices(generator.num_frames, 8) < generator.num_cond_frames).sum())
+    clips = [[outline(video, given) for video in clip] for clip in previews.values()]
+    contact_sheet(store.folder / "sheet.png", clips, captions, ("real", "generated"), 16)

@@ -91,7 +91,8 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
     return Generator(
         generate, num_labels=0, needs_real=args.reverse, num_frames=num_frames, size=size,
         protocols=protocols if num_frames <= 16 else protocols[::-1], settings=settings,
-        model=f"{args.sit_model} {sha256[:12]}", row={"sit_model": args.sit_model, "tokenizer": args.first_model_ckpt},
+        model=f"CoordTok-SiT: {args.sit_model} {sha256[:12]}",
+        row={"sit_model": args.sit_model, "tokenizer": args.first_model_ckpt},
         class_names=trained.class_names if num_classes > 1 else [], patch=tokenizer.config.patch,
     )
 

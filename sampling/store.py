@@ -24,6 +24,7 @@ from common.console import print_main
 from common.errors import REMAKE, DamagedFile, read_json, reading
 from common.files import atomic_write, claim, release, remove_partials
 from data.video import write_video
+from eval.pictures import strip_indices
 from eval.report import read_record, write_record
 
 NUM_PREVIEWS = 16  # samples on the contact sheet
@@ -145,8 +146,7 @@ class SampleStore:
                 list(pool.map(partial(write, folder), index, clips))  # list() raises the errors of the threads
         for i, *sides in zip(index, *shown.values()):
             if i < NUM_PREVIEWS:
-                num_frames = sides[0].shape[1]
-                frames = torch.linspace(0, num_frames - 1, min(8, num_frames)).round().long()
+                frames = strip_indices(sides[0].shape[1], 8)
                 with atomic_write(self.chunks / f"preview_{i:02d}.npy") as file:
                     np.save(file, torch.stack(sides)[:, :, frames].numpy())
         for name in {"nll", "fake", "finite"} & values.keys():

@@ -1,4 +1,4 @@
-"""Shared fixtures. The reference cases and sample clips stand beside the repository and are optional."""
+"""Shared fixtures. The sample clips stand beside the repository and are optional."""
 import importlib.util
 import json
 import shutil
@@ -27,7 +27,7 @@ def clips() -> Path:
 
 
 class Reference:
-    """Cases computed by the authors' implementations (see ../shared/reference/README.md)."""
+    """Cases computed by the authors' implementations (see tests/reference/README.md)."""
 
     def __init__(self, folder: Path):
         spec = importlib.util.spec_from_file_location("fill", folder / "fill.py")
@@ -45,9 +45,7 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def reference() -> Reference:
-    if not (SHARED / "reference").is_dir():
-        pytest.skip("../shared/reference is not here")
-    return Reference(SHARED / "reference")
+    return Reference(ROOT / "tests" / "reference")
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def test_second_step_validation_and_evaluation(data, coordtok, tmp_path):
         out = tmp_path / f"evaluation{batch}"
         run("eval/eval_coordtok.py", *evaluate, batch, "--output_dir", out, "--tokenizer", tokenizer,
             processes=processes)
-        assert (out / "sheet.png").exists()
+        assert (out / "sheet.png").exists() and len(list((out / "reconstructions").glob("*.mp4"))) >= 1
         reports.append(json.loads((out / "report.json").read_text()))
     one, two = reports
     assert [each["record"]["model"].split()[-1] for each in reports] == [one["record"]["model"].split()[-1]] * 2

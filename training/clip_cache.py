@@ -5,10 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from common import distributed
-from common.console import print_main
+from common.console import Progress, print_main
 from data.cache import ClipCache
 from data.clips import Quarantine
 from data.lists import VideoFile, files_sha256
@@ -64,7 +63,7 @@ def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
         collate_fn=deliver_video,  # type: ignore[arg-type]  # takes one video, as batch_size is None
         generator=torch.Generator(),  # otherwise it would draw from the global generator
     ))
-    with tqdm(total=len(order), desc="caching clips", disable=not (distributed.is_main() and order)) as bar:
+    with Progress(total=len(order), desc="caching clips", disable=not (distributed.is_main() and order)) as bar:
         for shard in shards:
             frames = []
             for _ in cache.rows_of(shard):

@@ -16,10 +16,9 @@ from typing import Any, Literal, NoReturn, TextIO
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common import distributed
-from common.console import print_main
+from common.console import Progress, print_main
 from common.errors import reading
 from common.files import atomic_write, claim, git_revision
 from data.clips import Quarantine
@@ -89,9 +88,9 @@ class RunLog:
         self.stop = StopSignal()
         self.clock = time.perf_counter()
         self.main = distributed.is_main()
-        # A progress bar in a terminal. Where the output is a file, there is a line for each line of metrics instead.
-        quiet = None if self.main else True
-        self.bar = tqdm(total=total, initial=start, disable=quiet, unit="step", dynamic_ncols=True)
+        # In a terminal the bar shows the metrics; in a file they are lines of their own.
+        self.bar = Progress(desc="training", total=total, initial=start, disable=not self.main, unit="steps")
+        self.shown = ""  # the newest of them
         self.file: TextIO | None = None
         self.wandb: Any = None
         kept = self.open(args, wandb_mode) if self.main else []
@@ -145,10 +144,11 @@ class RunLog:
         }
         self.step, self.waiting, self.clock = step, 0.0, now
         text = ", ".join(f"{k} {v:.4g}" for k, v in {**values, **speed}.items())
-        if self.bar.disable:
-            print_main(f"step {step}: {text}")
-        else:
+        self.shown = f"step {step}: {text}"
+        if self.bar.terminal:
             self.bar.set_postfix_str(text)
+        else:
+            print_main(self.shown)
         self.write(step, "train", **values, **speed)
 
     def scores(self, step: int, kind: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -210,6 +210,8 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
+        if self.bar.terminal and self.shown:  # the bar is gone
+            print_main(self.shown)
         if self.file:
             self.file.close()
         if self.wandb:

@@ -17,7 +17,7 @@ from data.loader import make_loader
 from data.video import write_video
 from eval.fvd import fvd_scores
 from eval.i3d import I3D
-from eval.pictures import contact_sheet
+from eval.pictures import contact_sheet, outline
 from eval.reconstruction import merge, reconstruct_rows, summary
 from models.pretrained import WeightsError
 from models.stlpips import perceptual_metric
@@ -28,7 +28,7 @@ Metric = TypeVar("Metric", bound=torch.nn.Module)
 
 def validation_source(args: Namespace) -> str:
     """The folder or lists to validate on: --val_name or --val_csv if given; otherwise the training folder's name with
-    _test for _train if there is such a folder, or the training lists with _val for _train; otherwise the training data,
+    _test for _train if there is such a folder, or the training lists with _val for _train; otherwise the training set,
     with a warning."""
     if args.video_name:
         trained, named = args.video_name, args.val_name
@@ -39,7 +39,7 @@ def validation_source(args: Namespace) -> str:
         source = named or trained.replace("_train", "_val")
     if source == trained and not named:
         flag = "--val_name" if args.video_name else "--val_csv"
-        print_main(f"validation is on {trained}, what is trained on: give {flag} for other videos")
+        print_main(f"validating on the training set, {trained}: give {flag} for other videos")
     return str(Path(args.data_root) / source) if args.video_name else source
 
 
@@ -202,7 +202,7 @@ def make_held_out(
     given = f": {num_cond_frames} frames given" if num_cond_frames else ""
     captions, check = [caption(files[index]) + given for _, index, _ in keys if index is not None], None
     if keys:
-        check = SampleCheck(clips, keys, args.sample_batch_size, args.num_workers, device, num_cond_frames > 0)
+        check = SampleCheck(clips, keys, args.sample_batch_size, args.num_workers, device, num_cond_frames)
     return held_out, check, captions
 
 
@@ -216,16 +216,16 @@ class SampleCheck:
     """Samples during training: a contact sheet, an mp4, and the FVD of a few samples against as many fixed real clips.
     With so few clips the FVD shows progress, but is not a number to report.
 
-    clips, keys: the real clips. continued: sample i continues clip i, which is drawn above it in the pictures; `clips`
-    must then replace damaged ones.
+    clips, keys: the real clips. num_given: sample i continues so many first frames of clip i, which stands above it in
+    the pictures, where they are outlined; `clips` must then replace damaged ones.
     """
 
     def __init__(
         self, clips: ClipDataset, keys: list[ClipKey], batch_size: int, num_workers: int, device: torch.device,
-        continued: bool = False,
+        num_given: int = 0,
     ):
         self.clips, self.num_samples, self.batch_size, self.num_workers = clips, len(keys), batch_size, num_workers
-        self.continued = continued
+        self.num_given = num_given
         self.keys = distributed.of_rank(keys)
         self.real: Tensor | None = None
         self.i3d: I3D | None = None
@@ -251,9 +251,10 @@ class SampleCheck:
                 fake.append(self.i3d(videos).cpu())
         if distributed.is_main():
             captions, rows = [captions[index] for index in mine[: len(shown)]], [shown]
-            if self.continued:
+            if self.num_given:
                 frames = [self.clips[key]["frames"] for key in self.keys[: len(shown)]]
-                rows = [list(self.clips.to_video({"frames": frames}, "cpu")), shown]
+                rows = [[outline(video, self.num_given) for video in row]
+                        for row in (self.clips.to_video({"frames": frames}, "cpu"), shown)]
             contact_sheet(folder.with_suffix(".png"), list(zip(*rows)), captions, ("real", "generated"), len(shown))
             write_video(folder.with_suffix(".mp4"), torch.cat([torch.cat(row, dim=3) for row in rows], dim=2))
         if self.i3d is None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from common import distributed
+from common.console import Progress
 from common.rng import Stream, generator
 from data.cache import RowCache
 from data.clips import ClipDataset, ClipKey
@@ -43,7 +43,7 @@ class WindowCache:
         batches = [[ClipKey(row, row // self.views) for row in part] for _, part in parts]
         loader = make_loader(self.clips, batches, min(num_workers, len(batches)))
         quiet = not (distributed.is_main() and parts)
-        for (shard, part), batch in zip(tqdm(parts, f"caching {self.name}", disable=quiet), loader):
+        for (shard, part), batch in zip(Progress(parts, f"caching {self.name}", disable=quiet), loader):
             span = self.rows.rows_of(shard)
             if part.start == span.start:
                 filled = np.full((len(span), *self.rows.row_shape), self.missing, self.rows.dtype)
