@@ -113,6 +113,11 @@ class LARPTokenizerConfig:
         """Number of decoder patches along t, h, w."""
         return self.frame_num // self.decoder_temporal_patch_size, *[self.input_size // self.decoder_patch_size] * 2
 
+    @property
+    def bits(self) -> float:
+        """Bits of a clip's codes: 1,024 times 13 for the released model."""
+        return self.bottleneck_token_num * math.log2(self.bottleneck.args.regularizer.args.codebook_size)
+
 
 def parse_config(cls: type, data: Mapping[str, Any], where: str = "config") -> Any:
     """The dataclass `cls`, and those nested in it, from nested mappings. A key that is unknown, or a value of another

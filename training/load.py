@@ -1,11 +1,10 @@
 """Trained models by the path of their checkpoint, ours or the authors', and batches of clips as CoordTok takes them."""
 import argparse
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.cli import Parser, check_carried
 from data.video import to_video
@@ -13,7 +12,7 @@ from models.coordtok import CoordTok, CoordTokConfig, released_padding
 from models.interpolant import Interpolant
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
-from models.pretrained import build, load_state, read_sit_statistics
+from models.pretrained import build, load_state, read_sit_statistics, weights_sha256
 from models.sit import SIT_SIZES, SiT
 from training import checkpoint
 from training.flags import coordtok_config
@@ -95,20 +94,6 @@ def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) ->
         return video, None
     n_frames = batch["n_frames"].to(device, non_blocking=True)
     return released_padding(video, n_frames) if config.padding == "released" else video, n_frames
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 of a model's tensors with their names: the same for equal weights in whatever file.
-
-    A LARP tokenizer's prior does not count: neither codes nor clips depend on it, and released files lack it.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith("prior_model."):
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # --- SiT ---
