@@ -54,6 +54,7 @@ RANGES = {
         "resid_dropout_p", "ffn_dropout_p", "drop_path_rate",
     ),
     "[0, 1]": ("min_lr_mult", "guidance_interval", "top_p", "mix_ss_max_ratio"),
+    "[8, 32]": ("plane_bits",),
     "[0, 0.5)": ("train_eps", "sample_eps"),
     "[0, 4294967295]": ("seed", "dataset_split_seed"),  # what numpy and torch take, also times a million
     "[-1, inf)": ("cfg_interval",),

@@ -26,7 +26,7 @@ def parse_args():
     parser.add_argument("--tokenizer", required=True, metavar="CKPT", help="checkpoint, or a folder of them")
     parser.add_argument("--slices", type=int, default=1, help="equal sequences the patches of a clip are decoded in")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32", help="of the tokenizer")
-    parser.add_argument("--plane_bits", type=int, choices=[8, 16, 32], help="bits in which a value of the planes is "
+    parser.add_argument("--plane_bits", type=int, metavar="8|16|32", help="bits in which a value of the planes is "
                         "stored before it is decoded (default: as it is computed)")
     add_data(parser)
     add_evaluation(parser, protocol="coordtok_rfvd10k_128f")

@@ -4,7 +4,6 @@
 
 The reports are those of eval.reconstruct and of both evaluation scripts. They must have been measured alike.
 """
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +58,6 @@ def table(points: list[tuple[str, dict]]) -> str:
 def plot(path: Path, points: list[tuple[str, dict]], title: str) -> None:
     """A panel for each metric, a line for each tokenizer, bits per pixel on a logarithmic axis."""
     from matplotlib.figure import Figure  # late: 0.5 s; a figure of its own needs no display and leaves no state
-    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     shown = [name for name in METRICS if any(results.get(name) is not None for _, results in points)]
     columns = min(2, len(shown))
@@ -67,6 +65,11 @@ def plot(path: Path, points: list[tuple[str, dict]], title: str) -> None:
     figure = Figure(figsize=(5.2 * columns, 3.7 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     labels = list(dict.fromkeys(label for label, _ in points))
+    rates = [results["bits_per_pixel"] for _, results in points]
+    steps = [step * 10.0**power for power in range(-6, 6) for step in (1, 2, 5)]
+    low = max(step for step in steps if step < min(rates))
+    high = min(step for step in steps if step > max(rates))
+    ticks = [step for step in steps if low <= step <= high]
     for axis, metric in zip(axes, shown):
         for i, label in enumerate(labels):
             line = [(results["bits_per_pixel"], results[metric]) for name, results in points
@@ -74,17 +77,24 @@ def plot(path: Path, points: list[tuple[str, dict]], title: str) -> None:
             if line:
                 axis.plot(*zip(*line), marker=MARKERS[i % len(MARKERS)], color=f"C{i % 10}", label=label)
         axis.set(xscale="log", xlabel="bits per pixel", title=METRICS[metric][0])
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xticks(ticks := sorted({float(f"{results['bits_per_pixel']:.1g}") for _, results in points}))
-        axis.set_xticks([], minor=len(ticks) > 1)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks([], minor=True)
+        axis.set_xlim(ticks[0], ticks[-1])
         axis.grid(alpha=0.3)
     for axis in axes[len(shown):]:
         axis.remove()
-    axes[0].legend()
+    figure.legend(*_handles(axes[: len(shown)]), loc="outside lower center", ncols=min(4, len(labels)))
     figure.suptitle(title, fontsize=10)
     with write_whole(path) as file:
         figure.savefig(file, format="png", dpi=100)
+
+
+def _handles(axes: Sequence) -> tuple[list, list]:
+    """Lines and names for a legend: a tokenizer may be missing in one panel."""
+    found = {}
+    for axis in axes:
+        found |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
+    return list(found.values()), list(found)
 
 
 def write_comparison(sources: Sequence[str | Path], folder: Path) -> str:
@@ -101,7 +111,7 @@ def write_comparison(sources: Sequence[str | Path], folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__, prog="python -m eval.rate_distortion", formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__.split("\n")[0], prog="python -m eval.rate_distortion")
     parser.add_argument("reports", nargs="+", metavar="[NAME=]report.json", help="evaluations, each with a name")
     parser.add_argument("--output", default="results/rate_distortion", help="folder of the table and the plot")
     args = parser.parse_args(argv)
