@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, known, mistake, run_here, tiny_larp
 from torch import nn
 
 from eval import eval_coordtok, eval_larp_tokenizer, evaluate, rate_distortion, reconstruct
@@ -16,6 +15,7 @@ from eval.tokenizers import Checked, TokenizerError, load_tokenizer, parse_argum
 from models.larp_tokenizer import LARPTokenizerConfig
 from models.pretrained import WeightsError
 from models.triplane import Planes, stored
+from tests.helpers import ROOT, known, mistake, run_here, tiny_larp
 
 ADAPTERS = ROOT / "scripts" / "adapters"
 DOC = ROOT / "docs" / "any_tokenizer.md"
