@@ -20,11 +20,12 @@ from common.console import print_main
 from data.lists import list_csv, list_folder
 from data.video import TIMEOUT
 from eval.codecs import FPS, Codec
-from eval.evaluate import add_evaluation, evaluate
+from eval.evaluate import evaluate
 from eval.protocols import PROTOCOLS
 from eval.rate_distortion import write_comparison
 from eval.tokenizers import DECLARED, clip_of, load_tokenizer, parse_arguments
 from models.pretrained import weights_sha256
+from training.flags import add_evaluation
 
 CODEC = "codec:"
 

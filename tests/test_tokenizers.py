@@ -12,7 +12,7 @@ from torch import nn
 from eval import eval_coordtok, eval_larp_tokenizer, evaluate, rate_distortion, reconstruct
 from eval.evaluate import I3D
 from eval.tokenizers import Checked, TokenizerError, load_tokenizer, parse_arguments
-from models.larp_tokenizer import LARPTokenizerConfig
+from models.configs import LARPTokenizerConfig
 from models.pretrained import WeightsError
 from models.triplane import Planes, stored
 from tests.helpers import ROOT, known, mistake, run_here, tiny_larp

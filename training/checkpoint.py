@@ -261,6 +261,15 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
             raise ValueError(f"it holds {shapes} for a parameter that needs {expected}")
 
 
+def resume(parts: dict[str, Any], state: State | None, best: float = 0.0) -> tuple[int, list[dict] | None, float, Any]:
+    """Load the parts from the checkpoint that a run continues, if there is one. Returns its step, its random number
+    generators, its best score and its data; without a checkpoint 0, None, `best` and None."""
+    if state is None:
+        return 0, None, best, None
+    restore(parts, state)
+    return state["step"], state["rng"], state.get("best", best), state["data"]
+
+
 def is_ours(path: str | Path) -> bool:
     """Whether `path` is a checkpoint of this project, rather than a file the papers' authors released."""
     if is_export(Path(path)):
