@@ -48,15 +48,16 @@ RANGES = {
         "query_init_std",
     ),
     "(0, inf)": (
-        "eval_every", "sample_every", "save_every", "decode_timeout", "i3d_eps", "atol", "rtol", "temperature_to",
-        "entropy_loss_temperature", "mix_ss_peak_steps_ratio", "latent_ce_temperature", "latent_pe_scale_factor",
-        "ffn_dim_multiplier", "norm_eps",
+        "eval_every", "sample_every", "save_every", "decode_timeout", "i3d_eps", "bpp", "bitrates", "atol", "rtol",
+        "temperature_to", "entropy_loss_temperature", "mix_ss_peak_steps_ratio", "latent_ce_temperature",
+        "latent_pe_scale_factor", "ffn_dim_multiplier", "norm_eps",
     ),
     "[0, 1)": (
         "betas", "ema_decay", "ema_decays", "last_step_size", "class_dropout_prob", "token_dropout_p", "attn_dropout_p",
         "resid_dropout_p", "ffn_dropout_p", "drop_path_rate",
     ),
     "[0, 1]": ("min_lr_mult", "guidance_interval", "top_p", "mix_ss_max_ratio"),
+    "[8, 32]": ("plane_bits",),
     "[0, 0.5)": ("train_eps", "sample_eps"),
     "[0, 4294967295]": ("seed", "dataset_split_seed"),  # what numpy and torch take, also times a million
     "[-1, inf)": ("cfg_interval",),

@@ -409,11 +409,22 @@ def to_bytes(video: Tensor) -> Tensor:
     return video.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
-    """Write an mp4 (H.264) atomically. video: (3, T, H, W) float in [0, 1] (see `to_bytes`), or uint8. Raises OSError.
+def run_ffmpeg(arguments: Sequence, data: bytes) -> bytes:
+    """What ffmpeg writes to stdout when it reads `data` from stdin. Raises OSError with the first line of its errors.
 
     ffmpeg is called directly: imageio forks the whole process for it, 20 to 90 ms with the interpreter lock held, and
     accepts a file that ffmpeg could not finish. In its own session ffmpeg does not get Ctrl-C.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, arguments)]
+    done = subprocess.run(command, input=data, capture_output=True, start_new_session=True)
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().split("\n")[0]
+        raise OSError(reason or f"ffmpeg ended with status {done.returncode}")
+    return done.stdout
+
+
+def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
+    """Write an mp4 (H.264) atomically. video: (3, T, H, W) float in [0, 1] (see `to_bytes`), or uint8. Raises OSError.
     """
     path = Path(path)
     video = video if video.dtype == torch.uint8 else to_bytes(video.detach())
@@ -422,14 +433,10 @@ def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
     pixels = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"  # yuv420p halves the colour planes
     part = path.absolute()  # ffmpeg reads "c:d/x" as protocol c
     part = part.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    command = [
-        imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error",
-        "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
-        "-vcodec", "libx264", "-crf", "5", "-pix_fmt", pixels, part,
-    ]
-    done = subprocess.run(command, input=frames.tobytes(), capture_output=True, start_new_session=True)
-    if done.returncode:
+    try:
+        run_ffmpeg(["-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps, "-i", "-",
+                    "-vcodec", "libx264", "-crf", "5", "-pix_fmt", pixels, part], frames.tobytes())
+    except OSError as error:
         part.unlink(missing_ok=True)
-        reason = done.stderr.decode(errors="replace").strip().split("\n")[0]
-        raise OSError(f"{path} cannot be written: {reason or f'ffmpeg ended with status {done.returncode}'}")
+        raise OSError(f"{path} cannot be written: {error}") from None
     os.replace(part, path)

@@ -70,14 +70,14 @@ def main():
     precision = Precision(AMP[args.amp_dtype] if args.use_amp else "fp32", device)
     codes = CodeStats(config.bottleneck.args.regularizer.args.codebook_size, device)
 
-    def reconstruct(video: Tensor, positions: list[int]) -> Tensor:
+    def reconstruct(video: Tensor, positions: list[int]) -> tuple[Tensor, float]:
         video = torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         generators = None if args.det else sample_generators(args.seed, positions, device)
         with precision.autocast():
             found = tokenizer.encode(video, deterministic=args.det, generator=generators)
             output = tokenizer.decode(found, video.shape[2])
         codes.add(found)
-        return output[:, :, :num_frames]
+        return output[:, :, :num_frames].clamp(0, 1), config.bits
 
     if args.video_name:
         dataset, files = args.video_name, list_folder(Path(args.data_root) / args.video_name)

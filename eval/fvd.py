@@ -99,16 +99,19 @@ class FeatureStats:
 def frechet_distance(a: FeatureStats, b: FeatureStats, divisor: str = "N-1") -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features; covariances with `divisor`.
 
-    tr (A B)^(1/2) is computed as tr (A^(1/2) B A^(1/2))^(1/2): that matrix is symmetric, with eigenvalues that are real
-    and not negative even if the covariances are rank-deficient.
+    tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2), which are real and not negative even if the
+    covariances are rank-deficient. Their squares, the eigenvalues of A^(1/2) B A^(1/2), would lose half of the digits.
     """
     cov_a, cov_b = a.cov(divisor), b.cov(divisor)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * _nonnegative(values).sqrt() @ vectors.T
-    cross = root @ cov_b @ root
-    cross_trace = _nonnegative(torch.linalg.eigvalsh((cross + cross.T) / 2)).sqrt().sum()
+    cross_trace = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
     difference = a.mean() - b.mean()
     return (difference @ difference + cov_a.trace() + cov_b.trace() - 2 * cross_trace).item()
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root of a covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * _nonnegative(values).sqrt() @ vectors.T
 
 
 def _nonnegative(eigenvalues: Tensor) -> Tensor:

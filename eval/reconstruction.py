@@ -80,6 +80,7 @@ def reconstruct_rows(
     motion_of: Container[int] = (),
     patch: Sequence[int] | None = None,
     vmaf: bool = False,
+    known: dict[int, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
     """Compare clips with their reconstructions.
 
@@ -88,6 +89,7 @@ def reconstruct_rows(
     loader: batches of clips (data.loader.make_loader) whose `position` is that index.
     motion_of: indices of the clips whose motion is measured (`eval.motion`), since optical flow is slow. patch:
         (t, h, w) of the tokenizer's blocks. vmaf: measure those clips' VMAF too.
+    known: logits of real clips by index, used and added to: several tokenizers need them once.
     Returns ({index (n,), metric (n,), real and fake I3D logits (n, 400)}, the first batch's (input, reconstruction)
     pairs), on the CPU.
     """
@@ -103,7 +105,13 @@ def reconstruct_rows(
         if perceptual is not None:
             row[perceptual.name] = perceptual(video, output)
         if i3d is not None:
-            row["real"], row["fake"] = i3d(torch.cat([video, output]), resize=i3d_resize).chunk(2)
+            indices = batch["position"].tolist()
+            if known and all(index in known for index in indices):
+                row["real"], row["fake"] = torch.stack([known[i] for i in indices]), i3d(output, resize=i3d_resize)
+            else:
+                row["real"], row["fake"] = i3d(torch.cat([video, output]), resize=i3d_resize).chunk(2)
+            if known is not None:
+                known |= zip(indices, row["real"].cpu())
         if motion_of:
             chosen = [index in motion_of for index in batch["position"].tolist()]
             row |= motion_rows(output, chosen, video, patch, vmaf)
@@ -133,7 +141,7 @@ def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
     A clip without any error has an infinite PSNR. Such clips are left out of the mean and counted as NAME_infinite.
     """
     means: dict[str, float] = {"clips": len(rows["index"])}
-    for name in (*CLIP_METRICS, "lpips", "stlpips"):
+    for name in ("bits_per_pixel", *CLIP_METRICS, "lpips", "stlpips"):
         if name in rows:
             values = rows[name].double()
             finite = values[values.isfinite()]

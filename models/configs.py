@@ -379,6 +379,11 @@ class LARPTokenizerConfig:
         side = self.input_size // self.decoder_patch_size
         return self.frame_num // self.decoder_temporal_patch_size, side, side
 
+    @property
+    def bits(self) -> float:
+        """Bits of a clip's codes: 1,024 times 13 for the released model."""
+        return self.bottleneck_token_num * math.log2(self.bottleneck.args.regularizer.args.codebook_size)
+
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:

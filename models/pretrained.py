@@ -2,6 +2,7 @@
 Hugging Face hub ids with config.json and model.safetensors."""
 import argparse
 import collections
+import hashlib
 import re
 import zipfile
 from collections.abc import Mapping
@@ -130,6 +131,20 @@ def build(kind: type[Model], config: dict, path: str | Path | None) -> Model:
         return kind(**config)
     with reading(path, f"a {kind.__name__}", "it is of another model or version, or damaged: give another"):
         return kind(**config)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of a model's tensors with their names: the same for equal weights in whatever file.
+
+    A LARP tokenizer's prior does not count: neither codes nor clips depend on it, and released files lack it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith("prior_model."):
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 PRETRAINED = ("config.json", "model.safetensors")

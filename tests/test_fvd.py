@@ -37,6 +37,13 @@ def test_equal_sets_are_at_distance_zero_also_when_rank_deficient():
     assert abs(frechet_distance(stats, stats)) < 1e-8 * stats.cov("N").trace()
 
 
+def test_equal_sets_of_uneven_spread_are_at_distance_zero():
+    """Variances from 25 to 2.5e-11, as logits have: the root of each survives."""
+    torch.manual_seed(0)
+    stats = FeatureStats.from_features(5 * torch.randn(600, 400) * torch.logspace(0, -6, 400) + 3)
+    assert abs(frechet_distance(stats, stats)) < 1e-9
+
+
 def test_statistics_are_numpys():
     features = torch.randn(30, 5) + 3
     stats = FeatureStats.from_features(features)

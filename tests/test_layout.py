@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = {"common": 0, "models": 1, "data": 1, "eval": 2, "training": 3, "sampling": 4, "scripts": 5}
 # The paths of these two are published; they load checkpoints.
-ENTRY_SCRIPTS = ("eval/eval_coordtok.py", "eval/eval_larp_tokenizer.py")
+ENTRY_SCRIPTS = ("eval/eval_coordtok.py", "eval/eval_larp_tokenizer.py", "eval/reconstruct.py")
 FILES = [path.relative_to(ROOT).as_posix() for folder in LEVELS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 

@@ -32,8 +32,8 @@ def test_what_is_validated_on(tmp_path, capsys, flags, expected, says):
 
 @pytest.mark.parametrize("num_given", [0, 2])
 def test_pictures_of_samples(tmp_path, num_given):
-    """Sample i has its own grey; where it continues clip i, that clip stands above it, in its own grey too, and the given
-    frames have a border."""
+    """Sample i has its own grey; where it continues clip i, that clip stands above it, in its own grey too, and
+    the given frames have a border."""
     files = [VideoFile(str(tmp_path / f"{i}.mp4")) for i in range(2)]
     for i, file in enumerate(files):
         write_video(file.path, torch.full((3, 4, 32, 32), (40 + 40 * i) / 255))

@@ -1,11 +1,10 @@
 """Loads trained models from our checkpoints or the authors' files; turns a loader's batch into CoordTok's input."""
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.cli import check_carried
 from data.video import to_video
@@ -14,7 +13,7 @@ from models.coordtok import CoordTok, CoordTokConfig, released_padding
 from models.interpolant import Interpolant
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
-from models.pretrained import build, load_state, read_sit_statistics
+from models.pretrained import build, load_state, read_sit_statistics, weights_sha256
 from models.sit import SiT
 from training import checkpoint
 from training.flags import SIT_FLAGS, merge
@@ -98,20 +97,6 @@ def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) ->
         return video, None
     n_frames = batch["n_frames"].to(device, non_blocking=True)
     return released_padding(video, n_frames) if config.padding == "released" else video, n_frames
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 of a model's tensors with their names: the same for equal weights in whatever file.
-
-    The prior of a LARP tokenizer is left out: neither codes nor clips depend on it, and released files lack it.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith("prior_model."):
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # --- SiT ---
