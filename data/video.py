@@ -409,8 +409,9 @@ def to_bytes(video: Tensor) -> Tensor:
     return video.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
-    """Write an mp4 (H.264) atomically. video: (3, T, H, W) float in [0, 1] (see `to_bytes`), or uint8. Raises OSError.
+def write_video(path: str | Path, video: Tensor, fps: float = 25, crf: int = 5) -> None:
+    """Write an mp4 (H.264) atomically. video: (3, T, H, W) float in [0, 1] (see `to_bytes`), or uint8. crf: how much
+    may be lost, from 0, which loses only what YUV loses; ffmpeg's default is 23. Raises OSError.
 
     ffmpeg is called directly: imageio forks the whole process for it, 20 to 90 ms with the interpreter lock held, and
     accepts a file that ffmpeg could not finish. In its own session ffmpeg does not get Ctrl-C.
@@ -425,7 +426,7 @@ def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error",
         "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
-        "-vcodec", "libx264", "-crf", "5", "-pix_fmt", pixels, part,
+        "-vcodec", "libx264", "-crf", str(crf), "-pix_fmt", pixels, part,
     ]
     done = subprocess.run(command, input=frames.tobytes(), capture_output=True, start_new_session=True)
     if done.returncode:
