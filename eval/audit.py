@@ -6,11 +6,11 @@ measures the distance under a named protocol, then changes one choice at a time 
 its shift from the protocol's, and 95 % intervals of both. It also looks for files that are in both lists, and shows the
 nearest real clip of a few generated ones. REAL and GENERATED are folders of videos, output folders of sample.py, or
 lists, as `python -m eval.fvd` takes them. With the default 32 clips it takes about six minutes on two CPU cores; time
-grows with --num_clips (2,048 clips: six hours there, ten minutes on a GPU).
+grows with --num_clips (2,048 clips: six hours there).
 
     python -m eval.audit --self_test
 
-measures the shift by eps on the noise of the published value (13 minutes on two CPU cores).
+measures the shift by eps on the noise of the published value (seven minutes on two CPU cores).
 """
 import argparse
 import dataclasses
