@@ -98,7 +98,10 @@ def _read_csv(path: Path, label_column: str | None) -> list[VideoFile]:
 
 
 def list_videos(source: str) -> list[VideoFile]:
-    """Videos of a folder, of a csv list, or of a text file with one path a line; sorted by path."""
+    """Videos of a folder, of a csv list, or of a text file with one path a line; sorted by path. Of an output folder of
+    sample.py these are the samples alone, without the given clips beside them."""
+    if (samples := Path(source, "sampled_videos")).is_dir():
+        return list_folder(samples)
     if Path(source).is_dir():
         return list_folder(source)
     if source.endswith(".csv") or "+" in source and not Path(source).is_file():

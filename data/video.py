@@ -423,8 +423,9 @@ def run_ffmpeg(arguments: Sequence, data: bytes) -> bytes:
     return done.stdout
 
 
-def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
-    """Write an mp4 (H.264) atomically. video: (3, T, H, W) float in [0, 1] (see `to_bytes`), or uint8. Raises OSError.
+def write_video(path: str | Path, video: Tensor, fps: float = 25, crf: int = 5) -> None:
+    """Write an mp4 (H.264) atomically. video: (3, T, H, W) float in [0, 1] (see `to_bytes`), or uint8. crf: how much
+    may be lost, from 0, which loses only what YUV loses; ffmpeg's default is 23. Raises OSError.
     """
     path = Path(path)
     video = video if video.dtype == torch.uint8 else to_bytes(video.detach())
@@ -435,7 +436,7 @@ def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
     part = part.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         run_ffmpeg(["-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps, "-i", "-",
-                    "-vcodec", "libx264", "-crf", "5", "-pix_fmt", pixels, part], frames.tobytes())
+                    "-vcodec", "libx264", "-crf", crf, "-pix_fmt", pixels, part], frames.tobytes())
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from None

@@ -38,8 +38,9 @@ import torch
 from common import distributed
 from data.lists import list_folder
 from eval.evaluate import evaluate
+from models.pretrained import weights_sha256
 from models.triplane import stored
-from training.load import load_coordtok, weights_sha256
+from training.load import load_coordtok
 from training.optim import Precision
 
 

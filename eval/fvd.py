@@ -276,8 +276,8 @@ def folder_features(
 
 
 @torch.inference_mode()
-def self_test(i3d: I3D, batch_size: int = 4) -> float:
-    """Distance between the 128 and 128 clips of noise behind ANCHOR, printed beside it. Returns the relative error."""
+def noise_distance(i3d: I3D, batch_size: int = 4) -> float:
+    """Distance between the 128 and 128 clips of noise behind ANCHOR."""
     device = next(i3d.parameters()).device
     stats = []
     for seed in (1, 2):
@@ -287,7 +287,12 @@ def self_test(i3d: I3D, batch_size: int = 4) -> float:
             noise = torch.from_numpy(rng.rand(batch_size, 16, 224, 224, 3).astype(np.float32))
             part.update(i3d.forward_prepared(noise.to(device).permute(0, 4, 1, 2, 3)))
         stats.append(part)
-    distance = frechet_distance(stats[0], stats[1], divisor="N-1")
+    return frechet_distance(stats[0], stats[1], divisor="N-1")
+
+
+def self_test(i3d: I3D, batch_size: int = 4) -> float:
+    """`noise_distance`, printed beside ANCHOR. Returns the relative error."""
+    distance = noise_distance(i3d, batch_size)
     error = abs(distance - ANCHOR) / ANCHOR
     print(f"self test: FVD {distance:.6f}, TensorFlow's {ANCHOR:.6f}, relative error {error:.1e} (limit 1e-4)")
     return error

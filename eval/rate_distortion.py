@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.cli import Parser, one_line_errors
-from common.files import write_whole
+from common.files import atomic_write
 from eval.report import comparable, read_record
 
 # What may differ between rows: all else is how a number was measured.
@@ -85,7 +85,7 @@ def plot(path: Path, points: list[tuple[str, dict]], title: str) -> None:
         axis.remove()
     figure.legend(*_handles(axes[: len(shown)]), loc="outside lower center", ncols=min(4, len(labels)))
     figure.suptitle(title, fontsize=10)
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=100)
 
 
@@ -105,7 +105,7 @@ def write_comparison(sources: Sequence[str | Path], folder: Path) -> str:
     text = f"{title}\n\n{table(points)}"
     folder.mkdir(parents=True, exist_ok=True)
     plot(folder / "rate_distortion.png", points, title)
-    with write_whole(folder / "rate_distortion.md", "w") as file:
+    with atomic_write(folder / "rate_distortion.md", "w") as file:
         file.write(text)
     return f"{text}\ntable and plot: {folder / 'rate_distortion.md'}, .png"
 

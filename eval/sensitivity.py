@@ -54,8 +54,11 @@ LEGEND = {
 
 def blur(clip: Tensor, sigma: float, _: torch.Generator) -> Tensor:
     """Gaussian blur of each frame. sigma: in pixels."""
-    radius = min(math.ceil(3 * sigma), min(clip.shape[2:]) - 1)
-    return gaussian_blur(clip.transpose(0, 1), 2 * radius + 1, sigma).transpose(0, 1)
+    length = 2 * min(math.ceil(3 * sigma), min(clip.shape[2:]) - 1) + 1
+    frames = clip.transpose(0, 1)
+    for kernel in ([length, 1], [1, length]):  # rows and columns in turn, as torchvision's kernel is a square
+        frames = gaussian_blur(frames, kernel, sigma)
+    return frames.transpose(0, 1)
 
 
 def noise(clip: Tensor, sigma: float, generator: torch.Generator) -> Tensor:

@@ -8,9 +8,10 @@ from torch import Tensor
 from common.cli import check_carried
 from common.rng import sample_generators
 from eval.metrics import psnr_frame
+from models.pretrained import weights_sha256
 from sampling.generator import Generator, check_class_label
 from training.codes import hold_last
-from training.load import load_larp_ar, load_larp_tokenizer, weights_sha256
+from training.load import load_larp_ar, load_larp_tokenizer
 
 
 def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:

@@ -18,11 +18,12 @@ from models.interpolant import (
     noise_stream,
 )
 from models.layers import compile_blocks
+from models.pretrained import weights_sha256
 from models.sit import SiT
 from models.triplane import Planes
 from sampling.arguments import PRECISIONS
 from sampling.generator import Generator, check_class_label
-from training.load import TrainedSiT, load_coordtok, load_sit, weights_sha256
+from training.load import TrainedSiT, load_coordtok, load_sit
 from training.optim import Precision
 
 
