@@ -67,11 +67,11 @@ def main():
         tokenizer.to(device)
     config, tokenizer_hash = tokenizer.config, weights_sha256(tokenizer)
     state = checkpoint.find(folder / "checkpoints", args.resume, "sit")
-    sit = SiT(**sit_config(args, config)).to(device)
+    sit = SiT(**sit_config(args, config), condition_on_previous=args.condition_on_previous).to(device)
     set_checkpointing(sit, args.gradient_checkpointing)
     interpolant = Interpolant(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
     if state:
-        there, here = {**state["config"], **state["interpolant"]}, {**asdict(sit.config), **asdict(interpolant)}
+        there, here = {**state["config"], **state["interpolant"]}, {**sit.config.plain(), **asdict(interpolant)}
         if differ := config_diff(there, here):
             raise ValueError(f"the run in {folder} has other settings than the flags ({differ}): give the run's flags")
         check_tokenizer(state, tokenizer_hash, folder, args, "first_model_ckpt")
@@ -96,6 +96,9 @@ def main():
             planes = tokenizer.encode(*coordtok_clips(batch, config, device))
         return planes.map(torch.Tensor.float)
 
+    windows_of = partial(clips_of, pairs=args.condition_on_previous)
+    if args.condition_on_previous:
+        encode = partial(latents.encode_pairs, encode, config.video_shape[0], device)
     # Filling the cache may take hours, so mistakes in the flags of training and sampling are found before.
     train_sampler(args, len(files), num_iters=0, start=0, order="epoch")
     check = None
@@ -110,7 +113,7 @@ def main():
     usable_files, cache = list(range(len(files))), None
     if args.cache_latents:
         key = {"tokenizer": tokenizer_hash, "precision": precision.name}
-        cache = latents.LatentCache(Path(args.cache_dir), clips_of(damaged="skip"), config, args.cache_latents, key)
+        cache = latents.LatentCache(Path(args.cache_dir), windows_of(damaged="skip"), config, args.cache_latents, key)
         with on_device(tokenizer, device):
             cache.fill(encode, args.batch_size // world_size, args.num_workers)
         usable_files = cache.good_files()
@@ -119,14 +122,14 @@ def main():
     if cache:
         batches = prefetch(latents.batches_from_cache(cache, sampler, usable_files, device), device)
     else:
-        batches = latents.batches_from_video(train_loader(args, clips_of(), sampler, device), encode, device)
+        batches = latents.batches_from_video(train_loader(args, windows_of(), sampler, device), encode, device)
 
     # Latents are standardised by statistics that are measured once. The checkpoint carries them.
     if state:
         stats = latents.LatentStats.from_state_dict(state["statistics"]).to(device)
     else:
         chosen = [usable_files[i] for i in evenly_spaced(len(usable_files), args.stat_clips)]
-        whole = clips_of(damaged="skip")
+        whole = windows_of(damaged="skip")
         found = latents.of_videos(chosen, cache or whole, encode, args.val_batch_size, args.num_workers)
         stats = latents.measure(found, config.latent_n_features, device)
     del state
@@ -142,7 +145,7 @@ def main():
     def save(step: int) -> None:
         guard.check()
         checkpoint.save_run(
-            folder, step, args, parts, listed, kind="sit", config=asdict(sit.config),
+            folder, step, args, parts, listed, kind="sit", config=sit.config.plain(),
             interpolant=asdict(interpolant), tokenizer=tokenizer_hash, statistics=stats.state_dict(), classes=names,
         )
 
@@ -170,16 +173,22 @@ def main():
         for micro in range(args.accum_iter):
             planes, y, paths = log.next(batches, step, save)
             rows = micro_rows(args, micro)
-            noise, (uniform, label_drop_uniform) = Planes(*(plane[rows] for plane in all_noise)), all_uniform[:, rows]
+            noise = Planes(*(plane[rows] for plane in all_noise))
+            uniform, label_drop_uniform, previous_drop_uniform = all_uniform[:, rows]
             y = y if args.num_classes > 1 else torch.zeros_like(y)
             drop = label_drop_uniform < args.class_dropout_prob if args.class_dropout_prob else None
+            hidden = previous_drop_uniform < args.previous_dropout_prob
+            planes, before = latents.split_pairs(planes, stats, hidden)
             with distributed.sync_gradients(model, micro == args.accum_iter - 1), precision.autocast():
                 losses, logs = interpolant.loss(
-                    model, stats.standardise(planes), interpolant.training_times(uniform), noise, y=y, drop=drop
+                    model, stats.standardise(planes), interpolant.training_times(uniform), noise, y=y, drop=drop,
+                    **before,
                 )
                 loss = losses.sum() * (world_size / args.batch_size)  # world_size undoes DDP's mean
             precision.scaler.scale(loss).backward()
             logs = {"loss": losses.detach().mean(), **logs}
+            if before:
+                logs["continued"] = 1 - before["first"].float().mean()  # share of clips with one before
             means = means + torch.stack([*logs.values()]) / (world_size * args.accum_iter)
             guard.watch(step, loss, paths)
         update(optimizer, precision.scaler, args.clip_grad)

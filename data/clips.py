@@ -162,6 +162,8 @@ class ClipDataset(Dataset):
     short: a video shorter than the window is filled up with zeros ("pad") or with its last frame ("repeat").
     damaged: a video that cannot be decoded is quarantined. "replace" then draws another clip; "skip" returns a sample
         with an error, which `collate` leaves out (for evaluation, where no other clip may take its place).
+    pairs: a sample is two windows, the second right after the first, 2 num_frames frames in all. A video too short for
+        two gives one window, drawn as without `pairs`, with padding behind it.
     points: adds patch indices to each sample. timeout: seconds for one video.
     cache: decoded uint8 frames of `files`, resized by `size` and `rule`. A video that is not in it is read from its
         file, and resized in the worker to the same kind of frames.
@@ -171,7 +173,7 @@ class ClipDataset(Dataset):
         self, files: Sequence[VideoFile], num_frames: int, size: int, rule: str, *, seed: int = 0, stride: int = 1,
         resize: str = "worker", window: str = "random", short: str = "pad", damaged: str = "replace",
         points: PatchSampling | tuple | None = None, quarantine: Quarantine | None = None, timeout: float = TIMEOUT,
-        cache: ClipCache | None = None,
+        cache: ClipCache | None = None, pairs: bool = False,
     ):
         known = {"rule": ("coordtok", "larp"), "resize": ("worker", "device"), "window": ("random", "start", "center"),
                  "short": ("pad", "repeat"), "damaged": ("replace", "skip")}
@@ -185,7 +187,7 @@ class ClipDataset(Dataset):
         self.stride, self.resize, self.window, self.short, self.damaged = stride, resize, window, short, damaged
         self.points = PatchSampling(*points) if points else None
         self.quarantine = Quarantine() if quarantine is None else quarantine
-        self.timeout, self.cache = timeout, cache
+        self.timeout, self.cache, self.pairs = timeout, cache, pairs
 
     def __len__(self) -> int:
         return len(self.files)
@@ -226,10 +228,13 @@ class ClipDataset(Dataset):
     def _sample(self, index: int, position: int, start: int | None, rng: np.random.Generator) -> dict:
         file = self.files[index]
 
+        whole = self.num_frames * (1 + self.pairs)
+
         def choose(available: int) -> np.ndarray:
-            starts = num_starts(available, self.num_frames, self.stride)
+            chosen = whole if available > (whole - 1) * self.stride else self.num_frames
+            starts = num_starts(available, chosen, self.stride)
             by_rule = {"random": int(rng.integers(starts)), "start": 0, "center": (starts - 1) // 2}[self.window]
-            return window_frames(available, by_rule if start is None else start, self.num_frames, self.stride)
+            return window_frames(available, by_rule if start is None else start, chosen, self.stride)
 
         length = self.cache.length(index) if self.cache else 0
         indices = choose(length) if length else np.empty(0, np.int64)
@@ -242,9 +247,9 @@ class ClipDataset(Dataset):
             elif self.resize == "worker":
                 frames = resize_crop(frames, self.size, self.rule)
         n_frames = len(frames)
-        if n_frames < self.num_frames:
+        if n_frames < whole:
             tail = frames[-1:] if self.short == "repeat" else torch.zeros_like(frames[-1:])
-            frames = torch.cat([frames, tail.expand(self.num_frames - n_frames, *frames.shape[1:])])
+            frames = torch.cat([frames, tail.expand(whole - n_frames, *frames.shape[1:])])
         sample = {"frames": frames, "n_frames": n_frames, "label": file.label, "path": file.path,
                   "start": int(indices[0]), "position": position}
         if self.points:

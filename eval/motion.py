@@ -166,6 +166,20 @@ def seams(video: Tensor, patch: Sequence[int], reference: Tensor | None = None) 
     return found
 
 
+def rollout_seams(video: Tensor, starts: Iterable[int]) -> Tensor:
+    """How much more a video jumps where one of its clips ends and the next begins than inside its clips: the mean
+    absolute difference of the frames across such a seam, over that of the other neighbours. (B,), 0 or more, 1 where
+    seams are like the inside.
+
+    starts: the first frames of the second clip and the later ones, in [1, T - 1].
+    """
+    _check(video)
+    jumps = _clamped(video).double().diff(dim=2).abs().mean((1, 3, 4))
+    across = torch.zeros(jumps.shape[1], dtype=torch.bool)
+    across[[start - 1 for start in starts]] = True
+    return _ratio(jumps[:, across], jumps[:, ~across])
+
+
 def _ratio(border: Tensor, inside: Tensor) -> Tensor:
     return (border.mean(1) + 1e-6) / (inside.mean(1) + 1e-6)
 

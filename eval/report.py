@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ FACTS = (
 )
 
 
-def run_record(protocol: Protocol, source: str, num_videos: int, i3d: I3D | None, **facts: Any) -> dict[str, Any]:
+def run_record(protocol: Protocol, source: str, num_videos: int, i3d: I3D | None, departures: Sequence[str] = (),
+               **facts: Any) -> dict[str, Any]:
     """The record of a measurement in this process group.
 
     source: the folder or list of the real videos, `num_videos` in number; the data set and its split are named by it,
-    unless `facts` names them. i3d: the extractor, None where FVD was left out. facts: the others, as in `record`.
+    unless `facts` names them. i3d: the extractor, None where FVD was left out. departures, facts (the others): as in
+    `record`.
     """
     dataset, split = known_dataset(source, num_videos)
     own = {
@@ -47,7 +50,7 @@ def run_record(protocol: Protocol, source: str, num_videos: int, i3d: I3D | None
         "git_revision": git_revision(),
         "world_size": distributed.world_size(),
     }
-    return record(protocol, **own | facts)
+    return record(protocol, departures, **own | facts)
 
 
 def known_dataset(source: str, num_videos: int) -> tuple[str, str]:
@@ -65,11 +68,12 @@ def known_dataset(source: str, num_videos: int) -> tuple[str, str]:
     return dataset, split
 
 
-def record(protocol: Protocol, **facts: Any) -> dict[str, Any]:
+def record(protocol: Protocol, departures: Sequence[str] = (), **facts: Any) -> dict[str, Any]:
     """The fields of the protocol, replaced and completed by the facts of the run.
 
     facts: every name of FACTS; also any field of the protocol in which the run differs (num_frames=8, ...). Each
-    difference is listed under "deviations", and the name printed with the number gets a star.
+    difference is listed under "deviations", and the name printed with the number gets a star. departures: deviations
+    that no field of the protocol tells, as text.
     ValueError where a fact is missing, None or unknown.
     """
     planned = dataclasses.asdict(protocol)
@@ -82,7 +86,7 @@ def record(protocol: Protocol, **facts: Any) -> dict[str, Any]:
     if missing:
         raise ValueError(f"the record of {protocol.name} lacks {', '.join(missing)}; no number is written without")
     changed = [name for name in planned if planned[name] not in (None, full[name])]
-    deviations = [f"{name}: {full[name]} instead of {planned[name]}" for name in changed]
+    deviations = [f"{name}: {full[name]} instead of {planned[name]}" for name in changed] + [*departures]
     title = protocol.name + ("*" if deviations else "")
     # Through JSON, so that a fresh record equals one read from a file.
     full = {"title": title, **full, "feature_metrics": FEATURE_METRICS_RECORD, "motion_metrics": MOTION_RECORD,

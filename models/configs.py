@@ -129,6 +129,12 @@ class SiTConfig:
     num_classes: int = 1
     class_dropout_prob: float = 0.0  # > 0 adds a "no label" row to the label table, which guidance needs
     learn_sigma: bool = True  # the final layers have twice the channels, half of which are dropped
+    condition_on_previous: bool = False  # the planes of the clip before are an input too
+
+    def plain(self) -> dict[str, Any]:
+        """The fields, as checkpoints hold them: without `condition_on_previous` where it is off, so that they equal
+        those from before there was this option."""
+        return {name: value for name, value in asdict(self).items() if name != "condition_on_previous" or value}
 
     def __post_init__(self):
         object.__setattr__(self, "input_size", tuple(self.input_size))  # JSON and YAML bring lists

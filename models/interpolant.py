@@ -436,8 +436,14 @@ def _call(model: Callable[..., Planes], x: Planes, t: Tensor, kwargs: dict) -> P
 
 
 def _take(kwargs: dict, rows: slice) -> dict:
-    """The rows of a batch's tensors; other values are common to the batch."""
-    return {name: value[rows] if isinstance(value, Tensor) and value.ndim else value for name, value in kwargs.items()}
+    """The rows of a batch's tensors and planes; other values are common to the batch."""
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Planes):
+            return value.map(lambda plane: plane[rows])
+        return value[rows] if isinstance(value, Tensor) and value.ndim else value
+
+    return {name: take(value) for name, value in kwargs.items()}
 
 
 def draw_noise(generators: list[torch.Generator], shapes: Iterable[tuple[int, ...]]) -> Planes:

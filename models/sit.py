@@ -124,6 +124,11 @@ class SiT(nn.Module):
         self.final_layer_xy = FinalLayer(dim, p, channels)
         self.final_layer_yt = FinalLayer(dim, p, channels)
         self.final_layer_xt = FinalLayer(dim, p, channels)
+        if cfg.condition_on_previous:
+            self.previous_embedder_xy = PatchEmbed((r_xy, r_xy), p, cfg.in_channels, dim)
+            self.previous_embedder_yt = PatchEmbed((r_t, r_xy), p, cfg.in_channels, dim)
+            self.previous_embedder_xt = PatchEmbed((r_t, r_xy), p, cfg.in_channels, dim)
+            self.no_previous = nn.Parameter(torch.empty(1, 3, dim))  # in place of each plane's tokens
         self.initialize_weights()
 
     @property
@@ -150,8 +155,16 @@ class SiT(nn.Module):
         for layer in [m.adaLN_modulation[-1] for m in (*self.blocks, *finals)] + [final.linear for final in finals]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        if self.config.condition_on_previous:  # zeros too: the model starts as one without this option
+            for embedder in (self.previous_embedder_xy, self.previous_embedder_yt, self.previous_embedder_xt):
+                nn.init.zeros_(embedder.proj.weight)
+                nn.init.zeros_(embedder.proj.bias)
+            nn.init.zeros_(self.no_previous)
 
-    def forward(self, planes: Planes, t: Tensor, y: Tensor, drop: Tensor | None = None) -> Planes:
+    def forward(
+        self, planes: Planes, t: Tensor, y: Tensor, drop: Tensor | None = None, previous: Planes | None = None,
+        first: Tensor | None = None,
+    ) -> Planes:
         """The prediction (the velocity, unless trained for another) at noisy planes.
 
         planes: xy (B, C, R_xy, R_xy), yt and xt (B, C, R_t, R_xy), standardised latents with noise.
@@ -159,9 +172,15 @@ class SiT(nn.Module):
         y: (B,) long labels below num_classes (num_classes itself is "no label", where the model has dropout).
         drop: (B,) bool, the labels to hide; None draws them with class_dropout_prob in training mode from torch's
             global generator, and hides none in evaluation mode.
-        Returns planes shaped as given. Raises ValueError on planes of other sizes.
+        previous: standardised planes of the clip before, without noise, shaped as `planes`; None: the clips are the
+            first ones of their videos. first: (B,) bool, samples whose `previous` does not count, likewise.
+        Returns planes shaped as given. Raises ValueError on planes of other sizes, and where `previous` is given to a
+        model without condition_on_previous.
         """
-        for name, plane, shape in zip(Planes._fields, planes, self.plane_shapes):
+        if previous is not None and not self.config.condition_on_previous:
+            raise ValueError("this SiT was trained without --condition_on_previous: leave `previous` out")
+        names, shapes = Planes._fields * 2, self.plane_shapes * 2
+        for name, plane, shape in zip(names, (*planes, *(previous or ())), shapes):
             if plane.shape[1:] != shape:
                 raise ValueError(
                     f"plane {name} is {tuple(plane.shape)}, this SiT expects (batch, {', '.join(map(str, shape))}): "
@@ -174,6 +193,8 @@ class SiT(nn.Module):
         xt = self.x_embedder_xt(xt) + self.pos_embed_t + type_xt                         # (B, N_t, D)
         sizes = [xy.shape[1], yt.shape[1], xt.shape[1]]
         x = torch.cat([xy, yt, xt], dim=1)                                               # (B, N, D)
+        if self.config.condition_on_previous:
+            x = x + self._previous_tokens(previous, first, sizes)                        # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y, drop)                                # (B, D)
         x = self.blocks(x, c)                                                            # (B, N, D)
         xy, yt, xt = x.split(sizes, dim=1)                                               # (B, N_xy or N_t, D)
@@ -182,6 +203,19 @@ class SiT(nn.Module):
         xt = self.final_layer_xt(xt, c)                                                  # (B, N_t, p p C or 2C)
         return Planes(xy, yt, xt).map(self._unpatchify, self.plane_shapes)               # (B, C, R, R_xy)
 
+    def _previous_tokens(self, previous: Planes | None, first: Tensor | None, sizes: list[int]) -> Tensor:
+        """What the clip before adds to the tokens, (B, N, D), or (1, N, D) where there is none. sizes: tokens of each
+        plane."""
+        none = torch.cat([vector.expand(-1, size, -1) for vector, size in zip(self.no_previous.split(1, dim=1), sizes)],
+                         dim=1)
+        if previous is None:
+            return none
+        xy, yt, xt = previous
+        # Its time is reversed: its end, which the clip continues, is added to the tokens of the clip's start.
+        yt, xt = self.previous_embedder_yt(yt.flip(2)), self.previous_embedder_xt(xt.flip(2))
+        tokens = torch.cat([self.previous_embedder_xy(xy), yt, xt], dim=1)
+        return tokens if first is None else torch.where(first[:, None, None], none, tokens)
+
     def _unpatchify(self, tokens: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """(B, N, p p C or 2C) -> (B, C, height, width); the second half of the channels (learn_sigma) is dropped."""
         p = self.config.patch_size
@@ -189,17 +223,20 @@ class SiT(nn.Module):
         return plane[:, : shape[0]]
 
     def forward_with_cfg(
-        self, planes: Planes, t: Tensor, y: Tensor, cfg_scale: float, interval: tuple[float, float] = (0.0, 1.0)
+        self, planes: Planes, t: Tensor, y: Tensor, cfg_scale: float, interval: tuple[float, float] = (0.0, 1.0),
+        previous: Planes | None = None,
     ) -> Planes:
         """Classifier-free guidance (arXiv 2207.12598), uncond + cfg_scale (cond - uncond), from one network call on the
         doubled batch. Where t lies outside `interval` (arXiv 2404.07724) the result is the conditional one.
 
-        planes, t, y, returns: as `forward`. Raises ValueError where the model was trained without label dropout.
+        planes, t, y, previous, returns: as `forward`. The guidance is of the label alone, not of `previous`. Raises
+        ValueError where the model was trained without label dropout.
         """
         self.check_guidance(cfg_scale)
         unlabelled = torch.full_like(y, self.config.num_classes)
-        doubled = Planes(*(torch.cat([plane, plane]) for plane in planes))
-        output = self(doubled, torch.cat([t, t]), torch.cat([y, unlabelled]))
+        doubled, before = (given and Planes(*(torch.cat([plane, plane]) for plane in given))
+                           for given in (planes, previous))
+        output = self(doubled, torch.cat([t, t]), torch.cat([y, unlabelled]), previous=before)
         # A tensor, not a branch: reading t on the host would wait for the device at every step.
         scale = torch.where((interval[0] <= t) & (t <= interval[1]), cfg_scale, 1.0)[:, None, None, None]
         halves = (plane.chunk(2) for plane in output)

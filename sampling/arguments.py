@@ -41,6 +41,8 @@ def parse(description: str) -> argparse.Namespace:
         args.dataset_csv = args.dataset_csv or "ucf101_train.csv"
     elif not args.dataset_csv:
         args.video_name = args.video_name or "UCF-101_train"
+    if args.rollout < 1:
+        parser.error(f"--rollout is {args.rollout}, expected 1 or more")
     if args.num_samples is None:
         args.num_samples = 2048 if args.sit_model else 1024
     return args
@@ -57,6 +59,8 @@ def add_samples(parser: Parser) -> None:
     out.add_argument("--sample_batch_size", type=int, default=32, help="Samples that each process makes at once")
     out.add_argument("--cfg_scale", "--cs", dest="cfg_scale", type=float, default=1.0,
                      help="Scale of the guidance; 1 turns it off, 0 ignores the condition")
+    out.add_argument("--rollout", type=int, default=1, metavar="N",
+                     help="Clips of a sample, each continuing the one before, in one video")
     out.add_argument("--class_label", type=int, help="Class of all samples (default: drawn uniformly by a SiT; those "
                      "of the real clips by LARP)")
     out.add_argument("--seed", type=int, default=0, help="Seed of the samples, and of a SiT's real clips")

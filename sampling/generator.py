@@ -13,7 +13,7 @@ class Generator(NamedTuple):
     generate: Callable[[list[int], list[int], Tensor | None], tuple[Tensor, dict[str, Tensor]]]
     num_labels: int  # `generate` takes labels below this; 0: it takes none
     needs_real: bool  # whether `generate` takes real clips
-    num_frames: int
+    num_frames: int  # of a sample
     size: int
     protocols: list[str]  # names of the protocols that fit the model; the first is the default
     settings: dict  # everything that the samples depend on, as plain JSON values
@@ -22,6 +22,7 @@ class Generator(NamedTuple):
     class_names: list[str]  # by label; empty if unknown, or if there are no classes
     num_cond_frames: int = 0  # frames of the real clip that the model is given
     patch: tuple[int, int, int] | None = None  # (t, h, w) of the patches that the tokenizer decodes
+    rollout: int = 1  # clips of a sample, each continuing the one before
 
 
 def check_class_label(label: int | None, num_classes: int) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from common.cli import check_carried
 from common.rng import sample_generators
 from eval.metrics import psnr_frame
+from eval.motion import rollout_seams
 from models.pretrained import weights_sha256
 from sampling.generator import Generator, check_class_label
 from training.codes import hold_last
@@ -21,10 +22,14 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
     tokenizer = load_larp_tokenizer(args.tokenizer, args.tokenizer_version)
     trained = load_larp_ar(args.ar_model, args.version)
     model, config = trained.model, trained.model.config
-    fp, num_frames = config.frame_prediction, tokenizer.config.frame_num
+    fp, clip_frames = config.frame_prediction, tokenizer.config.frame_num
     if not fp:
         check_class_label(args.class_label, config.num_classes)
-    num_cond = larp_condition(args, trained.num_cond_frames, fp, num_frames)
+        if args.rollout > 1:
+            raise ValueError(f"--rollout is {args.rollout}, but {args.ar_model} is class-conditional, so its clips "
+                             "cannot continue one another: leave --rollout out, or give a model for frame prediction")
+    num_cond = larp_condition(args, trained.num_cond_frames, fp, clip_frames)
+    num_frames = clip_frames + (args.rollout - 1) * (clip_frames - num_cond)
     codes = tokenizer.config.bottleneck_token_num, tokenizer.config.bottleneck.args.regularizer.args.codebook_size
     if codes != (config.max_seq_len, config.vocab_size):
         raise ValueError(f"{args.ar_model} makes {config.max_seq_len} codes of {config.vocab_size}, but clips of the "
@@ -47,19 +52,30 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         place = list(range(num)) if device.type == "cpu" else [min(i, num - 1) for i in range(args.sample_batch_size)]
         parts = [slice(i, i + 1) for i in place] if device.type == "cpu" else [slice(None)]
         indices = [indices[i] for i in place]
+        given, draws, clips, nlls = None, None, [], []
         if real is not None:
-            given = hold_last(real[place], num_cond)
+            given = real[place][:, :, :clip_frames]
             draws = None if args.det else sample_generators(args.seed, indices, device)
-            known = [tokenizer.encode(given[part], args.det, draws and draws[part]) for part in parts]
-            cond = model.frame_condition(torch.cat(known))
         else:
             labels = labels if args.class_label is None else [args.class_label] * num
             cond = torch.tensor(labels, device=device)[place]
-        codes, nll = model.generate(cond, **draw, seeds=[(args.seed, i) for i in indices], return_nll=True)
-        videos = torch.cat([tokenizer.decode(codes[part]) for part in parts])[:num].float()
+        for clip in range(args.rollout):
+            if given is not None:
+                held = hold_last(given, num_cond)
+                known = [tokenizer.encode(held[part], args.det, draws and draws[part]) for part in parts]
+                cond = model.frame_condition(torch.cat(known))
+            seeds = [(args.seed, i, clip) for i in indices]  # (seed, i, 0) draws the same as (seed, i)
+            codes, nll = model.generate(cond, **draw, seeds=seeds, return_nll=True)
+            video = torch.cat([tokenizer.decode(codes[part]) for part in parts]).float()
+            clips.append(video[:, :, num_cond if clip else 0 :])  # a later clip's first frames are in the one before
+            nlls.append(nll)
+            given = video.clamp(0, 1).roll(num_cond, dims=2)  # its last frames first
+        videos, nll = torch.cat(clips, dim=2)[:num], torch.stack(nlls).mean(0)
         values = {"label": torch.full_like(nll, -1, dtype=torch.long) if fp else cond, "nll": nll}
         if real is not None:
             values["psnr_given"] = psnr_frame(real[:, :, :num_cond], videos[:, :, :num_cond].clamp(0, 1))
+        if args.rollout > 1:
+            values["seams_rollout"] = rollout_seams(videos, range(clip_frames, num_frames, clip_frames - num_cond))
         return videos, {name: value[:num] for name, value in values.items()}
 
     settings = {
@@ -69,6 +85,8 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
     }
     if not fp:
         del settings["condition_codes"]
+    if args.rollout > 1:
+        settings["rollout"] = args.rollout
     if device.type == "cuda":  # rounding depends on the size of the batch
         settings["sample_batch_size"] = args.sample_batch_size
     return Generator(
@@ -78,6 +96,7 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         model=f"LARP generator{', frame prediction' * fp}: {args.ar_model} {args.version} {sha256[:12]}",
         row={"ar_model": args.ar_model, "tokenizer": args.tokenizer},
         class_names=trained.class_names, num_cond_frames=num_cond, patch=tokenizer.config.patch,
+        rollout=args.rollout,
     )
 
 

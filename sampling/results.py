@@ -69,7 +69,7 @@ def make_report(
     rows: the values of all samples, as `SampleStore.collect` returns them.
     """
     num_made, num_real = len(rows["index"]), 0
-    means = ("nll", "bits_per_dim", "psnr_given")
+    means = ("nll", "bits_per_dim", "psnr_given", "seams_rollout")
     results: dict[str, Any] = {name: float(rows[name].mean()) for name in means if name in rows}
     if i3d:
         real, fake = torch.from_numpy(rows["real"]), torch.from_numpy(rows["fake"])
@@ -84,13 +84,16 @@ def make_report(
         name, split_seed = real_videos.name, real_videos.split_seed
         is_list = args.dataset_csv and not name.startswith("null")
         name = "+".join(part.name for part in (find_lists(name) if is_list else [Path(name)]))
+    departures = []
+    if generator.rollout > 1:
+        departures = [f"rollout: a sample is {generator.rollout} clips, each continuing the one before, instead of 1"]
     facts = run_record(
         protocol, name, len(real_videos.files) if real_videos else 0, i3d, num_real=num_real, num_generated=num_made,
         num_frames=generator.num_frames, size=protocol.size if protocol.num_cond_frames else generator.size,
         num_cond_frames=generator.num_cond_frames, i3d_eps=args.i3d_eps,
         seed=args.seed if split_seed is None else split_seed,
         manifest_sha256=real_videos.manifest if real_videos else "none", sampler=generator.settings,
-        model=generator.model,
+        model=generator.model, departures=departures,
     )
     draw_sheet(store, generator, real_videos, rows)
     row = {**generator.row, "num_samples": num_made, "NLL_sampled": results.get("nll"), "fvd": results.get("fvd"),

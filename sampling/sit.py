@@ -4,12 +4,14 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common import distributed
 from common.rng import Stream, generator, sample_generators
+from eval.motion import rollout_seams
 from models.interpolant import (
     ADAPTIVE,
     FIXED_GRID,
@@ -45,6 +47,12 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
     trained = trained._replace(stats=trained.stats.to(device))
     num_classes = sit.config.num_classes
     check_class_label(args.class_label, num_classes)
+    if args.rollout > 1 and not sit.config.condition_on_previous:
+        raise ValueError(f"--rollout is {args.rollout}, but {args.sit_model} was trained without "
+                         "--condition_on_previous, so its clips cannot continue one another: leave --rollout out")
+    if args.rollout > 1 and (args.reverse or args.likelihood):
+        raise ValueError("--reverse and --likelihood are of single clips: leave --rollout out")
+    num_frames, size, _ = tokenizer.config.video_shape  # of a clip
     sha256, tokenizer_sha256 = weights_sha256(sit), weights_sha256(tokenizer)
     if args.compile:
         compile_blocks(sit)
@@ -71,30 +79,34 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
             if real is not None:
                 latents = trained.stats.standardise(tokenizer.encode(real))
                 start = interpolant.sample_ode(model, latents, reverse=True, y=y, **solver)
-            planes = sample_planes(
-                trained, indices, args.seed, y, args.mode, **guidance, start=start, progress=progress, **solver
-            )
+            sampled = sample_rollout(trained, indices, args.seed, y, args.rollout, mode=args.mode, **guidance,
+                                     start=start, progress=progress, **solver)
             if args.likelihood:
-                latents = trained.stats.standardise(planes)
+                latents = trained.stats.standardise(sampled[0])
                 # Another seed than the noise's: the estimate is unbiased only if signs and noise are independent.
                 probe = draw_noise(sample_generators(args.seed + 1, indices, device), sit.plane_shapes).map(torch.sign)
                 values["nll"] = -interpolant.likelihood(model, latents, y=y, probe=probe, **solver)
                 values["bits_per_dim"] = values["nll"] / sum(plane[0].numel() for plane in latents) / math.log(2)
-            return tokenizer.render(planes, slices=args.slices), values
+            videos = torch.cat([tokenizer.render(planes, slices=args.slices) for planes in sampled], dim=2)
+        if args.rollout > 1:
+            values["seams_rollout"] = rollout_seams(videos, range(num_frames, videos.shape[2], num_frames))
+        return videos, values
 
     settings = {
         "mode": args.mode, **solver, **guidance, "reverse": args.reverse, "likelihood": args.likelihood,
         "class_label": args.class_label, "seed": args.seed, "dtype": dtype, "slices": args.slices,
         "interpolant": vars(interpolant), "sit_sha256": sha256, "tokenizer_sha256": tokenizer_sha256,
     }
-    num_frames, size, _ = tokenizer.config.video_shape
+    if args.rollout > 1:
+        settings["rollout"] = args.rollout
     protocols = ["styleganv_fvd2048_16f", "styleganv_fvd2048_128f"]
     return Generator(
-        generate, num_labels=0, needs_real=args.reverse, num_frames=num_frames, size=size,
+        generate, num_labels=0, needs_real=args.reverse, num_frames=args.rollout * num_frames, size=size,
         protocols=protocols if num_frames <= 16 else protocols[::-1], settings=settings,
         model=f"CoordTok-SiT: {args.sit_model} {sha256[:12]}",
         row={"sit_model": args.sit_model, "tokenizer": args.first_model_ckpt},
         class_names=trained.class_names if num_classes > 1 else [], patch=tokenizer.config.patch,
+        rollout=args.rollout,
     )
 
 
@@ -108,21 +120,34 @@ def guided(sit: SiT, cfg_scale: float, guidance_interval: tuple[float, float]) -
     return sit if cfg_scale == 1 else partial(sit.forward_with_cfg, cfg_scale=cfg_scale, interval=guidance_interval)
 
 
-def sample_planes(
-    trained: TrainedSiT, indices: Sequence[int], seed: int, labels: Tensor, mode: str = "SDE", cfg_scale: float = 1.0,
-    guidance_interval: tuple[float, float] = (0.0, 1.0), start: Planes | None = None, **sampler,
-) -> Planes:
-    """The tokenizer's planes of samples `indices`. A sample depends on (seed, index, label) alone, not on its batch.
+def sample_planes(trained: TrainedSiT, indices: Sequence[int], seed: int, labels: Tensor, **sampler) -> Planes:
+    """The tokenizer's planes of samples `indices`, one clip each: see `sample_rollout`."""
+    return sample_rollout(trained, indices, seed, labels, **sampler)[0]
 
-    labels: (B,) long, on the model's device. mode: "ODE" or "SDE". start: noise to start from; None draws it from
-    (seed, index). sampler: further arguments of Interpolant.sample_ode or sample_sde.
+
+def sample_rollout(
+    trained: TrainedSiT, indices: Sequence[int], seed: int, labels: Tensor, num_clips: int = 1, mode: str = "SDE",
+    cfg_scale: float = 1.0, guidance_interval: tuple[float, float] = (0.0, 1.0), start: Planes | None = None, **sampler,
+) -> list[Planes]:
+    """The tokenizer's planes of samples `indices`, `num_clips` clips each; every clip but the first is conditioned on
+    the planes of the one before. A sample depends on (seed, index, label) alone, not on its batch, and its first clips
+    do not depend on `num_clips`.
+
+    labels: (B,) long, on the model's device. mode: "ODE" or "SDE". start: noise that the first clip starts from; None
+    draws it from (seed, index). sampler: further arguments of Interpolant.sample_ode or sample_sde. More than one clip
+    needs a SiT with condition_on_previous.
     """
     sit, interpolant, stats = trained[:3]
-    generators = sample_generators(seed, indices, labels.device)
-    noise = draw_noise(generators, sit.plane_shapes)
+    generators = sample_generators(seed, indices, labels.device)  # a sample's clips draw from one, in turn
     if mode == "ODE":
         sample = interpolant.sample_ode
     else:
         sample = partial(interpolant.sample_sde, step_noise=noise_stream(generators))
     model = guided(sit, cfg_scale, guidance_interval)
-    return stats.restore(sample(model, noise if start is None else start, y=labels, **sampler))
+    clips: list[Planes] = []
+    for _ in range(num_clips):
+        noise = draw_noise(generators, sit.plane_shapes)
+        before: dict[str, Any] = {"previous": stats.standardise(clips[-1])} if clips else {}
+        clips.append(stats.restore(sample(model, noise if start is None else start, y=labels, **before, **sampler)))
+        start = None
+    return clips

@@ -312,6 +312,10 @@ def add_sit(group: Group, carried: bool) -> None:
                            help=Rare("Weighting of the loss over time, for score and noise predictions"))
         group.add_argument("--train_eps", type=float,
                            help=Rare("Margin of the times in training (default: by path and prediction)"))
+        group.add_argument("--condition_on_previous", action="store_true",
+                           help="Train to continue the clip before too, for sample.py --rollout")
+        group.add_argument("--previous_dropout_prob", type=float, default=0.2,
+                           help=Rare("Share of clips that are then trained as the first ones of their videos"))
 
 
 def add_sit_samples(logs: Group) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,16 +52,20 @@ def measure(batches: Iterator[Planes], channels: int, device: torch.device) -> L
     """Statistics over the batches of all processes, from exact sums. (The released code averages the variances of the
     processes, which depends on their number.)
 
-    batches: this process's, any number of them; each plane is (B, R, S, channels). Raises ValueError if no process has
-    any.
+    batches: this process's, any number of them; each plane is (B, R, S, channels), or has the channels of the clip
+    before too (`encode_pairs`), which are left out. Raises ValueError if no process has any, or none has a clip before.
     """
+    num_whole = torch.zeros(1, device=device)  # clips that have all their channels
     sums = torch.zeros(3, 3, channels, dtype=torch.float64, device=device)  # plane; count, sum, squares; channel
     for planes in batches:
-        flat = planes.map(lambda plane: plane.to(device).double().flatten(0, -2))  # (values, C)
+        num_whole += planes.xy[:, 0, 0, -1].isfinite().sum() if planes.xy.shape[-1] > channels else len(planes.xy)
+        flat = planes.map(lambda plane: plane[..., :channels].to(device).double().flatten(0, -2))  # (values, C)
         sums += torch.stack([torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]) for x in flat])
     count, total, squares = distributed.all_sum(sums).unbind(1)  # (3 planes, C) each
     if count.min() < 2:
         raise ValueError("none of the clips that the latents' mean and std are of can be decoded (quarantine.txt)")
+    if not distributed.all_sum(num_whole):
+        raise ValueError("no clip has one before it: --condition_on_previous needs videos of twice --num_frames frames")
     mean = total / count
     std = ((squares - count * mean.square()) / (count - 1)).clamp_min(1e-12).sqrt()  # a dead channel becomes 0, not NaN
     return LatentStats(Planes(*mean.float()), Planes(*std.float()))
@@ -80,13 +84,51 @@ def of_videos(videos: list[int], source: "LatentCache | ClipDataset", encode: En
     return (encode(batch) for batch in loader if len(batch["position"]))  # empty if all clips are damaged
 
 
+@torch.inference_mode()
+def encode_pairs(encode: Encode, num_frames: int, device: torch.device, batch: dict) -> Planes:
+    """Planes (B, R, S, 2 C) of a batch of a ClipDataset with `pairs`: first the channels of the clip, which is the
+    second window, then those of the clip before, NaN where the video is too short for two windows.
+
+    encode: a batch of clips of `num_frames` frames -> their planes (B, R, S, C).
+    """
+    frames, lengths = batch["frames"], batch["n_frames"].tolist()
+    frames = frames.to(device, non_blocking=True) if isinstance(frames, Tensor) else frames
+    paired = [i for i, length in enumerate(lengths) if length == 2 * num_frames]
+    windows: Any = [clip[:num_frames] for clip in frames] + [frames[i][num_frames:] for i in paired]
+    n_frames = torch.tensor([min(length, num_frames) for length in lengths] + [num_frames] * len(paired))
+    windows = torch.stack(windows) if isinstance(frames, Tensor) else windows
+    found = encode({**batch, "frames": windows, "n_frames": n_frames})
+    second = {i: len(lengths) + place for place, i in enumerate(paired)}
+
+    def joined(plane: Tensor) -> Tensor:
+        clip = [plane[second.get(i, i)] for i in range(len(lengths))]
+        before = [plane[i] if i in second else torch.full_like(plane[i], math.nan) for i in range(len(lengths))]
+        return torch.cat([torch.stack(clip), torch.stack(before)], dim=-1)
+
+    return found.map(joined)
+
+
+def split_pairs(planes: Planes, stats: LatentStats, hidden: Tensor) -> tuple[Planes, dict[str, Any]]:
+    """The planes (B, R, S, C) of the clips in what `encode_pairs` returns, and as keyword arguments of `SiT.forward`
+    the clips before them. hidden: (B,) bool, the clips that are to be learned without the one before. Planes of C
+    channels, of clips alone, come back as they are."""
+    channels = len(stats.mean.xy)
+    if planes.xy.shape[-1] == channels:
+        return planes, {}
+    absent = planes.xy[:, 0, 0, channels].isnan()
+    before = stats.standardise(planes.map(lambda plane: plane[..., channels:]))
+    before = before.map(lambda plane: torch.where(absent[:, None, None, None], 0.0, plane))
+    return planes.map(lambda plane: plane[..., :channels]), {"previous": before, "first": absent | hidden}
+
+
 def draw_step(seed: int, step: int, batch_size: int, shapes: Sequence[tuple[int, ...]],
               device: torch.device) -> tuple[Planes, Tensor]:
     """What a training step draws for its whole batch, on every process alike: noise (B, *shape) for each plane, and
-    (2, B) uniform numbers in [0, 1), for times and for hidden labels."""
+    (3, B) uniform numbers in [0, 1), for times, hidden labels and hidden clips before."""
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
     noise = Planes(*(torch.randn(batch_size, *shape, generator=generator, device=device) for shape in shapes))
-    return noise, torch.rand(2, batch_size, generator=generator, device=device)
+    # Two draws, so that the first one is the same as before there was a second.
+    return noise, torch.cat([torch.rand(rows, batch_size, generator=generator, device=device) for rows in (2, 1)])
 
 
 def plane_shapes(config: CoordTokConfig) -> tuple[tuple[int, int, int], ...]:
@@ -96,12 +138,13 @@ def plane_shapes(config: CoordTokConfig) -> tuple[tuple[int, int, int], ...]:
 
 
 class LatentCache(WindowCache):
-    """A WindowCache of float32 planes. Rows that cannot be decoded are NaN."""
+    """A WindowCache of float32 planes. Rows that cannot be decoded are NaN. With `clips.pairs` a row holds the planes
+    of two windows, (R, S, 2 C) each, as `encode_pairs` returns them."""
 
     def __init__(self, folder: Path, clips: ClipDataset, config: CoordTokConfig, views: int, key: dict):
-        self.shapes = plane_shapes(config)
+        self.shapes = [(*shape, channels * (1 + clips.pairs)) for *shape, channels in plane_shapes(config)]
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        key = {**key, "config": asdict(config)}
+        key = {**key, "config": asdict(config), **({"pairs": True} if clips.pairs else {})}
         super().__init__(folder, "latents", clips, views, key, sum(self.sizes), "float32", math.nan)
 
     def fill(self, encode: Encode, batch_size: int, num_workers: int) -> None:

@@ -108,7 +108,7 @@ def sit_inputs(c: SiTConfig) -> int:
     """What reads noisy planes and times: embeddings of patches and of 256 sinusoids."""
     rows_t, rows = c.input_size
     values = (rows * rows + 2 * rows_t * rows) * c.in_channels
-    return linear(values, 1, c.hidden_size) + linear(1, 256, c.hidden_size)
+    return (1 + c.condition_on_previous) * linear(values, 1, c.hidden_size) + linear(1, 256, c.hidden_size)
 
 
 def sit(c: SiTConfig) -> int:
