@@ -26,7 +26,7 @@ RANGES = {
     "[1, inf)": (
         "accum_iter", "batch_size", "sample_batch_size", "val_batch_size", "slices", "log_every", "prefetch_factor",
         "num_iters", "max_epoch", "point_per_vid", "stat_clips", "d_update_freq", "num_classes", "num_samples_total",
-        "num_clips", "num_cond_frames", "world_size", "stride", "size", "keep_checkpoints",
+        "num_clips", "num_cond_frames", "world_size", "stride", "size", "keep_checkpoints", "rollout",
         # architecture
         "num_frames", "img_size", "enc_embed_dim", "enc_num_layers", "enc_num_heads", "enc_patch_size_xy",
         "enc_patch_size_t", "enc_patch_num_layers", "latent_resolution_xy", "latent_resolution_t", "latent_n_features",
@@ -56,6 +56,7 @@ RANGES = {
         "betas", "ema_decay", "ema_decays", "last_step_size", "class_dropout_prob", "token_dropout_p", "attn_dropout_p",
         "resid_dropout_p", "ffn_dropout_p", "drop_path_rate",
     ),
+    "(0, 1)": ("previous_dropout_prob",),
     "[0, 1]": ("min_lr_mult", "guidance_interval", "top_p", "mix_ss_max_ratio"),
     "[8, 32]": ("plane_bits",),
     "[0, 0.5)": ("train_eps", "sample_eps"),

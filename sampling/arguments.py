@@ -41,8 +41,6 @@ def parse(description: str) -> argparse.Namespace:
         args.dataset_csv = args.dataset_csv or "ucf101_train.csv"
     elif not args.dataset_csv:
         args.video_name = args.video_name or "UCF-101_train"
-    if args.rollout < 1:
-        parser.error(f"--rollout is {args.rollout}, expected 1 or more")
     if args.num_samples is None:
         args.num_samples = 2048 if args.sit_model else 1024
     return args
