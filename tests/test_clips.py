@@ -203,3 +203,21 @@ def test_a_quarantine_waits_for_the_process_that_writes(tmp_path):
         file.write("/0.avi\tbroken\n")
     other.join()
     assert (tmp_path / "bad.txt").read_text() == "/0.avi\tbroken\n"
+
+
+@pytest.mark.parametrize("resize", ["worker", "device"])
+def test_pairs_are_two_windows_in_a_row_where_the_video_has_them(folder, resize):
+    data = dataset(folder, num_frames=7, pairs=True, resize=resize)  # of videos of 20, 9 and 14 frames
+    starts = set()
+    for position in range(40):
+        sample = data[ClipKey(position, 0)]
+        starts.add(sample["start"])
+        assert sample["n_frames"] == 14 and len(sample["frames"]) == 14
+        grey = sample["frames"].float().mean((1, 2, 3))
+        torch.testing.assert_close(grey, (sample["start"] + torch.arange(14.0)) * 10, atol=2, rtol=0)
+    assert starts == set(range(7))
+    assert data[ClipKey(0, 2)]["n_frames"] == 14
+    alone = [data[ClipKey(position, 1)] for position in range(20)]
+    assert {sample["start"] for sample in alone} == {0, 1, 2}, "windows of a short video are drawn as without pairs"
+    assert all(sample["n_frames"] == 7 and len(sample["frames"]) == 14 for sample in alone)
+    assert all((sample["frames"][7:] == 0).all() for sample in alone)

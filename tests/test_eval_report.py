@@ -54,6 +54,12 @@ def test_deviations_are_listed_and_marked():
     assert "larp_gfvd10k*" in text and "64 instead of 10000" in text and protocols.NOT_OURS in text
 
 
+def test_departures_that_no_field_tells_are_listed_too():
+    plain, full = (record(PROTOCOLS["larp_gfvd10k"], departures, **FACTS) for departures in ([], ["rollout: 4"]))
+    assert full["deviations"] == [*plain["deviations"], "rollout: 4"] and full["title"].endswith("*")
+    assert full.keys() == plain.keys()
+
+
 def test_what_a_protocol_leaves_open_the_run_must_say():
     protocol = dataclasses.replace(PROTOCOLS["larp_rfvd"], num_real=None, num_generated=None, dataset=None)
     full = record(protocol, **FACTS, dataset="mine")

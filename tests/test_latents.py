@@ -12,7 +12,7 @@ from data.video import VideoError, write_video
 from models.coordtok import CoordTokConfig
 from models.triplane import Planes
 from training import window_cache
-from training.latents import LatentCache, LatentStats, batches_from_cache, measure
+from training.latents import LatentCache, LatentStats, batches_from_cache, draw_step, encode_pairs, measure, split_pairs
 
 CONFIG = CoordTokConfig(video_shape=(4, 16, 16), enc_patch_size_xy=16, enc_patch_size_t=4, latent_resolution_xy=2,
                         latent_resolution_t=4, latent_n_features=3, latent_patch_size_xy=2, latent_patch_size_t=2)
@@ -156,3 +156,61 @@ def test_batches_are_windows_of_the_videos_asked_for_whatever_the_processes(cach
     for (latent, _, _), parts in zip(whole, shared):
         assert torch.equal(latent.xt, torch.cat([part[0].xt for part in parts]))
     assert all(torch.equal(a[0].xy, b[0].xy) for a, b in zip(whole[7:], batches(start_step=7)))
+
+
+def encode_frames(batch):
+    """Planes that say which frames they are of: the mean of the first and of the last real one, and the length."""
+    clips = zip(batch["frames"], batch["n_frames"].tolist())
+    values = torch.tensor([[clip[0].float().mean(), clip[n - 1].float().mean(), n] for clip, n in clips])
+    return Planes(*(values[:, None, None].expand(-1, rows, 2, 3).clone() for rows in (2, 4, 4)))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_pairs_are_encoded_as_two_clips(alike):
+    frames = torch.arange(24.0).view(3, 8, 1, 1, 1).expand(3, 8, 4, 4, 3)
+    lengths = torch.tensor([8, 4, 3])  # two windows of 4; one; one that is short
+    batch = {"frames": frames if alike else list(frames), "n_frames": lengths, "label": lengths}
+    found = encode_pairs(encode_frames, 4, CPU, batch)
+    ones, zeros = Planes(*(torch.ones(3) for _ in range(3))), Planes(*(torch.zeros(3) for _ in range(3)))
+    clip, before = split_pairs(found, LatentStats(zeros, ones), torch.zeros(3, dtype=torch.bool))
+    assert clip.yt[:, 0, 0].tolist() == [[4, 7, 4], [8, 11, 4], [16, 18, 3]]
+    assert before["previous"].yt.shape == (3, 3, 4, 2), "standardised, channels first"
+    assert before["previous"].yt[:, :, 0, 0].tolist() == [[0, 3, 4], [0, 0, 0], [0, 0, 0]]
+    assert before["first"].tolist() == [False, True, True]
+    _, before = split_pairs(found, LatentStats(ones, ones), torch.tensor([True, False, False]))
+    assert before["first"].all() and before["previous"].xy[0, 1, 0, 0] == 2
+    same, nothing = split_pairs(clip, LatentStats(zeros, ones), before["first"])
+    assert same is clip and nothing == {}
+
+
+def test_the_cache_holds_pairs_apart_from_single_windows(cache, clips):
+    single = cache()
+    clips.pairs, clips.num_frames = True, 3  # the videos have 6 frames
+    filled = cache()
+    assert filled.rows.folder != single.rows.folder
+    filled.fill(lambda batch: encode_pairs(encode_frames, 3, CPU, batch), 2, 0)
+    assert filled.good_files() == [0, 1, 3]
+    got = filled.read(np.array([0, 11]))
+    expected = encode_frames({"frames": torch.cat([clips[(row, row // 3)]["frames"].view(2, 3, 16, 16, 3).flip(0)
+                                                   for row in (0, 11)]), "n_frames": torch.full((4,), 3)})
+    assert got.xt.shape == (2, 4, 2, 6)
+    assert torch.equal(got.xt.unflatten(-1, (2, 3))[:, 0, 0].flatten(0, 1), expected.xt[:, 0, 0])
+
+
+def test_statistics_leave_the_clip_before_out():
+    one = planes(5)
+    both = one.map(lambda plane: torch.cat([plane, plane + 100], dim=-1))
+    assert torch.equal(measure(iter([both]), 3, CPU).mean.yt, measure(iter([one]), 3, CPU).mean.yt)
+    alone = one.map(lambda plane: torch.cat([plane, torch.full_like(plane, torch.nan)], dim=-1))
+    measure(iter([alone, both]), 3, CPU)
+    with pytest.raises(ValueError, match="no clip has one before it: .* twice --num_frames"):
+        measure(iter([alone, alone]), 3, CPU)
+
+
+def test_later_draws_of_a_step_leave_the_first_ones_as_they_were():
+    generator = torch.Generator().manual_seed(3 * 1_000_003 + 7)
+    noise = [torch.randn(20, 2, 4, 4, generator=generator) for _ in range(3)]
+    uniform = torch.rand(2, 20, generator=generator)
+    drawn, numbers = draw_step(3, 7, 20, [(2, 4, 4)] * 3, CPU)
+    assert all(map(torch.equal, drawn, noise)) and torch.equal(numbers[:2], uniform)
+    assert numbers.shape == (3, 20) and not torch.equal(numbers[2], numbers[0])

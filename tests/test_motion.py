@@ -18,6 +18,7 @@ from eval.motion import (
     motion_rows,
     motion_summary,
     optical_flow,
+    rollout_seams,
     seams,
     vmaf,
     warping_error,
@@ -181,3 +182,12 @@ def test_an_ffmpeg_without_vmaf_gets_one_line(monkeypatch, true):
     monkeypatch.setattr(motion.subprocess, "run", lambda *args, **options: bare)
     with pytest.raises(ValueError, match="has no libvmaf.*install imageio-ffmpeg 0.6.*--vmaf"):
         vmaf(true, true)
+
+
+def test_rollout_seams_are_jumps_where_clips_meet():
+    ramp = torch.linspace(0, 0.5, 10).view(1, 1, 10, 1, 1).expand(2, 3, 10, 16, 16).clone()
+    assert rollout_seams(ramp, range(4, 10, 4)).tolist() == pytest.approx([1, 1], rel=1e-5)
+    ramp[1, :, 4:] += 0.1
+    ramp[1, :, 8:] -= 0.1 + 0.5 / 9
+    step = 0.5 / 9
+    assert rollout_seams(ramp, (4, 8)).tolist() == pytest.approx([1, (step + 0.1 + 0.1) / 2 / step], rel=1e-4)

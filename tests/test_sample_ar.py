@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ from eval.protocols import PROTOCOLS
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
 from models.pretrained import weights_sha256
+from sampling import larp
 from sampling.real_clips import real_batches, segments
 from sampling.store import chunk_indices
 from training import checkpoint
-from training.load import load_larp_ar
+from training.load import TrainedLARP, load_larp_ar
 
 FRAMES, SIZE, CODES, BOOK = 12, 32, 12, 32
 GENERATOR = {"dim": 32, "n_layer": 2, "n_head": 2, "num_classes": 2, "vocab_size": BOOK, "max_seq_len": CODES}
@@ -298,6 +300,74 @@ def test_models_without_a_list(sampled, models, data):
     assert json.loads((folder / "report.json").read_text())["record"]["split"] == "test"
 
 
+def test_a_rollout_is_one_video_of_the_given_and_all_new_frames(sampled):
+    """It does not depend on the batch, begins as a single clip, and is marked as a departure."""
+    one = sampled("one", "fp", "--num_samples", 3, fvd=True)  # the real clips are of short videos, all from the start
+    three = sampled("three", "fp", "--num_samples", 3, "--rollout", 3)
+    assert pixels(three, 0).shape == (FRAMES + 2 * 7, SIZE, SIZE, 3) == pixels(three, 0, "gt").shape
+    for index in range(3):
+        assert np.array_equal(pixels(three, index)[:FRAMES], pixels(one, index))
+        assert np.array_equal(pixels(three, index, "gt")[:FRAMES], pixels(one, index, "gt"))
+        assert (pixels(three, index)[FRAMES : FRAMES + 7] != pixels(three, index)[FRAMES + 7 :]).any()
+    alone = sampled("alone", "fp", "--num_samples", 3, "--rollout", 3, "--sample_batch_size", 1)
+    assert_same_samples(alone, three, 3)
+    report = json.loads((three / "report.json").read_text())
+    assert report["record"]["num_frames"] == FRAMES + 2 * 7 and report["results"]["seams_rollout"] > 0
+    assert {f"num_frames: {FRAMES + 2 * 7} instead of 16", "rollout: a sample is 3 clips, each continuing the one "
+            "before, instead of 1"} <= {*report["record"]["deviations"]}
+    plain = json.loads((one / "report.json").read_text())
+    assert not [line for line in plain["record"]["deviations"] if "rollout" in line]
+
+
+class Ramp(torch.nn.Module):
+    """A tokenizer whose codes are the frames' grey levels, and a generator that lets them go on rising by `step`."""
+
+    def __init__(self, step=2):
+        super().__init__()
+        book = SimpleNamespace(args=SimpleNamespace(codebook_size=256))
+        book = SimpleNamespace(args=SimpleNamespace(regularizer=book))
+        self.config = SimpleNamespace(
+            frame_num=16, input_size=16, patch=(4, 8, 8), bottleneck_token_num=16, bottleneck=book,  # the tokenizer's
+            frame_prediction=True, num_classes=0, max_seq_len=16, vocab_size=256)
+        self.step, self.forgets, self.seeds = step, False, []
+
+    def encode(self, video, deterministic, generators):
+        return (video.mean((1, 3, 4)) * 255).round().long()
+
+    def decode(self, codes):
+        return (codes / 255).view(-1, 1, 16, 1, 1).expand(-1, 3, -1, 16, 16)
+
+    def frame_condition(self, codes):
+        assert (codes[:, 4:] == codes[:, 4:5]).all(), "the last given frame is held"
+        return codes
+
+    def generate(self, cond, seeds, return_nll, **draw):
+        self.seeds += seeds
+        start = torch.full_like(cond[:, :1], 9) if self.forgets else cond[:, :1]
+        return start + self.step * torch.arange(16), torch.zeros(len(cond))
+
+
+def test_four_rollouts_of_11_frames_go_on_without_a_seam(monkeypatch):
+    """5 given and 4 x 11 new frames of a model that continues what it is given: every frame is known."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--ar_model", "A", "--tokenizer", "T", "--output_dir", "O", "--fp",
+                                      "--num_cond_frames", "5", "--rollout", "4", "--seed", "3"])
+    args, ramp = sample.parse_args(), Ramp()
+    monkeypatch.setattr(larp, "load_larp_tokenizer", lambda *_: ramp)
+    monkeypatch.setattr(larp, "load_larp_ar", lambda *_: TrainedLARP(ramp, None, [], None))
+    generator = larp.larp_generator(args, torch.device("cpu"))
+    assert generator.num_frames == 5 + 4 * 11 and generator.settings["rollout"] == generator.rollout == 4
+    expected = torch.tensor([[10], [40]]) + 2 * torch.arange(5 + 4 * 11)
+    given = expected.clone()
+    given[:, 5:] = 0  # only the given frames count
+    real = (given / 255)[:, None, :, None, None].expand(-1, 3, -1, 16, 16)
+    video, values = generator.generate([0, 1], [-1, -1], real)
+    assert torch.equal((video.mean((1, 3, 4)) * 255).round().long(), expected)
+    assert values["seams_rollout"].tolist() == pytest.approx([1, 1], rel=1e-3)
+    assert ramp.seeds == [(3, i, clip) for clip in range(4) for i in (0, 1)]
+    ramp.forgets = True
+    assert generator.generate([0, 1], [-1, -1], real)[1]["seams_rollout"].min() > 5
+
+
 @pytest.fixture
 def trained(models, tmp_path):
     """Checkpoints of ours: class-conditional with an average, and frame prediction of three frames."""
@@ -333,6 +403,7 @@ def test_our_checkpoints_carry_their_task(sampled, trained, published, tmp_path)
         ("fp", ["--cfg_scale", "1.25"], "predicts frames, without classes: leave --class_label and --cfg_scale out"),
         ("fp", ["--num_cond_frames", "12"], "--num_cond_frames is 12, expected 1 to 11"),
         ("fp", ["--ar_model", "RUN"], "--num_cond_frames 5 was given, but .*fp has 3"),
+        ("class", ["--rollout", "2"], "--rollout is 2, but .* is class-conditional, so its clips cannot continue"),
         ("class", ["--class_label", "2"], "--class_label is 2, expected 0 to 1"),
         ("class", ["--dataset_csv", "null128.csv"], "null128.csv has label 100, but the model has 2 classes"),
         ("class", ["--dataset_csv", "nowhere.csv"], "no list nowhere.csv"),

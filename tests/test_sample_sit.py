@@ -210,6 +210,29 @@ def test_fvd_and_its_table(sampled, data, tmp_path, models):
     assert all(row["num_samples"] == str(total) and row["protocol"] == "styleganv_fvd2048_16f*" for row in table)
 
 
+def test_a_rollout_is_one_video_of_clips_in_a_row(sampled, models, tmp_path):
+    """It does not depend on batches and shards, begins as a single clip, and is marked as a departure."""
+    tokenizer = CoordTok(**TOKENIZER)
+    tokenizer.load_state_dict(checkpoint.load(models[1])["model"])
+    long = ("--sit_model", save_sit(tmp_path / "long", tokenizer, condition_on_previous=True), "--num_samples", 3)
+    one = sampled("one", *long)
+    three = sampled("three", *long, "--rollout", 3)
+    assert pixels(three, 0).shape == (30, 16, 16, 3)
+    for index in range(3):
+        assert abs(pixels(three, index)[:10] - pixels(one, index)).max() <= 1
+        assert abs(pixels(three, index)[10:20] - pixels(one, index)).max() > 10
+    shards = ("--rollout", 3, "--num_samples_total", 3, "--sample_batch_size", 1)
+    sampled("shards", *long, *shards, "--starting_index", 1)
+    assert_same_samples(sampled("shards", *long, *shards, "--num_samples", 1), three, 3)
+    with pytest.raises(ValueError, match="samples of other settings: rollout 3 there, None here"):
+        sampled("three", *long)
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (one, three)]
+    assert "rollout" not in reports[0]["record"]["sampler"] and "seams_rollout" not in reports[0]["results"]
+    assert not [line for line in reports[0]["record"]["deviations"] if "rollout" in line]
+    assert reports[1]["record"]["num_frames"] == 30 and reports[1]["results"]["seams_rollout"] > 0
+    assert reports[1]["record"]["deviations"][-1].startswith("rollout: a sample is 3 clips, ")
+
+
 @pytest.mark.parametrize("flags", [
     ["--sampling_method", "dopri5"], ["--sampling_method", "heun3", "--coupled"],
     ["--sampling_method", "euler", "--reverse", "--video_name", "UCF-101"],
@@ -271,6 +294,8 @@ def test_the_authors_run_folder_gives_the_same_samples(sampled, models, tmp_path
         (["--sampling_method", "euler"], "--sampling_method euler is none of the SDE samplers: Euler, Heun"),
         (["--mode", "ODE", "--sampling_method", "Heun"], "Heun is none of the ODE samplers: dopri5, "),
         (["--likelihood"], "give --mode ODE"),
+        (["--rollout", "2"], "--rollout is 2, but .* was trained without --condition_on_previous"),
+        (["--sit_model", "LONG", "--rollout", "2", "--mode", "ODE", "--likelihood"], "are of single clips"),
         (["--class_label", "2"], "--class_label is 2, expected 0 to 1"),
         (["--guidance_interval", "0.9", "0.1"], r"--guidance_interval is \[0.9, 0.1\], expected LOW below HIGH"),
         (["--num_samples_total", "4", "--starting_index", "4"], "none of the samples 0 to 3"),
@@ -295,7 +320,8 @@ def test_mistakes_are_named(sampled, models, tmp_path, flags, message):
     smaller = CoordTok(**{**TOKENIZER, "latent_n_features": 1})
     checkpoint.save(tmp_path / "SMALLER", 1, {
         "kind": "coordtok", "config": asdict(smaller.config), "model": smaller.state_dict()})
-    there = {"OTHER", "SMALLER", "MISFIT", "UNGUIDED"}
+    save_sit(tmp_path / "LONG", tokenizer, condition_on_previous=True)
+    there = {"OTHER", "SMALLER", "MISFIT", "UNGUIDED", "LONG"}
     flags = [tmp_path / flag if flag in there else models[1] if flag == "TOKENIZER" else flag for flag in flags]
     with pytest.raises((ValueError, OSError), match=message):
         sampled("out", *flags)

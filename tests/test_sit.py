@@ -172,3 +172,48 @@ def test_planes_of_another_tokenizer():
     x, t, y = inputs(model)
     with pytest.raises(ValueError, match=r"plane yt is \(2, 2, 6, 4\), this SiT expects \(batch, 2, 8, 4\)"):
         model(x._replace(yt=x.yt[:, :, :6]), t, y)
+
+
+def test_the_clip_before_is_an_option_that_starts_as_nothing():
+    plain = tiny()
+    assert "condition_on_previous" not in plain.config.plain() and SiTConfig(**plain.config.plain()) == plain.config
+    torch.manual_seed(1)
+    model = SiT(**TINY, condition_on_previous=True).eval()
+    assert SiTConfig(**model.config.plain()) == model.config
+    new = model.state_dict().keys() - plain.state_dict().keys()
+    assert new == {"no_previous", *(f"previous_embedder_{plane}.proj.{part}" for plane in Planes._fields
+                                    for part in ("weight", "bias"))}
+    model.load_state_dict({**model.state_dict(), **plain.state_dict()})
+    x, t, y = inputs(model)
+    before = Planes(*(torch.randn(plane.shape) for plane in x))
+    expected = plain(x, t, y)
+    for got in (model(x, t, y), model(x, t, y, previous=before)):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))
+    with pytest.raises(ValueError, match="trained without --condition_on_previous"):
+        plain(x, t, y, previous=before)
+    with pytest.raises(ValueError, match="plane xt is"):
+        model(x, t, y, previous=Planes(before.xy, before.yt, before.xy))
+
+
+def test_every_plane_of_the_clip_before_counts_unless_the_clip_is_the_first():
+    model = tiny(condition_on_previous=True)
+    x, t, y = inputs(model)
+    before = Planes(*(torch.randn(plane.shape) for plane in x))
+    first = torch.tensor([True, False])
+    mixed = model(x, t, y, previous=before, first=first)
+    assert_close([plane[:1] for plane in mixed], [plane[:1] for plane in model(x, t, y)], atol=1e-6)
+    assert_close([plane[1:] for plane in mixed], [plane[1:] for plane in model(x, t, y, previous=before)], atol=1e-6)
+    for name in Planes._fields:
+        other = model(x, t, y, previous=before._replace(**{name: getattr(before, name) + 1}), first=first)
+        assert torch.equal(other.xy[0], mixed.xy[0]) and (other.xy[1] - mixed.xy[1]).abs().max() > 1e-3
+    sum(plane.sum() for plane in mixed).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters()), "as DDP needs"
+
+
+def test_guidance_keeps_the_clip_before():
+    model = tiny(num_classes=3, class_dropout_prob=0.5, condition_on_previous=True)
+    x, t, y = inputs(model)
+    before = Planes(*(torch.randn(plane.shape) for plane in x))
+    with_label, without = (model(x, t, y, drop=torch.full((2,), hide), previous=before) for hide in (False, True))
+    expected = without.map(lambda u, c: u + 3 * (c - u), with_label)
+    assert_close(model.forward_with_cfg(x, t, y, 3.0, previous=before), expected, atol=1e-4)

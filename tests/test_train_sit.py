@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY_COORDTOK, losses, num_lines, run, run_here, start, wait
+from helpers import TINY_COORDTOK, logged, losses, num_lines, run, run_here, start, wait
 
+import sample
 import train_sit
 from training import checkpoint
 
@@ -147,3 +148,35 @@ def test_damaged_clips_of_the_statistics(data, coordtok, monkeypatch, tmp_path):
         path.write_text("no video")
     with pytest.raises(ValueError, match="none of the clips that the latents' mean and std are of can be decoded"):
         run_here(monkeypatch, train_sit, *flags, "--exp_name", "none")
+
+
+@pytest.mark.parametrize("cache", [[], ["--cache_latents", 2]])
+def test_a_model_that_continues_the_clip_before(folder, coordtok, monkeypatch, tmp_path, cache):
+    """Of three videos of 20, 9 and 14 frames, the first has two windows of 8. Resumed bit for bit, and rolled out."""
+    def train(name, *more):
+        flags = arguments(folder.parent, coordtok, tmp_path, "--video_name", folder.name, "--global_batch_size", 3,
+                          "--condition_on_previous", "--exp_name", name, "--cache_dir", tmp_path / "cache", *cache)
+        run_here(monkeypatch, train_sit, *flags, *more)
+        return tmp_path / name
+
+    run = train("run", "--previous_dropout_prob", 0.5)
+    share = [line["continued"] for line in logged(run, "train").values()]
+    assert {0, 1 / 3} == {round(value * 3) / 3 for value in share}, "one of three, or hidden"
+    state = checkpoint.load(run / "checkpoints")
+    assert state["config"]["condition_on_previous"] is True
+    assert all(state["model"][f"previous_embedder_{plane}.proj.weight"].abs().max() > 0 for plane in ("xy", "yt", "xt"))
+    train("halves", "--previous_dropout_prob", 0.5, "--num_iters", 3)
+    halves = train("halves", "--previous_dropout_prob", 0.5, "--ckpt", "auto")
+    assert losses(halves) == losses(run)
+    with pytest.raises(ValueError, match="other settings than the flags .condition_on_previous True there, None here"):
+        run_here(monkeypatch, train_sit, *arguments(folder.parent, coordtok, tmp_path, "--video_name", folder.name,
+                                                    "--global_batch_size", 3, "--ckpt", "auto"))
+    run_here(monkeypatch, sample, "--sit_model", run, "--first_model_ckpt", coordtok / "checkpoints", "--output_dir",
+             tmp_path / "out", "--no_fvd", "--num_samples", 1, "--num_sampling_steps", 4, "--rollout", 2, "--save",
+             "png")
+    assert len(list((tmp_path / "out" / "sampled_videos" / "000000").iterdir())) == 16
+
+
+def test_videos_too_short_for_two_clips_are_an_error(data, coordtok, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="no clip has one before it: .* twice --num_frames frames"):
+        run_here(monkeypatch, train_sit, *arguments(data, coordtok, tmp_path, "--condition_on_previous"))
