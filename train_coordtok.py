@@ -22,7 +22,7 @@ from models.stlpips import perceptual_metric
 from training import checkpoint, flags
 from training.load import coordtok_clips, load_coordtok
 from training.log import NonFiniteGuard, start_log
-from training.optim import Precision, adamw, update
+from training.optim import Precision, adamw, cosine_with_warmup, set_rates, update
 from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import make_validation
 
@@ -33,6 +33,9 @@ def parse_args():
     flags.add_clip_cache(parser)
     flags.add_coordtok(parser)
     train = flags.add_training(parser, batch_size=256, lr=1e-4, num_iters=1000000)
+    train.add_argument("--warmup_iters", type=int, default=0, help="steps of linear warm-up, from MIN_LR_MULT on")
+    train.add_argument("--min_lr_mult", type=float, default=1.0,
+                       help="first and last learning rate, as a share: the rate falls by half a cosine; 1: constant")
     train.add_argument("--point_per_vid", type=int, default=1024, help="patches of each video that are decoded")
     train.add_argument("--is_second_step", action="store_true", help="step 2: whole frames and a perceptual loss")
     train.add_argument("--first_step_ckpt", help="step 2 starts from this checkpoint, ours or the authors'")
@@ -124,6 +127,8 @@ def main():
     checkpoint.start_rng(args.seed, rng)
     log.make_up(scores)
     for step in range(start + 1, args.num_iters + 1):
+        # A pure function of the step; without the two flags it is 1.
+        set_rates(optimizer, [args.lr], cosine_with_warmup(step, args.warmup_iters, args.num_iters, args.min_lr_mult))
         means = 0
         for micro in range(args.accum_iter):
             batch = log.next(batches, step, save)

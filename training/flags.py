@@ -57,7 +57,7 @@ def add_lists(parser: Parser, csv_file: str) -> argparse._ArgumentGroup:
 def add_training(parser: Parser, batch_size: int, lr: float, num_iters: int | None = None, epochs: int | None = None,
                  warmup_epoch: float | None = None) -> argparse._ArgumentGroup:
     """Flags of the training loop, which has a length of `num_iters` steps, or of `epochs`. warmup_epoch: epochs of
-    warm-up; None is a constant learning rate. Returns their group, for what one script has alone."""
+    warm-up; None leaves the schedule to the script. Returns their group, for what one script has alone."""
     train = parser.add_argument_group("training")
     train.add_argument("--batch_size", "--num_views", "--global_batch_size", "-b", dest="batch_size", type=int,
                        default=batch_size, help="clips a step, over all processes")
@@ -67,8 +67,7 @@ def add_training(parser: Parser, batch_size: int, lr: float, num_iters: int | No
                            help="passes over the videos")
     train.add_argument("--num_iters", type=int, default=num_iters,
                        help="steps" if epochs is None else "steps, instead of --max_epoch")
-    train.add_argument("--lr", type=float, default=lr,
-                       help="learning rate, constant" if warmup_epoch is None else "highest learning rate")
+    train.add_argument("--lr", type=float, default=lr, help="highest learning rate")
     if warmup_epoch is not None:
         train.add_argument("--warmup_epoch", type=float, default=warmup_epoch, help="epochs of linear warm-up")
         train.add_argument("--min_lr_mult", type=float, default=0.01, help="first and last learning rate, as a share")
