@@ -21,6 +21,10 @@ from models.pretrained import PRETRAINED, check_finite, load_state, read_pretrai
 from training import fsdp
 
 FORMAT = 1
+# The type of what a checkpoint holds, where it holds it. The dicts are read by their keys, models by `load_state`.
+DICTS = ("config", "disc_config", "interpolant", "statistics", "data", "args")
+TYPES = {"step": int, "best": int | float, "rng": list, "classes": list, "tokenizer": str, "num_cond_frames": int,
+         **dict.fromkeys(DICTS, dict)}
 NAME = re.compile(r"step_(\d+)(\.pt)?")  # of a file, or of a folder where the state has sharded tensors
 
 
@@ -83,10 +87,10 @@ def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
     return path
 
 
-def save_run(folder: Path, step: int, args: Namespace, parts: dict[str, Any], num_files: int, **facts) -> None:
+def save_run(folder: Path, step: int, args: Namespace, parts: dict[str, Any], listed: dict, **facts) -> None:
     """Save to `folder`/checkpoints what the parts of a run hold, how far it is in its data, and its flags. facts: what
-    else the checkpoint says. parts: as `restore` takes them."""
-    data = {"position": step * args.batch_size, "files": num_files}
+    else the checkpoint says. listed: of the data, from `training_files`. parts: as `restore` takes them."""
+    data = {"position": step * args.batch_size, **listed}
     save(folder / "checkpoints", step, {**facts, **state_dicts(parts), "data": data, "args": vars(args)},
          args.keep_checkpoints)
 
@@ -189,7 +193,9 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
+    state = typed(state, path)
     if not mmap:
+        check_finite(state.get("statistics", {}), path)
         averages = state.get("ema") or {}
         nested = any(isinstance(value, dict) for value in averages.values())
         for weights in (state.get("model") or {}, *(averages.values() if nested else [averages])):
@@ -197,11 +203,25 @@ def load(path: str | Path, mmap: bool = False) -> dict:
                 check_finite(weights, path)
     if path.is_dir():
         state["shards"] = path
-    for key in {"config", "disc_config", "args"} & state.keys():
-        if not isinstance(state[key], dict):
-            raise DamagedFile(f"{path} is damaged: its {key} is a {type(state[key]).__name__}; give another")
-        state[key] = State(state[key], path)
-    return State(state, path)
+    return state
+
+
+def typed(content: dict, path: Path) -> "State":
+    """What was read from the checkpoint or export `path`, as a State. DamagedFile where a value is of a wrong type."""
+    with reading(path, "a checkpoint", "give another"):
+        for key in TYPES.keys() & content.keys():
+            if not isinstance(content[key], TYPES[key]):
+                raise ValueError(f"its {key} is a {type(content[key]).__name__}")
+        if content.get("step", 0) < 0:
+            raise ValueError(f"its step is {content['step']}")
+        if any(one["cpu"].dtype != torch.uint8 for one in content.get("rng", [])):
+            raise ValueError("its rng are not generators' states")
+    return State({key: nested(value, path) if key in DICTS else value for key, value in content.items()}, path)
+
+
+def nested(value, path: Path):
+    """A dict as a State, with those in it."""
+    return State({key: nested(inner, path) for key, inner in value.items()}, path) if isinstance(value, dict) else value
 
 
 class State(dict):
@@ -229,6 +249,25 @@ def restore(parts: dict[str, Any], state: State) -> None:
                 load_state(part, content, state.path)
             else:
                 part.load_state_dict(content)
+            if isinstance(part, torch.optim.Optimizer):
+                check_moments(part)
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError where what was loaded into Adam does not fit its parameters, which torch finds at the first step."""
+    for parameter, state in optimizer.state.items():
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        if shapes != (expected := {"step": (), **dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(parameter.shape))}):
+            raise ValueError(f"it holds {shapes} for a parameter that needs {expected}")
+
+
+def resume(parts: dict[str, Any], state: State | None, best: float = 0.0) -> tuple[int, list[dict] | None, float, Any]:
+    """Load the parts from the checkpoint that a run continues, if there is one. Returns its step, its random number
+    generators, its best score and its data; without a checkpoint 0, None, `best` and None."""
+    if state is None:
+        return 0, None, best, None
+    restore(parts, state)
+    return state["step"], state["rng"], state.get("best", best), state["data"]
 
 
 def is_ours(path: str | Path) -> bool:
@@ -341,8 +380,9 @@ def load_export(folder: Path) -> dict:
         raise ValueError(f"{folder / 'config.json'} is damaged: it lacks {', '.join(missing)}")
     check_finite(weights, path)
     if kind == "sit":
-        config["statistics"] = {name: torch.tensor(values) for name, values in config["statistics"].items()}
-    return State({"format": FORMAT, **config, "model": weights, "ema": weights}, folder)
+        with reading(folder / "config.json", "a SiT", "fetch it again"):
+            config["statistics"] = {name: torch.tensor(values) for name, values in config["statistics"].items()}
+    return typed({"format": FORMAT, **config, "model": weights, "ema": weights}, folder)
 
 
 def main() -> None:

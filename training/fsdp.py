@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -43,9 +43,11 @@ def shard(model: LARPGenerator, device: torch.device, precision: str) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def between_gathers(model: LARPGenerator) -> list[nn.Module]:
-    """The modules to compile: gathering weights, which the layers around them do, cannot be traced."""
-    return [module for layer in model.layers for module in (layer.attention, layer.feed_forward)]
+def compile_blocks(model: LARPGenerator) -> None:
+    """Compile the modules inside the layers: the layers themselves gather weights, which cannot be traced."""
+    for layer in model.layers:
+        for module in (layer.attention, layer.feed_forward):
+            module.compile(dynamic=False)
 
 
 def unsharded(model: LARPGenerator) -> LARPGenerator:

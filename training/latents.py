@@ -3,7 +3,7 @@
 WindowCache, what a frozen tokenizer makes of a few windows of every video, serves codes too.
 """
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from common import distributed
 from common.distributed import to_device
-from data.clips import ClipDataset
-from data.loader import GlobalBatchSampler
+from data.clips import ClipDataset, ClipKey
+from data.loader import GlobalBatchSampler, make_loader
 from models.coordtok import CoordTokConfig
 from models.triplane import Planes
 from training.window_cache import WindowCache
@@ -54,16 +54,41 @@ class LatentStats(NamedTuple):
 def measure(batches: Iterator[Planes], channels: int, device: torch.device) -> LatentStats:
     """Statistics over the batches of all processes, from exact sums: not an average of per-process variances.
 
-    batches: this process's, any number of them; channels last, (B, R, S, channels) each plane.
+    batches: this process's, any number of them; channels last, (B, R, S, channels) each plane. Raises ValueError where
+    no process has one.
     """
     sums = torch.zeros(3, 3, channels, dtype=torch.float64, device=device)  # plane; count, sum, squares; channel
     for planes in batches:
         flat = planes.map(lambda plane: plane.to(device).double().flatten(0, -2))  # (values, C)
         sums += torch.stack([torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]) for x in flat])
     count, total, squares = distributed.all_sum(sums).unbind(1)  # (3 planes, C) each
+    if count.min() < 2:
+        raise ValueError("none of the clips that the latents' mean and std are of can be decoded (quarantine.txt)")
     mean = total / count
     std = ((squares - count * mean.square()) / (count - 1)).clamp_min(1e-12).sqrt()  # a dead channel becomes 0, not NaN
     return LatentStats(Planes(*mean.float()), Planes(*std.float()))
+
+
+def of_videos(videos: list[int], source: "LatentCache | ClipDataset", encode: Encode, batch_size: int,
+              num_workers: int) -> Iterator[Planes]:
+    """Latents of this process's share of some videos, in batches, for `measure`: of the first cached window of each, or
+    of a clip of each that is encoded now."""
+    mine = videos[distributed.rank() :: distributed.world_size()]
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    if isinstance(source, LatentCache):
+        return (source.read(np.array(batch) * source.views) for batch in batches)
+    keys = [[ClipKey(video, video) for video in batch] for batch in batches]
+    loader = make_loader(source, keys, min(num_workers, len(keys)))
+    return (encode(batch) for batch in loader if len(batch["position"]))  # empty if all clips are damaged
+
+
+def draw_step(seed: int, step: int, batch_size: int, shapes: Sequence[tuple[int, ...]],
+              device: torch.device) -> tuple[Planes, Tensor]:
+    """What a training step draws for its whole batch, on every process alike: noise (B, *shape) for each plane, and
+    (2, B) uniform numbers in [0, 1), for times and for hidden labels."""
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+    noise = Planes(*(torch.randn(batch_size, *shape, generator=generator, device=device) for shape in shapes))
+    return noise, torch.rand(2, batch_size, generator=generator, device=device)
 
 
 def plane_shapes(config: CoordTokConfig) -> Planes:

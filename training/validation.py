@@ -17,6 +17,7 @@ from eval import fvd
 from eval.i3d import I3D
 from eval.pictures import contact_sheet
 from eval.reconstruction import merge, reconstruct_rows, summary
+from models.pretrained import WeightsError
 from models.stlpips import perceptual_metric
 from training.codes import Encode, Score, batches_from_video
 
@@ -77,7 +78,7 @@ class Validation:
     def available(self, metric: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
         try:
             return build().to(self.device)
-        except (OSError, ValueError) as error:
+        except WeightsError as error:  # a download; what is wrong with a file that is given ends the run
             print_main(f"validation goes without {metric}: {error}")
             return None
 
@@ -177,6 +178,25 @@ def held_out_keys(num_files: int, num_clips: int | None, seed: int) -> list[Clip
     """`num_clips` of the videos (None: all) in a random order, so that the first few are of all classes."""
     order = generator(seed, 0, Stream.HELD_OUT).permutation(num_files)[:num_clips]
     return [ClipKey(position, int(index)) for position, index in enumerate(order)]
+
+
+def make_held_out(
+    args: Namespace, files: Sequence[VideoFile], clips: ClipDataset, encode: Encode, num_cond_frames: int,
+    device: torch.device,
+) -> tuple[HeldOut, "SampleCheck | None", list[str]]:
+    """What the training of LARP's generator is validated by: the held-out codes, the samples (None where the flags ask
+    for none), and the samples' captions. Sample i takes the label of held-out clip i, or continues its first frames.
+
+    clips: of `files`, which are the videos to validate on.
+    """
+    keys = held_out_keys(len(files), args.num_val, args.seed)
+    held_out = HeldOut(clips, keys, encode, args.val_batch_size, args.num_workers, device)
+    keys = keys[: args.num_samples]
+    given = f": {num_cond_frames} frames given" if num_cond_frames else ""
+    captions, check = [caption(files[key.index]) + given for key in keys], None
+    if keys:
+        check = SampleCheck(clips, keys, args.sample_batch_size, args.num_workers, device, num_cond_frames > 0)
+    return held_out, check, captions
 
 
 def caption(file: VideoFile) -> str:
