@@ -269,7 +269,7 @@ def merge(config: type, args: argparse.Namespace, carried: dict | None = None, s
 # --- CoordTok ---
 def add_coordtok_steps(train: Group) -> None:
     """Add the flags of the two steps in which CoordTok is trained."""
-    train.add_argument("--warmup_iters", type=int, default=0, help="Steps of linear warm-up, which begins at MIN_LR_MULT")
+    train.add_argument("--warmup_iters", type=int, default=0, help="Steps of linear warm-up, from MIN_LR_MULT on")
     train.add_argument("--min_lr_mult", type=float, default=1.0,
                        help="First and last learning rate, as a share of LR, on half a cosine; 1: constant")
     train.add_argument("--point_per_vid", type=int, default=1024, help="Patches of each clip that are decoded")
