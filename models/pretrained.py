@@ -2,11 +2,12 @@
 Hugging Face hub ids with config.json and model.safetensors."""
 import argparse
 import collections
+import hashlib
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from common.errors import DamagedFile, foreign_name, read_json, reading
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 class WeightsError(OSError):
     """Published weights that cannot be obtained. The message is one line: what was tried, and what to do."""
@@ -24,7 +27,7 @@ class WeightsError(OSError):
 
 # What the unpickler admits beside torch's own list (tensors, plain containers). Names with numpy.core are those of
 # numpy 1, numpy._core those of numpy 2.
-_ADMITTED = [
+_ADMITTED: list[Any] = [
     argparse.Namespace,
     # The configuration type inside LARP's trainer files: a dict that repeats its items as attributes. torch's
     # unpickler gives both to an OrderedDict.
@@ -122,12 +125,26 @@ def load_state(
     raise DamagedFile(f"{path}: {len(differences)} tensors do not fit this model: {first}{advice}")
 
 
-def build(kind: type[nn.Module], config: dict, path: str | Path | None) -> nn.Module:
+def build(kind: type[Model], config: dict, path: str | Path | None) -> Model:
     """kind(**config). path: the file that `config` is from, whose errors become DamagedFile; None: it is from flags."""
     if path is None:
         return kind(**config)
     with reading(path, f"a {kind.__name__}", "it is of another model or version, or damaged: give another"):
         return kind(**config)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of a model's tensors with their names: the same for equal weights in whatever file.
+
+    A LARP tokenizer's prior does not count: neither codes nor clips depend on it, and released files lack it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith("prior_model."):
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 PRETRAINED = ("config.json", "model.safetensors")
@@ -143,7 +160,7 @@ def read_pretrained(source: str | Path, **hub: Any) -> tuple[dict, dict[str, Ten
     folder = Path(source)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(source), allow_patterns=PRETRAINED, **hub))
+            folder = Path(snapshot_download(str(source), allow_patterns=list(PRETRAINED), **hub))
         except (HfHubHTTPError, OSError, ValueError) as error:  # no such id, no network, not in the cache, ...
             reason = str(error).strip().split("\n")[0]
             raise WeightsError(

@@ -1,5 +1,8 @@
-"""Checkpoints: dicts of plain values and tensors, written whole or not at all. One with sharded tensors is a folder:
-state.pt holds the dict without them, and each process writes its share of them to a file of its own."""
+"""Checkpoints: dicts of plain values and tensors, written atomically.
+
+A checkpoint with sharded tensors is a folder. Its state.pt holds the dict without them, and each process writes its
+share of the tensors to a file of its own.
+"""
 import json
 import os
 import re
@@ -16,20 +19,20 @@ from torch import Tensor, nn
 
 from common import distributed
 from common.errors import ArgumentParser, DamagedFile, found, reading
-from common.files import of_system, write_whole, writing
+from common.files import atomic_write, of_system, writing
 from models.pretrained import PRETRAINED, check_finite, load_state, read_pretrained
 from training import fsdp
 
 FORMAT = 1
-# The type of what a checkpoint holds, where it holds it. The dicts are read by their keys, models by `load_state`.
+# The types of a checkpoint's entries. The dicts are read by their keys, models by `load_state`.
 DICTS = ("config", "disc_config", "interpolant", "statistics", "data", "args")
 TYPES = {"step": int, "best": int | float, "rng": list, "classes": list, "tokenizer": str, "num_cond_frames": int,
          **dict.fromkeys(DICTS, dict)}
-NAME = re.compile(r"step_(\d+)(\.pt)?")  # of a file, or of a folder where the state has sharded tensors
+NAME = re.compile(r"step_(\d+)(\.pt)?")  # a file, or a folder if the state has sharded tensors
 
 
 def rng_state() -> dict:
-    """The generators' states of this process."""
+    """The states of this process's random generators."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -37,7 +40,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(states: list[dict]) -> None:
-    """Restore this process's generators; a process the saving run did not have keeps its fresh seed."""
+    """Restore this process's generators. A process that the saving run did not have keeps its own seed."""
     if distributed.rank() < len(states):
         state = states[distributed.rank()]
         torch.set_rng_state(state["cpu"])
@@ -46,9 +49,10 @@ def set_rng_state(states: list[dict]) -> None:
 
 
 def start_rng(seed: int, states: list[dict] | None) -> None:
-    """The generators as training begins: those of the checkpoint that it goes on from, else each process draws its own.
+    """Set the random generators before the first step: to the states in the checkpoint, or to a seed for each process.
 
-    Call it last: whatever is built after it would draw from them, and a resumed run would not go on as it was.
+    Call it last. Anything built after it would draw from these generators, and a resumed run would then differ from an
+    uninterrupted one.
     """
     torch.manual_seed(seed + distributed.rank())
     if states is not None:
@@ -56,11 +60,8 @@ def start_rng(seed: int, states: list[dict] | None) -> None:
 
 
 def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
-    """Write `folder`/step_0001000.pt, a folder step_0001000 where the state has sharded tensors, and drop all but the
-    newest `keep` (from 1 on); every process must call it.
-
-    It appears under its name only when complete.
-    """
+    """Write `folder`/step_0001000.pt, or a folder step_0001000 if the state has sharded tensors. It gets its name when
+    it is complete; then all but the newest `keep` (1 or more) are deleted. Every process must call this."""
     if keep < 1:
         raise ValueError(f"--keep_checkpoints is {keep}, expected 1 or more")
     state = {name: dict(value) if isinstance(value, State) else value for name, value in state.items()}  # plain values
@@ -71,7 +72,7 @@ def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
     partial = path.with_suffix(".partial")
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("*.partial"):  # by a save that was killed
+        for left in folder.glob("*.partial"):  # left by a save that was killed
             remove(left)
     if shards:
         distributed.barrier()
@@ -88,16 +89,18 @@ def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
 
 
 def save_run(folder: Path, step: int, args: Namespace, parts: dict[str, Any], listed: dict, **facts) -> None:
-    """Save to `folder`/checkpoints what the parts of a run hold, how far it is in its data, and its flags. facts: what
-    else the checkpoint says. listed: of the data, from `training_files`. parts: as `restore` takes them."""
+    """Save a run to `folder`/checkpoints: the states of its parts, its position in the data and its flags.
+
+    parts: as in `restore`. listed: identifies the data, from `training_files`. facts: further entries to save.
+    """
     data = {"position": step * args.batch_size, **listed}
     save(folder / "checkpoints", step, {**facts, **state_dicts(parts), "data": data, "args": vars(args)},
          args.keep_checkpoints)
 
 
 def state_dicts(parts: dict[str, Any]) -> dict:
-    """What models, optimizers, ... hold, by their names; "ema/DECAY" is DECAY of the dict "ema"."""
-    states = {}
+    """The state dict of each model, optimizer, ..., by name. The name "ema/DECAY" is entry DECAY of the dict "ema"."""
+    states: dict[str, Any] = {}
     for name, part in parts.items():
         group, _, name = name.rpartition("/")
         inner = states.setdefault(group, {}) if group else states
@@ -106,23 +109,23 @@ def state_dicts(parts: dict[str, Any]) -> dict:
 
 
 def mark_best(folder: Path, step: int) -> None:
-    """Keep the checkpoint of `step` as best.pt, or best, too. A run that began with another folder's checkpoint has
-    none of that step."""
+    """Also keep the checkpoint of `step` as best.pt, or as the folder best. Does nothing if `folder` has no checkpoint
+    of that step, as at the start of a run that resumed from another folder."""
     path = next((path for path in list_checkpoints(folder) if step_of(path) == step), None)
     if path is None or not distributed.is_main():
         return
     best, link = folder / f"best{path.suffix}", folder / "best.partial"
-    remove(link)  # of a process that was killed
+    remove(link)  # left by a process that was killed
     if path.is_dir():
         shutil.copytree(path, link, copy_function=link_file)
-    elif not (best.exists() and best.samefile(path)):  # renaming one link of a file to another would do nothing
+    elif not (best.exists() and best.samefile(path)):  # os.replace does nothing between two links to one file
         link_file(path, link)
     if link.exists():
         rename(link, best)
 
 
 def link_file(path: str | Path, link: str | Path) -> None:
-    """The same file under a second name, for no second write of many GB; where that cannot be, a copy."""
+    """Hard-link a file, which saves writing many GB again; copy it where the file system has no links."""
     try:
         os.link(path, link)
     except OSError:
@@ -130,14 +133,14 @@ def link_file(path: str | Path, link: str | Path) -> None:
 
 
 def rename(partial: Path, path: Path) -> None:
-    """Give a complete checkpoint its name, which a file may have already."""
+    """Give a complete checkpoint its name, replacing what has it."""
     if partial.is_dir() and path.exists():
         remove(path)
     os.replace(partial, path)
 
 
 def remove(path: Path) -> None:
-    """A folder first loses its name, so that a kill leaves no half checkpoint under it."""
+    """Delete a checkpoint. A folder is renamed first, so that a kill leaves no incomplete one under its name."""
     if path.is_dir():
         unnamed = path.with_suffix(".old.partial")
         os.replace(path, unnamed)
@@ -147,11 +150,11 @@ def remove(path: Path) -> None:
 
 
 def step_of(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+    return int(NAME.sub(r"\1", path.name))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first: by the number of their step, which may have any number of digits."""
+    """The checkpoints in `folder`, sorted by step (as numbers: a name may have any number of digits)."""
     return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=step_of)
 
 
@@ -159,13 +162,14 @@ def is_sharded(path: Path) -> bool:
     return (path / "state.pt").is_file()
 
 
-def load(path: str | Path, mmap: bool = False) -> dict:
-    """A checkpoint of this project on the CPU; of a folder of them, the newest whole one.
+def load(path: str | Path, mmap: bool = False) -> "State":
+    """Read a checkpoint of this project onto the CPU. path: a checkpoint, an export, or a folder of checkpoints, of
+    which the newest undamaged one is read.
 
-    A sharded one comes without its sharded tensors: "shards" is its folder, for `sharding.fill` and `select_weights`.
-    mmap: leave tensors in the file until they are used, and do not look whether they are damaged. Raises
-    FileNotFoundError; DamagedFile; ValueError where it is not ours, or of another version; OSError where the system
-    does not give it, which says nothing of the file.
+    Sharded tensors are not read: entry "shards" is their folder, for `fsdp.fill` and `select_weights`.
+    mmap: leave tensors in the file until they are used, and skip the check for damage.
+    Raises FileNotFoundError, DamagedFile, ValueError for a file that is not ours or of another version, and OSError
+    where the system cannot read it, which does not mean that it is damaged.
     """
     path = Path(path)
     if is_export(path):
@@ -188,7 +192,7 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         reason = found(file, error)
         if of_system(error):
             raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or reason}") from error
-        raise DamagedFile(f"{path} cannot be read as a checkpoint: {reason}; give another, or take it away") from error
+        raise DamagedFile(f"{path} cannot be read as a checkpoint: {reason}; give another, or move it away") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:
@@ -199,7 +203,7 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         averages = state.get("ema") or {}
         nested = any(isinstance(value, dict) for value in averages.values())
         for weights in (state.get("model") or {}, *(averages.values() if nested else [averages])):
-            if isinstance(weights, dict):  # else `restore` says so
+            if isinstance(weights, dict):  # otherwise `restore` raises the error
                 check_finite(weights, path)
     if path.is_dir():
         state["shards"] = path
@@ -225,14 +229,14 @@ def nested(value, path: Path):
 
 
 class State(dict):
-    """What a checkpoint holds. A key that it lacks raises DamagedFile. path: the checkpoint."""
+    """The content of a checkpoint. A missing key raises DamagedFile. path: the checkpoint's, for messages."""
 
     def __init__(self, content: dict, path: Path):
         super().__init__(content)
         self.path = path
 
     def __reduce__(self):
-        """Pickles as a plain dict, which `torch.load(weights_only=True)` admits."""
+        """Pickles as an OrderedDict, which `torch.load(weights_only=True)` accepts."""
         return OrderedDict, (list(self.items()),)
 
     def __missing__(self, key: str):
@@ -241,7 +245,7 @@ class State(dict):
 
 
 def restore(parts: dict[str, Any], state: State) -> None:
-    """Load into models, optimizers, ... what a checkpoint holds under their names. Raises DamagedFile."""
+    """Load the states in a checkpoint into the models, optimizers, ... of the same names. Raises DamagedFile."""
     for name, part in parts.items():
         content = select_weights(state, name.replace("/", "_")) if name.startswith("ema/") else state[name]
         with reading(state.path, "the state of this run", f"its {name} does not fit the flags, or is damaged"):
@@ -271,7 +275,7 @@ def resume(parts: dict[str, Any], state: State | None, best: float = 0.0) -> tup
 
 
 def is_ours(path: str | Path) -> bool:
-    """Whether `path` is a checkpoint of this project, rather than a file the papers' authors released."""
+    """Whether `path` is a checkpoint of this project, and not a file that a paper's authors released."""
     if is_export(Path(path)):
         return True
     try:
@@ -281,9 +285,9 @@ def is_ours(path: str | Path) -> bool:
     return True
 
 
-def newest(folder: Path) -> dict | None:
-    """The newest whole checkpoint in `folder`, or None where there is none. Raises DamagedFile where all are damaged,
-    and what `load` raises for other reasons than damage."""
+def newest(folder: Path) -> State | None:
+    """The newest undamaged checkpoint in `folder`; None if it holds none. Raises DamagedFile if all are damaged, and
+    the other errors of `load`."""
     there = list_checkpoints(folder)
     for path in reversed(there):
         try:
@@ -297,16 +301,19 @@ def newest(folder: Path) -> dict | None:
     return None
 
 
-def expect(state: dict, kind: str, source: str | Path) -> dict:
-    """The state itself, read from `source`. ValueError where another script wrote it."""
+def expect(state: State, kind: str, source: str | Path) -> State:
+    """Return `state`, which was read from `source`. Raises ValueError if another script wrote it."""
     if state.get("kind") != kind:
         raise ValueError(f"{source} holds a {state.get('kind')} model, expected a {kind} checkpoint")
     return state
 
 
-def find(folder: Path, resume: str | None, kind: str) -> dict | None:
-    """What a run in `folder` starts from: None (anew), the newest whole checkpoint (`auto`), or the one at a path.
-    kind: that the script writes and goes on from."""
+def find(folder: Path, resume: str | None, kind: str) -> State | None:
+    """The checkpoint that a run in `folder` resumes from: the newest undamaged one there (resume="auto"), the one at
+    path `resume`, or None for a new run. kind: of the checkpoints that the script writes.
+
+    Raises ValueError for a checkpoint of another kind, and if a new run would overwrite those of another.
+    """
     if resume == "auto":
         state = newest(folder)
         return state and expect(state, kind, folder)
@@ -320,7 +327,7 @@ def find(folder: Path, resume: str | None, kind: str) -> dict | None:
 
 
 def select_weights(state: dict, version: str = "sd") -> dict[str, Tensor]:
-    """A checkpoint's live weights ("sd"), or their moving average: "ema", or "ema_DECAY" where it holds several."""
+    """A checkpoint's live weights ("sd") or their moving average ("ema", or "ema_DECAY" if it holds several)."""
     found = {"sd": state["model"]}
     averages = state.get("ema") or {}
     if any(isinstance(value, dict) for value in averages.values()):
@@ -331,12 +338,12 @@ def select_weights(state: dict, version: str = "sd") -> dict[str, Tensor]:
         raise ValueError(f"no weights {version!r} in this checkpoint; it holds {', '.join(found)}: choose one of them")
     if "shards" not in state:
         return found[version]
-    path = "model" if version == "sd" else version.replace("_", "/", 1)  # ema_0.9 lies under ema/0.9
+    path = "model" if version == "sd" else version.replace("_", "/", 1)  # ema_0.9 is stored as ema/0.9
     return found[version] | fsdp.read_whole(state["shards"], f"{path}/")
 
 
-# What an exported model needs beside its architecture. Kinds that are not here have a layout of their own, the released
-# one, which their from_pretrained reads.
+# The entries that an export needs besides its architecture, by kind of model. LARP's models are not listed: their
+# exports have the released layout, which from_pretrained reads.
 EXPORTED = {
     "coordtok": (),
     "sit": ("interpolant", "statistics", "classes", "tokenizer", "args"),
@@ -344,9 +351,9 @@ EXPORTED = {
 
 
 def export(state: dict, folder: Path, version: str | None = None) -> None:
-    """Weights alone, without what training needs: `folder`/model.safetensors and config.json, which `load` reads.
+    """Write the weights alone, as `folder`/model.safetensors and config.json, which `load` reads.
 
-    version: as `select_weights` takes it; None: those that are sampled from, a SiT's average and else the live ones.
+    version: as in `select_weights`; None exports the moving average of a SiT and the live weights of other models.
     """
     kind = state.get("kind")
     weights = select_weights(state, version or ("ema" if kind == "sit" else "sd"))
@@ -354,14 +361,14 @@ def export(state: dict, folder: Path, version: str | None = None) -> None:
     if kind in EXPORTED:
         config = {"kind": kind, "config": config, **{name: state[name] for name in EXPORTED[kind]}}
     folder.mkdir(parents=True, exist_ok=True)
-    with write_whole(folder / "model.safetensors") as file:
+    with atomic_write(folder / "model.safetensors") as file:
         file.write(serialize({name: tensor.contiguous() for name, tensor in weights.items()}))
-    with write_whole(folder / "config.json", "w") as file:
+    with atomic_write(folder / "config.json", "w") as file:
         file.write(json.dumps(config, indent=2, default=as_plain) + "\n")
 
 
 def as_plain(value) -> list | str:
-    """What JSON lacks: tensors as lists of numbers, and paths as text."""
+    """JSON's form of a tensor (a list of numbers) or a path (text)."""
     return value.tolist() if isinstance(value, Tensor) else str(value)
 
 
@@ -369,9 +376,9 @@ def is_export(path: Path) -> bool:
     return all((path / name).is_file() for name in PRETRAINED)
 
 
-def load_export(folder: Path) -> dict:
-    """What `export` wrote of a CoordTok or a SiT, as a checkpoint of it whose "model" and "ema" are these weights.
-    ValueError where the files are damaged, or of something else."""
+def load_export(folder: Path) -> State:
+    """Read an export of a CoordTok or a SiT as a checkpoint whose "model" and "ema" are both the exported weights.
+    Raises ValueError if the files are damaged or hold something else."""
     config, weights, path = read_pretrained(folder)
     kind = config.get("kind") if isinstance(config, dict) else None
     if kind not in EXPORTED:

@@ -1,7 +1,7 @@
 """LARP's generator sharded by PyTorch's FSDP2 (the third stage of ZeRO, arXiv 1910.02054): every process holds an equal
 share of each weight, with its gradient, moving average and optimizer states, and gathers a layer while it computes.
 
-A sharded tensor is a DTensor. All processes must call these functions, but for `check` and `read_whole`.
+A sharded tensor is a DTensor. All processes must call these functions, except `check` and `read_whole`.
 """
 import io
 import pathlib
@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -28,11 +28,11 @@ from training.optim import DTYPES
 
 # --- models ---
 def shard(model: LARPGenerator, device: torch.device, precision: str) -> None:
-    """Shard a model in place, which must be equal on all processes. It moves to the device layer by layer, so that no
-    GPU holds it whole. The layers' weights travel in `precision` (fp32 or bf16), gradients in float32.
+    """Shard a model in place; it must be equal on all processes. It moves to the device layer by layer, so no GPU ever
+    holds all of it. Layers' weights are gathered in `precision` (fp32 or bf16); gradients are reduced in float32.
 
-    Autocast still decides what is computed in bf16, so that the stream of activations stays float32, as without
-    sharding; so do embeddings and the output, a small part of the weights.
+    Autocast still chooses what is computed in bf16, so activations between layers stay float32, as without sharding.
+    Embeddings and the output layer, a small part of the weights, are gathered in float32.
     """
     if precision == "fp16":
         raise ValueError("--precision fp16 needs its loss scaled, which --fsdp does not do: give bf16 or fp32")
@@ -51,8 +51,8 @@ def compile_blocks(model: LARPGenerator) -> None:
 
 
 def unsharded(model: LARPGenerator) -> LARPGenerator:
-    """The model itself or, where it is sharded, a plain copy of it on each process: validation and sampling run as many
-    passes as a process has clips, and a gather would wait for processes that have fewer."""
+    """The model itself or, if it is sharded, a plain copy of it on each process. Validation and sampling need it: the
+    number of passes depends on a process's number of clips, and a gather would wait for processes that have fewer."""
     if not isinstance(model, FSDPModule):
         return model
     weights = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -64,9 +64,9 @@ def unsharded(model: LARPGenerator) -> LARPGenerator:
 
 
 def allocate(optimizer: torch.optim.Optimizer) -> None:
-    """Make the states of an optimizer that has not stepped, for `fill` to read into."""
+    """Create the states of an optimizer that has not stepped yet, so that `fill` can read into them."""
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # which every step of training sets anew
+        group["lr"] = 0.0  # the step below must change nothing; training sets the rate before each step
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -75,7 +75,7 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
 
 # --- checkpoints: plain values in one file, sharded tensors in a file of each process ---
 def split(state: dict, path: str = "") -> tuple[dict, dict[str, DTensor]]:
-    """A nested state without its sharded tensors, and these by their path: "model/layers.0.attention.wo.weight"."""
+    """A nested state without its sharded tensors, and those tensors by path: "model/layers.0.attention.wo.weight"."""
     plain, shards = {}, {}
     for key, value in state.items():
         if isinstance(value, DTensor):
@@ -87,20 +87,19 @@ def split(state: dict, path: str = "") -> tuple[dict, dict[str, DTensor]]:
 
 
 def write(folder: Path, shards: dict[str, DTensor]) -> None:
-    """Each process's share, in files of its own, and an index of them. Processes on all nodes write to one folder."""
+    """Write each process's share to files of its own, and an index. All nodes write to the same folder."""
     dcp.save(shards, checkpoint_id=folder)
 
 
 def verify(file: BinaryIO | Path) -> None:
-    """ValueError where what torch.save wrote is not what was written: it is a zip, which holds checksums."""
+    """Raise ValueError if a file of torch.save is damaged. It is a zip file, which holds checksums."""
     with zipfile.ZipFile(file) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} in it is not what was written")
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Admits what `write` puts into an index and nothing else, so that reading one runs no code that it carries.
-    Tensors alone: torch would unpickle other entries with whatever they name."""
+    """Accepts only the classes that `write` puts into an index, so that reading a foreign index runs no code."""
 
     ALLOWED = {
         **{(kind.__module__, kind.__qualname__): kind for kind in (
@@ -109,7 +108,7 @@ class _IndexUnpickler(pickle.Unpickler):
             torch.serialization._get_layout,
         )},
         ("torch", "Size"): torch.Size,
-        # The path that it was written to, which nobody reads; Python 3.13 has the class in another module.
+        # The path that the index was written to, which is not used. Python 3.13 has the class in another module.
         **dict.fromkeys([("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")], pathlib.PurePosixPath),
         **{("torch", str(value).removeprefix("torch.")): value
            for value in vars(torch).values() if isinstance(value, torch.dtype)},
@@ -139,7 +138,7 @@ class IndexReader(dcp.FileSystemReader):
         return found
 
     def _slice_file(self, file, entry) -> io.BytesIO:
-        """One tensor's part of a file, whose checksum is right."""
+        """One tensor's part of a file. Raises ValueError if its checksum is wrong."""
         file.seek(entry.offset)
         part = io.BytesIO(file.read(entry.length))
         try:
@@ -150,8 +149,8 @@ class IndexReader(dcp.FileSystemReader):
         return part
 
 
-def _load(tensors: dict[str, Tensor], folder: Path, **options) -> None:
-    """Read tensors in place. ValueError, in one line, where they are damaged."""
+def _load(tensors: dict[str, Any], folder: Path, **options) -> None:
+    """Read into `tensors` in place. Raises a one-line ValueError if the files are damaged."""
     try:
         dcp.load(tensors, storage_reader=IndexReader(folder), **options)
     except dcp.api.CheckpointException as error:
@@ -160,8 +159,8 @@ def _load(tensors: dict[str, Tensor], folder: Path, **options) -> None:
 
 
 def check(folder: Path) -> None:
-    """Raises ValueError where a file of shards is missing or cut short, OSError where their index is."""
-    sizes = {}
+    """Raise ValueError if a file of shards is missing or cut short, and OSError if the index is missing."""
+    sizes: dict[str, int] = {}
     for entry in IndexReader(folder).read_metadata().storage_data.values():
         sizes[entry.relative_path] = max(sizes.get(entry.relative_path, 0), entry.offset + entry.length)
     for name, size in sizes.items():
@@ -170,10 +169,10 @@ def check(folder: Path) -> None:
 
 
 def fill(state: dict, like: dict) -> None:
-    """Read a state's sharded tensors, from `state["shards"]`, into those of `like`, and put these in place.
+    """Read the sharded tensors in the folder `state["shards"]` into those of `like`, and put these into `state`.
 
-    like: a nested state with every sharded tensor wanted, whose number of processes may be another than that which
-    wrote. Its plain values count for nothing.
+    like: a nested state with all sharded tensors that are wanted; its plain values are ignored. The number of processes
+    may differ from the one that saved them.
     """
     folder, shards = state.pop("shards"), split(like)[1]
     held = IndexReader(folder).read_metadata().state_dict_metadata
@@ -193,13 +192,14 @@ def _place(state: dict, like: dict) -> None:
 
 
 def read_whole(folder: Path, path: str) -> dict[str, Tensor]:
-    """The tensors whose path starts with `path`, whole and on the CPU, by the rest of their name. Needs no process
+    """The tensors whose path starts with `path`, unsharded and on the CPU, by the rest of their path. Needs no process
     group."""
     held = IndexReader(folder).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
-               for name, entry in held.items() if name.startswith(path)}
+               for name, entry in held.items()
+               if name.startswith(path) and isinstance(entry, metadata.TensorStorageMetadata)}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose
         _load(tensors, folder, no_dist=True)
     check_finite(tensors, folder)
     return {name.removeprefix(path): tensor for name, tensor in tensors.items()}

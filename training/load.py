@@ -1,11 +1,10 @@
-"""Trained models by the path of their checkpoint, ours or the authors', and batches of clips as CoordTok takes them."""
+"""Loads trained models from our checkpoints or the authors' files; turns a loader's batch into CoordTok's input."""
 import argparse
-import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.cli import check_carried
 from data.video import to_video
@@ -14,7 +13,7 @@ from models.coordtok import CoordTok, CoordTokConfig, released_padding
 from models.interpolant import Interpolant
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
-from models.pretrained import build, load_state, read_sit_statistics
+from models.pretrained import build, load_state, read_sit_statistics, weights_sha256
 from models.sit import SiT
 from training import checkpoint
 from training.flags import SIT_FLAGS, merge
@@ -22,7 +21,7 @@ from training.latents import LatentStats
 
 
 def load_coordtok(path: str, args: argparse.Namespace) -> CoordTok:
-    """CoordTok on the CPU. Ours carry their architecture; the authors' take it from the flags."""
+    """CoordTok on the CPU. Our checkpoints hold its architecture; for the authors' files the flags give it."""
     if not checkpoint.is_ours(path):
         return CoordTok.from_released(path, **merge(CoordTokConfig, args))
     state = checkpoint.expect(checkpoint.load(path), "coordtok", path)
@@ -41,7 +40,7 @@ def load_larp_tokenizer(source: str, version: str = "sd") -> LARPTokenizer:
 
 
 class TrainedLARP(NamedTuple):
-    """A LARP generator with what only our checkpoints say of it."""
+    """A LARP generator, and what only our checkpoints record about it."""
 
     model: LARPGenerator
     tokenizer: str | None  # weights_sha256 of the tokenizer that it was trained on
@@ -55,11 +54,11 @@ def load_larp_ar(source: str, version: str = "sd") -> TrainedLARP:
     return TrainedLARP(model, state.get("tokenizer"), state.get("classes", []), state.get("num_cond_frames"))
 
 
-def _load_larp(kind: str, source: str, version: str) -> tuple[LARPTokenizer | LARPGenerator, dict]:
-    """The model, and the checkpoint it comes from: empty unless it is one of ours."""
+def _load_larp(kind: str, source: str, version: str) -> tuple[Any, dict]:
+    """The model and its checkpoint, which is an empty dict unless it is one of ours."""
     if version != "sd" and not version.startswith("ema_"):
         raise ValueError(f"--version is sd or ema_DECAY, got {version!r}")
-    model_class = {"larp_tokenizer": LARPTokenizer, "larp_ar": LARPGenerator}[kind]
+    model_class: Any = {"larp_tokenizer": LARPTokenizer, "larp_ar": LARPGenerator}[kind]
     path = Path(source)
     path = path / "checkpoints" if checkpoint.list_checkpoints(path / "checkpoints") else path  # a run's folder
     ours = checkpoint.is_sharded(path) or checkpoint.list_checkpoints(path)
@@ -79,37 +78,25 @@ def _load_larp(kind: str, source: str, version: str) -> tuple[LARPTokenizer | LA
 
 
 def check_tokenizer(state: dict, sha256: str, folder: Path, args: argparse.Namespace, flag: str) -> None:
-    """ValueError where the run in `folder`, whose checkpoint `state` is, was trained on another tokenizer than the one
-    of `sha256`, which --`flag` gives."""
+    """Raise ValueError if the run in `folder` was trained on another tokenizer than the one that --`flag` names.
+
+    state: the run's checkpoint. sha256: `weights_sha256` of the tokenizer given now.
+    """
     if state["tokenizer"] != sha256:
         raise ValueError(f"the run in {folder} was trained on another tokenizer than {getattr(args, flag)}: give "
-                         f"{state['args'][flag]}, which it names, or what became of it")
+                         f"{state['args'][flag]}, the one that it names, at its present path")
 
 
 def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """A loader's batch as CoordTok takes it: video (B, 3, T, H, W) in [0, 1] on `device`, and n_frames (B,).
+    """CoordTok's input from a loader's batch: video (B, 3, T, H, W) in [0, 1] on `device`, and n_frames (B,).
 
-    n_frames is None where no clip is short, so that attention needs no mask.
+    n_frames is None if no clip is short, since attention without a mask is faster.
     """
     video = to_video(batch["frames"], config.video_shape[1], "coordtok", device)
     if (batch["n_frames"] >= config.video_shape[0]).all():
         return video, None
     n_frames = batch["n_frames"].to(device, non_blocking=True)
     return released_padding(video, n_frames) if config.padding == "released" else video, n_frames
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 of a model's tensors with their names: the same for equal weights in whatever file.
-
-    A LARP tokenizer's prior does not count: neither codes nor clips depend on it, and released files lack it.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith("prior_model."):
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # --- SiT ---
@@ -131,9 +118,9 @@ def sit_config(args: argparse.Namespace, config: CoordTokConfig) -> dict:
 
 
 def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
-    """The averaged weights of args.sit_model on the CPU, in evaluation mode.
+    """The EMA weights of args.sit_model on the CPU, in evaluation mode.
 
-    Raises ValueError where it was trained on another tokenizer, or for planes of other sizes.
+    Raises ValueError if it was trained on another tokenizer, or on planes of other sizes.
     """
     path = Path(args.sit_model)
     path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -143,7 +130,7 @@ def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
     if path.exists() and checkpoint.is_ours(path):
         state = checkpoint.expect(checkpoint.load(path), "sit", f"--sit_model {path}")
         for name, value in given.items():
-            check_carried(name, value, state["args"][name], path)
+            check_carried(name, value, state["args"][name], str(path))
         sit, interpolant = build(SiT, state["config"], state.path), Interpolant(**state["interpolant"])
         load_state(sit, state["ema"], state.path)
         stats, names = LatentStats.from_state_dict(state["statistics"]), state["classes"]
