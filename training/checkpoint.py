@@ -1,27 +1,40 @@
 """Checkpoints: dicts of plain values and tensors, written whole or not at all. One with sharded tensors is a folder:
-state.pt holds the dict without them, and each process writes its share of them to a file of its own."""
+state.pt holds the dict without them, and each process writes its share of them to a file of its own. What reads them is
+models/checkpoint_files.py."""
+import contextlib
 import json
 import os
-import re
 import shutil
-import warnings
 from argparse import Namespace
-from collections import OrderedDict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import nn
 
 from common import distributed
-from common.errors import ArgumentParser, DamagedFile, found, reading
-from common.files import of_system, write_whole, writing
-from models.pretrained import PRETRAINED, check_finite, load_state, read_pretrained
+from common.errors import ArgumentParser, reading
+from common.files import writing
+from models.checkpoint_files import (
+    FORMAT,
+    State,
+    expect,
+    is_ours,
+    list_checkpoints,
+    load,
+    load_export,
+    newest,
+    select_weights,
+    step_of,
+)
+from models.coordtok import CoordTok
+from models.hub import Pretrained, is_of, locate, write_pretrained
+from models.larp_ar import LARPGenerator
+from models.larp_tokenizer import LARPTokenizer
+from models.pretrained import load_state, read_released, weights_sha256
+from models.sit import SiT
 from training import fsdp
-
-FORMAT = 1
-NAME = re.compile(r"step_(\d+)(\.pt)?")  # of a file, or of a folder where the state has sharded tensors
 
 
 def rng_state() -> dict:
@@ -142,84 +155,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def step_of(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first: by the number of their step, which may have any number of digits."""
-    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=step_of)
-
-
-def is_sharded(path: Path) -> bool:
-    return (path / "state.pt").is_file()
-
-
-def load(path: str | Path, mmap: bool = False) -> dict:
-    """A checkpoint of this project on the CPU; of a folder of them, the newest whole one.
-
-    A sharded one comes without its sharded tensors: "shards" is its folder, for `sharding.fill` and `select_weights`.
-    mmap: leave tensors in the file until they are used, and do not look whether they are damaged. Raises
-    FileNotFoundError; DamagedFile; ValueError where it is not ours, or of another version; OSError where the system
-    does not give it, which says nothing of the file.
-    """
-    path = Path(path)
-    if is_export(path):
-        return load_export(path)
-    if path.is_dir() and not is_sharded(path):
-        state = newest(path)
-        if state is None:
-            raise FileNotFoundError(f"no checkpoint step_*.pt in {path}")
-        return state
-    file = path / "state.pt" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        if not mmap:
-            fsdp.verify(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        if path.is_dir():
-            fsdp.check(path)
-    except Exception as error:
-        reason = found(file, error)
-        if of_system(error):
-            raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or reason}") from error
-        raise DamagedFile(f"{path} cannot be read as a checkpoint: {reason}; give another, or take it away") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
-    if not mmap:
-        averages = state.get("ema") or {}
-        nested = any(isinstance(value, dict) for value in averages.values())
-        for weights in (state.get("model") or {}, *(averages.values() if nested else [averages])):
-            if isinstance(weights, dict):  # else `restore` says so
-                check_finite(weights, path)
-    if path.is_dir():
-        state["shards"] = path
-    for key in {"config", "disc_config", "args"} & state.keys():
-        if not isinstance(state[key], dict):
-            raise DamagedFile(f"{path} is damaged: its {key} is a {type(state[key]).__name__}; give another")
-        state[key] = State(state[key], path)
-    return State(state, path)
-
-
-class State(dict):
-    """What a checkpoint holds. A key that it lacks raises DamagedFile. path: the checkpoint."""
-
-    def __init__(self, content: dict, path: Path):
-        super().__init__(content)
-        self.path = path
-
-    def __reduce__(self):
-        """Pickles as a plain dict, which `torch.load(weights_only=True)` admits."""
-        return OrderedDict, (list(self.items()),)
-
-    def __missing__(self, key: str):
-        raise DamagedFile(f"{self.path} has no {key!r}, but {', '.join(map(str, list(self)[:12])) or 'nothing'}: it is "
-                          "of another model or version, or damaged; give another checkpoint")
-
-
 def restore(parts: dict[str, Any], state: State) -> None:
     """Load into models, optimizers, ... what a checkpoint holds under their names. Raises DamagedFile."""
     for name, part in parts.items():
@@ -229,40 +164,6 @@ def restore(parts: dict[str, Any], state: State) -> None:
                 load_state(part, content, state.path)
             else:
                 part.load_state_dict(content)
-
-
-def is_ours(path: str | Path) -> bool:
-    """Whether `path` is a checkpoint of this project, rather than a file the papers' authors released."""
-    if is_export(Path(path)):
-        return True
-    try:
-        load(path, mmap=True)
-    except ValueError:
-        return False
-    return True
-
-
-def newest(folder: Path) -> dict | None:
-    """The newest whole checkpoint in `folder`, or None where there is none. Raises DamagedFile where all are damaged,
-    and what `load` raises for other reasons than damage."""
-    there = list_checkpoints(folder)
-    for path in reversed(there):
-        try:
-            return load(path)
-        except (DamagedFile, FileNotFoundError) as error:  # a folder without its state.pt is damaged too
-            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
-    if there:
-        names = ", ".join(path.name for path in there)
-        raise DamagedFile(f"none of the {len(there)} checkpoints in {folder} is whole ({names}): put a whole one in "
-                           "their place, or move them away to start anew")
-    return None
-
-
-def expect(state: dict, kind: str, source: str | Path) -> dict:
-    """The state itself, read from `source`. ValueError where another script wrote it."""
-    if state.get("kind") != kind:
-        raise ValueError(f"{source} holds a {state.get('kind')} model, expected a {kind} checkpoint")
-    return state
 
 
 def find(folder: Path, resume: str | None, kind: str) -> dict | None:
@@ -280,85 +181,87 @@ def find(folder: Path, resume: str | None, kind: str) -> dict | None:
     return None
 
 
-def select_weights(state: dict, version: str = "sd") -> dict[str, Tensor]:
-    """A checkpoint's live weights ("sd"), or their moving average: "ema", or "ema_DECAY" where it holds several."""
-    found = {"sd": state["model"]}
-    averages = state.get("ema") or {}
-    if any(isinstance(value, dict) for value in averages.values()):
-        found |= {f"ema_{decay}": weights for decay, weights in averages.items()}
-    elif averages:
-        found["ema"] = averages
-    if version not in found:
-        raise ValueError(f"no weights {version!r} in this checkpoint; it holds {', '.join(found)}: choose one of them")
-    if "shards" not in state:
-        return found[version]
-    path = "model" if version == "sd" else version.replace("_", "/", 1)  # ema_0.9 lies under ema/0.9
-    return found[version] | fsdp.read_whole(state["shards"], f"{path}/")
+# --- export ---
+MODELS: dict[str, type[Pretrained]] = {each.kind: each for each in (CoordTok, SiT, LARPTokenizer, LARPGenerator)}
 
 
-# What an exported model needs beside its architecture. Kinds that are not here have a layout of their own, the released
-# one, which their from_pretrained reads.
-EXPORTED = {
-    "coordtok": (),
-    "sit": ("interpolant", "statistics", "classes", "tokenizer", "args"),
-}
-
-
-def export(state: dict, folder: Path, version: str | None = None) -> None:
-    """Weights alone, without what training needs: `folder`/model.safetensors and config.json, which `load` reads.
+def export(state: dict, folder: Path, version: str | None = None, reports: list[dict] | None = None) -> list[Path]:
+    """Write a checkpoint's weights alone, without what training needs, as `Pretrained.save_pretrained` does. Returns
+    the paths of the files.
 
     version: as `select_weights` takes it; None: those that are sampled from, a SiT's average and else the live ones.
+    reports: numbers with their records, as `eval.report.read_record` gives them. ValueError for those of other weights.
     """
     kind = state.get("kind")
     weights = select_weights(state, version or ("ema" if kind == "sit" else "sd"))
-    config = state["config"]
-    if kind in EXPORTED:
-        config = {"kind": kind, "config": config, **{name: state[name] for name in EXPORTED[kind]}}
-    folder.mkdir(parents=True, exist_ok=True)
-    with write_whole(folder / "model.safetensors") as file:
-        file.write(serialize({name: tensor.contiguous() for name, tensor in weights.items()}))
-    with write_whole(folder / "config.json", "w") as file:
-        file.write(json.dumps(config, indent=2, default=as_plain) + "\n")
+    if reports:
+        sha256 = weights_sha256(weights)
+        for report in reports:
+            if not is_of(report, sha256):
+                raise ValueError(f"a report is of {report['record'].get('model')}, not of these weights "
+                                 f"({sha256[:12]}): leave it out")
+    return write_pretrained(folder, kind, state["config"], weights,
+                            {**state, "reports": [*(state.get("reports") or []), *(reports or [])]})
 
 
-def as_plain(value) -> list | str:
-    """What JSON lacks: tensors as lists of numbers, and paths as text."""
-    return value.tolist() if isinstance(value, Tensor) else str(value)
+def kind_of_authors(path: Path) -> str:
+    """The kind of model in an authors' file."""
+    content = read_released(path, "model")
+    inner = content["model"]
+    if "sd" in inner:
+        return "larp_tokenizer" if "bottleneck" in inner["args"] else "larp_ar"
+    return "sit" if "ema" in content else "coordtok"
 
 
-def is_export(path: Path) -> bool:
-    return all((path / name).is_file() for name in PRETRAINED)
-
-
-def load_export(folder: Path) -> dict:
-    """What `export` wrote of a CoordTok or a SiT, as a checkpoint of it whose "model" and "ema" are these weights.
-    ValueError where the files are damaged, or of something else."""
-    config, weights, path = read_pretrained(folder)
-    kind = config.get("kind") if isinstance(config, dict) else None
-    if kind not in EXPORTED:
-        raise ValueError(f"{folder / 'config.json'} is not of an exported {' or '.join(EXPORTED)}: kind {kind!r}")
-    if missing := [name for name in ("config", *EXPORTED[kind]) if name not in config]:
-        raise ValueError(f"{folder / 'config.json'} is damaged: it lacks {', '.join(missing)}")
-    check_finite(weights, path)
-    if kind == "sit":
-        config["statistics"] = {name: torch.tensor(values) for name, values in config["statistics"].items()}
-    return State({"format": FORMAT, **config, "model": weights, "ema": weights}, folder)
+def read_any(source: str, version: str | None, config: dict) -> tuple[dict, str | None]:
+    """Whatever `Pretrained.read` takes, as a checkpoint, and the version of its weights to take. config: architecture
+    of an authors' CoordTok or SiT, where it is not the published one."""
+    path = locate(source)
+    if path is None:
+        return load_export(source), version
+    if not path.is_file() or is_ours(path):
+        return load(path), version
+    kind = MODELS[kind_of_authors(path)]
+    model = kind.from_stored(kind.read(path, version), config)
+    state = {"kind": kind.kind, "config": asdict(model.config), **model.facts, "model": model.state_dict()}
+    return State(state, path), "sd"
 
 
 def main() -> None:
     parser = ArgumentParser(
         prog="python -m training.checkpoint",
-        description="Export a checkpoint's weights to safetensors and config.json, a folder that all scripts take.",
+        description="Export a model to a folder of safetensors, config.json and a model card, which all scripts take.",
     )
-    parser.add_argument("checkpoint", help="checkpoint, or a folder of them (the newest)")
+    parser.add_argument("checkpoint", help="checkpoint, folder of them (the newest), run's folder, exported folder, "
+                        "hub id, or an authors' file")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--version", metavar="sd|ema|ema_DECAY",
                         help="live weights, or an average (default: ema of a SiT, else sd)")
+    parser.add_argument("--config", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="architecture of an authors' CoordTok or SiT file, where it is not the published one")
+    parser.add_argument("--reports", nargs="+", type=Path, default=[], metavar="REPORT.json",
+                        help="what evaluation and sampling have measured of it, for the model card")
     args = parser.parse_args()
     from common.cli import one_line_errors
+    from eval.report import read_record
 
     with one_line_errors():
-        export(load(args.checkpoint), args.folder, args.version)
+        config = dict(as_setting(text) for text in args.config)
+        state, version = read_any(args.checkpoint, args.version, config)
+        files = export(state, args.folder, version, [read_record(path) for path in args.reports])
+        step = f" of step {state['step']}" if "step" in state else ""
+        sizes = ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in files)
+        print(f"{args.folder}: {state['kind']}{step}: {sizes}")
+
+
+def as_setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value a JSON one or else text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--config takes NAME=VALUE, got {text!r}")
+    with contextlib.suppress(json.JSONDecodeError):
+        value = json.loads(value)
+    return name, value
 
 
 if __name__ == "__main__":
