@@ -213,6 +213,14 @@ def kind_of_authors(path: Path) -> str:
     return "sit" if "ema" in content else "coordtok"
 
 
+def kind_of(source: str) -> str:
+    """The kind of whatever `Pretrained.read` takes."""
+    path = locate(source)
+    if path is None:
+        return load_export(source)["kind"]
+    return load(path, mmap=True)["kind"] if not path.is_file() or is_ours(path) else kind_of_authors(path)
+
+
 def read_any(source: str, version: str | None, config: dict) -> tuple[dict, str | None]:
     """Whatever `Pretrained.read` takes, as a checkpoint, and the version of its weights to take. config: architecture
     of an authors' CoordTok or SiT, where it is not the published one."""
