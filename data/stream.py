@@ -25,7 +25,7 @@ NTSC = [Fraction(1000 * rate, 1001) for rate in (24, 30, 48, 60, 120)]  # ffmpeg
 class StreamInfo(NamedTuple):
     """What the header of a video file says."""
 
-    fps: Fraction  # frames a second, on average
+    fps: Fraction  # frames a second; of a variable rate that at which they are read
     constant: bool  # whether all frames last equally long
     seconds: float  # 0 where unknown
     audio: str | None  # codec of the first audio stream
@@ -43,7 +43,7 @@ def look(path: str | Path) -> StreamInfo:
     fps, base = (float(rate[1]) * (1000 if rate[2] else 1) if rate else None for rate in rates)
     fps, base = fps or base or 25.0, base or fps or 25.0
     constant = abs(fps - base) < 0.01 * base
-    rate = base if constant else fps
+    rate = base if constant or base <= 3 * fps else fps  # at its base rate no frame of a variable video is dropped
     exact = next((each for each in NTSC if abs(rate - each) < 0.006), Fraction(rate).limit_denominator(1000))
     length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", text)
     seconds = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0.0

@@ -35,7 +35,8 @@ def make(path, frames=40, size="48x36", rate="25", *more, audio=True):
     seconds = frames / Fraction(rate)
     tone = ["-f", "lavfi", "-i", f"sine=440:duration={float(seconds)}"] if audio else []
     picture = f"testsrc2=size=96x72:rate={rate},scale={size.replace('x', ':')}"
-    ffmpeg("-f", "lavfi", "-i", picture, *tone, "-frames:v", frames, "-c:v", "libx264", "-preset", "ultrafast", "-crf", "10", "-pix_fmt", "yuv444p", *more, path)
+    ffmpeg("-f", "lavfi", "-i", picture, *tone, "-frames:v", frames, "-c:v", "libx264", "-preset",
+           "ultrafast", "-crf", "10", "-pix_fmt", "yuv444p", *more, path)
     return path
 
 
@@ -219,7 +220,7 @@ def test_compare(monkeypatch, tokenizers, tmp_path, capsys):
         assert re.search(r"21 frames, psnr [\d.]+, ssim -?[\d.]+, [\d.]+ bits a pixel", capsys.readouterr().out)
     left = read_frames(str(out), [20])[0, :, :32].float() / 255
     given = to_video(read_frames(str(path), [20])[None], 32, "larp", CPU)[0, :, 0].permute(1, 2, 0)
-    assert (left - given).abs().mean() < 0.03
+    assert (left - given).abs().mean() < 0.06  # mp4 halves the colour planes
 
 
 @pytest.mark.parametrize("kind", ["coordtok", "larp"])
