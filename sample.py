@@ -238,7 +238,8 @@ def main():
         if previews := store.previews():
             names = generator.class_names or (class_names(files) if generator.num_labels else [])
             shown = dict(zip(rows["index"].tolist(), rows["label"].tolist()))
-            captions = [f"sample {i}" + (f": {names[shown[i]]}" if names else "") for i in previews]
+            named = {label: f": {name}" for label, name in enumerate(names)}  # the model may have more classes
+            captions = [f"sample {i}{named.get(shown[i], '')}" for i in previews]
             contact_sheet(store.folder / "sheet.png", list(previews.values()), captions, ("real", "generated"), 16)
         row = {**generator.row, "num_samples": num_made, "NLL_sampled": results.get("nll"), "fvd": results.get("fvd"),
                "protocol": facts["title"]}
@@ -253,8 +254,8 @@ def main():
             print_main(describe(facts))
             for name, value in results.items():
                 print_main(f"{name:>20}  {value:.6g}")
-            print_main(f"report: {store.report}, {table}   pictures: {store.folder / 'sheet.png'}   "
-                       f"videos: {store.videos}")
+            reports = f"{store.report}, {table}" if i3d else store.report
+            print_main(f"report: {reports}   pictures: {store.folder / 'sheet.png'}   videos: {store.videos}")
 
 
 if __name__ == "__main__":

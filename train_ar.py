@@ -87,13 +87,13 @@ def main():
     optimizer = adamw(decay_groups(generator, args.weight_decay), args.lr, betas=tuple(args.betas))
     parts = {"model": generator, "optimizer": optimizer, "scaler": precision.scaler,
              **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}
-    start, rng, best = 0, None, float("inf")
+    start, rng, best, before = 0, None, float("inf"), None
     if state:
         if args.fsdp:  # each process reads its share, into tensors that must be there
             fsdp.allocate(optimizer)
             fsdp.fill(state, checkpoint.state_dicts(parts))
         checkpoint.restore(parts, state)
-        start, rng, best = state["step"], state["rng"], state["best"]
+        start, rng, best, before = state["step"], state["rng"], state["best"], state["data"]
         del state  # frees a copy of it all
 
     if args.compile:
@@ -105,7 +105,7 @@ def main():
             compile_blocks(generator)
 
     # Data: clips encoded as they come, or once and for all.
-    files, source = training_files(args)
+    files, source, listed = training_files(args, before)
     names = class_names(files) if class_cond else []
     if class_cond:
         check_labels(files, config.num_classes, source)
@@ -166,7 +166,7 @@ def main():
     def save(step: int) -> None:
         guard.check()
         checkpoint.save_run(
-            folder, step, args, parts, len(usable_files), kind="larp_ar", config=asdict(config),
+            folder, step, args, parts, listed, kind="larp_ar", config=asdict(config),
             num_cond_frames=num_cond_frames, classes=names, tokenizer=tokenizer_hash, best=best,
         )
 

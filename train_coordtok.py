@@ -6,6 +6,7 @@ One process or none of torchrun works too. Runs are written to SAVE_DIR/EXP_NAME
 """
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from common import distributed
 from common.cli import Parser, add_perceptual, one_line_errors
 from data.clips import open_quarantine
 from data.patch_sampling import count_frames
-from models.coordtok import CoordTok, coordtok_loss
+from models.coordtok import CoordTok, CoordTokConfig, coordtok_loss
 from models.layers import compile_blocks, set_checkpointing
+from models.lpips import FrameDistance
 from models.patches import gather_patches
 from models.pretrained import build
 from models.stlpips import perceptual_metric
@@ -40,15 +42,36 @@ def parse_args():
     add_perceptual(train)
     train.add_argument("--lpips_dropout", action="store_true",
                        help="LPIPS's own dropout of 0.5 in training, as released; else it is off")
+    train.add_argument("--check", action="store_true",
+                       help="only look whether what these flags need of step 2 is there, without step 1's checkpoint")
     train.add_argument("--world_size", type=int, help="ignored: torchrun says it")
     logs = flags.add_logging(parser, log_every=50, save_every=50000)
     flags.add_validation(logs, eval_every=1000, num_val=32, batch_size=4)
     flags.add_run(parser, save_dir="./logs", exp_name="coordtok_large_step1_1M", num_workers=8)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.is_second_step:
+        given = [f"--{name}" for name in ("first_step_ckpt", "lpips_dropout", "check") if getattr(args, name)]
+        if given:
+            parser.error(f"{', '.join(given)} is of step 2: add --is_second_step, or leave it out")
+    return args
+
+
+def second_step(args, config: CoordTokConfig) -> FrameDistance | None:
+    """The loss of step 2 beside that of pixels; None with --lpips_loss_scale 0. Raises ValueError or OSError where the
+    flags do not fit the tokenizer of `config`, or weights are lacking."""
+    count_frames(args.point_per_vid, config.grid)
+    if args.lpips_loss_scale == 0:
+        return None
+    return perceptual_metric(args.perceptual, weights=args.lpips_weights, dropout=args.lpips_dropout)
 
 
 def main():
     args = parse_args()
+    if args.check:
+        first = Path(args.first_step_ckpt or "")
+        there = first.is_file() or checkpoint.list_checkpoints(first)
+        second_step(args, load_coordtok(first, args).config if there else CoordTokConfig(**flags.coordtok_config(args)))
+        return
     device, folder = start_run(args, suffix="_second" * args.is_second_step)
     world_size = distributed.world_size()
 
@@ -65,26 +88,22 @@ def main():
     config = tokenizer.config
     tokenizer.to(device).train()
     set_checkpointing(tokenizer, args.gradient_checkpointing)
-    use_lpips = args.is_second_step and args.lpips_loss_scale > 0
-    perceptual = None
-    if use_lpips:
-        perceptual = perceptual_metric(args.perceptual, weights=args.lpips_weights, dropout=args.lpips_dropout)
+    perceptual = second_step(args, config) if args.is_second_step else None
+    if perceptual:
         perceptual.to(device)
-    if args.is_second_step:
-        count_frames(args.point_per_vid, config.grid)
 
     # Weight decay on everything, as published.
     precision = Precision(args.precision, device)
     optimizer = adamw(tokenizer.parameters(), lr=args.lr, weight_decay=1e-3)
     parts = {"model": tokenizer, "optimizer": optimizer, "scaler": precision.scaler}
-    start, rng, best = 0, None, float("-inf")
+    start, rng, best, before = 0, None, float("-inf"), None
     if state:
         checkpoint.restore(parts, state)
-        start, rng, best = state["step"], state["rng"], state["best"]
+        start, rng, best, before = state["step"], state["rng"], state["best"], state["data"]
         del state  # frees a copy of the model
 
     # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
-    files, source = training_files(args)
+    files, source, listed = training_files(args, before)
     quarantine = open_quarantine(folder, args.decode_timeout)
     sampler = train_sampler(args, len(files), args.num_iters, start, order="replacement")
     of_clips = (*config.video_shape[:2], "coordtok", device, quarantine)
@@ -103,7 +122,7 @@ def main():
 
     def save(step: int) -> None:
         guard.check()
-        checkpoint.save_run(folder, step, args, parts, len(files), kind="coordtok", config=asdict(config), best=best)
+        checkpoint.save_run(folder, step, args, parts, listed, kind="coordtok", config=asdict(config), best=best)
 
     def reconstruct(video: Tensor, _: list[int]) -> Tensor:
         tokenizer.eval()

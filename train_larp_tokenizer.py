@@ -98,14 +98,14 @@ def main():
     adversary = Adversary(discriminator, args, precision, device)
     parts = {"model": tokenizer, "optimizer": optimizer, "scaler": precision.scaler, **adversary.parts,
              **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}
-    start, rng, best = 0, None, float("-inf")
+    start, rng, best, before = 0, None, float("-inf"), None
     if state:
         checkpoint.restore(parts, state)
-        start, rng, best = state["step"], state["rng"], state["best"]
+        start, rng, best, before = state["step"], state["rng"], state["best"], state["data"]
         del state, carried  # frees a copy of it all
 
     # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
-    files, _ = training_files(args)
+    files, _, listed = training_files(args, before)
     quarantine = open_quarantine(folder, args.decode_timeout)
     epoch_steps = len(files) // args.batch_size
     num_iters = args.num_iters or args.max_epoch * epoch_steps
@@ -128,7 +128,7 @@ def main():
 
     def save(step: int) -> None:
         guard.check()
-        checkpoint.save_run(folder, step, args, parts, len(files), kind="larp_tokenizer", config=asdict(config),
+        checkpoint.save_run(folder, step, args, parts, listed, kind="larp_tokenizer", config=asdict(config),
                             disc_config=asdict(discriminator.config), best=best)
 
     def score(net: LARPTokenizer, pictures: Path) -> dict[str, float]:

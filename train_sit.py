@@ -91,7 +91,7 @@ def main():
         start, rng = state["step"], state["rng"]
 
     # Data: clips encoded as they come, or once and for all.
-    files, source = training_files(args)
+    files, source, listed = training_files(args, state["data"] if state else None)
     names = class_names(files)
     if args.num_classes not in (1, len(names)):
         raise ValueError(f"--num_classes is {args.num_classes}, but {source} has {len(names)} classes: give that, or 1 "
@@ -141,7 +141,8 @@ def main():
         if cache:
             latents = (cache.read(np.array([key.index * cache.views for key in part])) for part in few)
         else:
-            latents = map(encode, make_loader(clips_of(damaged="skip"), few, min(args.num_workers, len(few))))
+            loader = make_loader(clips_of(damaged="skip"), few, min(args.num_workers, len(few)))
+            latents = (encode(batch) for batch in loader if len(batch["position"]))  # none where all are damaged
         stats = measure(latents, config.latent_n_features, device)
     del state
 
@@ -156,7 +157,7 @@ def main():
     def save(step: int) -> None:
         guard.check()
         checkpoint.save_run(
-            folder, step, args, parts, len(usable_files), kind="sit", config=asdict(sit.config),
+            folder, step, args, parts, listed, kind="sit", config=asdict(sit.config),
             interpolant=asdict(interpolant), tokenizer=tokenizer_hash, statistics=stats.state_dict(), classes=names,
         )
 

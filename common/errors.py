@@ -8,6 +8,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -65,10 +66,20 @@ def found(path: str | Path, error: BaseException) -> str:
         return f"byte {error.start} is not {error.encoding}"
     if isinstance(error, json.JSONDecodeError):
         return f"line {error.lineno} is not JSON"
+    if name := foreign_name(error):
+        return f"it names {name}, which is not admitted"
+    if "weights_only" in str(error):  # torch advises to load the file without that
+        return "it is not a PyTorch file of plain values and tensors"
     text = (str(error).strip() or "it is cut short").splitlines()[0]
     text = "it is cut short" if isinstance(error, OSError) and error.errno == errno.EINVAL else text
     own = isinstance(error, ValueError | EOFError | OSError | RuntimeError)
     return text if own else f"{type(error).__name__}: {text}"
+
+
+def foreign_name(error: BaseException) -> str | None:
+    """What a pickle names that torch.load(weights_only=True) does not admit, from its error."""
+    refused = re.search(r"GLOBAL (\S+) (was not an allowed global|whose module)", str(error))
+    return refused and refused[1]
 
 
 def shown(path: str | Path) -> str:

@@ -89,7 +89,7 @@ def _read_csv(path: Path, label_column: str | None) -> list[VideoFile]:
         files = []
         for row in reader:
             label = row[label_column] if label_column else "-1"
-            if not row["path"] or not re.fullmatch(r"-?\d+", label or ""):
+            if not row["path"] or not re.fullmatch(r"-1|\d{1,6}", label or ""):  # names are kept by label
                 raise ValueError(f"line {reader.line_num} has path {row['path']!r} and label {label!r}")
             files.append(VideoFile(str(REPOSITORY / row["path"]), int(label)))
         if not files:

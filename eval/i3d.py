@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from common.errors import found
 from models import fetch
 from models.pretrained import WeightsError
 
@@ -233,7 +234,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     except WeightsError:
         raise
     except Exception as error:  # damaged files raise too many kinds of errors to list
-        reason = str(error).split("\n")[0]
+        reason = found(path, error)
         raise WeightsError(f"{path} cannot be read ({reason}); get it anew, or delete it from the cache") from None
 
 

@@ -21,7 +21,20 @@ from eval.motion import motion_rows, motion_summary
 from eval.protocols import Protocol
 from models.lpips import FrameDistance
 
-METRICS = ("mse", "psnr_clip", "psnr_frame", "ssim", "lpips", "stlpips", "psnr_mean_frame")
+
+def psnr_mean_frame(video: Tensor, output: Tensor) -> Tensor:
+    """The PSNR of the clip's mean frame, which a useful tokenizer must beat: (B,)."""
+    return psnr_frame(video, video.mean(2, keepdim=True).expand_as(video))
+
+
+# What is measured of every clip: name: function of (video, reconstruction), (B, 3, T, H, W) float [0, 1] both, to (B,).
+CLIP_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": mse_clip,
+    "psnr_clip": psnr_clip,
+    "psnr_frame": psnr_frame,
+    "ssim": ssim_frame,
+    "psnr_mean_frame": psnr_mean_frame,
+}
 
 
 def protocol_clips(
@@ -76,7 +89,7 @@ def reconstruct_rows(
     motion_of: indices of the clips whose motion is measured (`eval.motion`), since optical flow is slow. patch:
         (t, h, w) of the tokenizer's blocks. vmaf: measure those clips' VMAF too.
     Returns ({index (n,), metric (n,), real and fake I3D logits (n, 400)}, the first batch's (input, reconstruction)
-    pairs), on the CPU. psnr_mean_frame is the PSNR of the clip's mean frame, which a useful tokenizer must beat.
+    pairs), on the CPU.
     """
     rows, examples = [], []
     for batch in tqdm(loader, desc=progress, disable=progress is None):
@@ -84,14 +97,8 @@ def reconstruct_rows(
             continue  # all its clips were damaged
         video = loader.dataset.to_video(batch, device)
         output = reconstruct(video, batch["position"].tolist()).float().clamp(0, 1)
-        row = {
-            "index": batch["position"],
-            "mse": mse_clip(video, output),
-            "psnr_clip": psnr_clip(video, output),
-            "psnr_frame": psnr_frame(video, output),
-            "ssim": ssim_frame(video, output),
-            "psnr_mean_frame": psnr_frame(video, video.mean(2, keepdim=True).expand_as(video)),
-        }
+        row = {"index": batch["position"]}
+        row |= {name: metric(video, output) for name, metric in CLIP_METRICS.items()}
         if perceptual is not None:
             row[perceptual.name] = perceptual(video, output)
         if i3d is not None:
@@ -125,7 +132,7 @@ def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
     A clip without any error has an infinite PSNR. Such clips are left out of the mean and counted as NAME_infinite.
     """
     means = {"clips": len(rows["index"])}
-    for name in METRICS:
+    for name in (*CLIP_METRICS, "lpips", "stlpips"):
         if name in rows:
             values = rows[name].double()
             finite = values[values.isfinite()]

@@ -7,11 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.errors import DamagedFile, found
+from common.errors import DamagedFile, found, reading
 from common.files import of_system
 from models.pretrained import PRETRAINED, check_finite, read_facts, read_pretrained, verify
 
 FORMAT = 1
+# The type of what a checkpoint holds, where it holds it. The dicts are read by their keys, models by `load_state`.
+DICTS = ("config", "disc_config", "interpolant", "statistics", "data", "args")
+TYPES = {"step": int, "best": int | float, "rng": list, "classes": list, "tokenizer": str, "num_cond_frames": int,
+         "reports": list,
+         **dict.fromkeys(DICTS, dict)}
 NAME = re.compile(r"step_(\d+)(\.pt)?")  # of a file, or of a folder where the state has sharded tensors
 
 
@@ -64,7 +69,9 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:
         raise ValueError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
+    state = typed(state, path)
     if not mmap:
+        check_finite(state.get("statistics", {}), path)
         averages = state.get("ema") or {}
         nested = any(isinstance(value, dict) for value in averages.values())
         for weights in (state.get("model") or {}, *(averages.values() if nested else [averages])):
@@ -72,11 +79,25 @@ def load(path: str | Path, mmap: bool = False) -> dict:
                 check_finite(weights, path)
     if path.is_dir():
         state["shards"] = path
-    for key in {"config", "disc_config", "args"} & state.keys():
-        if not isinstance(state[key], dict):
-            raise DamagedFile(f"{path} is damaged: its {key} is a {type(state[key]).__name__}; give another")
-        state[key] = State(state[key], path)
-    return State(state, path)
+    return state
+
+
+def typed(content: dict, path: Path) -> "State":
+    """What was read from the checkpoint or export `path`, as a State. DamagedFile where a value is of a wrong type."""
+    with reading(path, "a checkpoint", "give another"):
+        for key in TYPES.keys() & content.keys():
+            if not isinstance(content[key], TYPES[key]):
+                raise ValueError(f"its {key} is a {type(content[key]).__name__}")
+        if content.get("step", 0) < 0:
+            raise ValueError(f"its step is {content['step']}")
+        if any(one["cpu"].dtype != torch.uint8 for one in content.get("rng", [])):
+            raise ValueError("its rng are not generators' states")
+    return State({key: nested(value, path) if key in DICTS else value for key, value in content.items()}, path)
+
+
+def nested(value, path: Path):
+    """A dict as a State, with those in it."""
+    return State({key: nested(inner, path) for key, inner in value.items()}, path) if isinstance(value, dict) else value
 
 
 class State(dict):
@@ -177,7 +198,12 @@ def load_export(source: str | Path, **hub) -> dict:
     elif missing := [name for name in ("config", *EXPORTED[kind]) if name not in config]:
         raise ValueError(f"{folder / 'config.json'} is damaged: it lacks {', '.join(missing)}")
     check_finite(weights, path)
-    if statistics := config.get("statistics"):
-        config["statistics"] = {name: torch.tensor(values) for name, values in statistics.items()}
+    if config.get("statistics") is not None:
+        with reading(folder / "config.json", "a SiT", "fetch it again"):
+            config["statistics"] = {name: torch.tensor(values) for name, values in config["statistics"].items()}
     averages = {"ema": weights} if kind == "sit" else {}
-    return State({"format": FORMAT, **config, "model": weights, **averages}, folder)
+    unknown = [name for name in FACTS if name in config and config[name] is None]
+    known = {name: value for name, value in config.items() if name not in unknown}
+    state = typed({"format": FORMAT, **known, "model": weights, **averages}, folder)
+    state.update(dict.fromkeys(unknown))
+    return state

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.errors import DamagedFile, read_json, reading
+from common.errors import DamagedFile, foreign_name, read_json, reading
 
 
 class WeightsError(OSError):
@@ -59,8 +59,8 @@ def read_released(path: str | Path, *keys: str) -> dict:
             # Memory-mapped if the format allows: the files also hold optimizer states, which are not read.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # an unpickler raises too many kinds of errors to list
-        foreign = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        reason = f"holds a {foreign[1]}, which is not admitted" if foreign else "not a whole PyTorch file"
+        foreign = foreign_name(error)
+        reason = f"holds a {foreign}, which is not admitted" if foreign else "not a whole PyTorch file"
         raise ValueError(f"{path}: {reason}; expected plain containers, numpy arrays and tensors") from error
     content = _plain(content)
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]

@@ -61,6 +61,8 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         raise ValueError(f"--sampling_method {method} is none of the {args.mode} samplers: {', '.join(methods)}")
     if args.mode == "SDE" and (args.reverse or args.likelihood):
         raise ValueError("--reverse and --likelihood are of the probability flow: give --mode ODE")
+    if args.guidance_interval[0] >= args.guidance_interval[1]:
+        raise ValueError(f"--guidance_interval is {args.guidance_interval}, expected LOW below HIGH")
     if args.first_model_ckpt is None:
         raise ValueError("--sit_model needs --first_model_ckpt, the CoordTok that it was trained on")
     tokenizer = load_coordtok(args.first_model_ckpt, args).to(device).eval().requires_grad_(False)

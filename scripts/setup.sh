@@ -15,6 +15,19 @@ if ! cmp -s requirements.txt .venv/installed; then  # what was installed, not wh
 fi
 export PATH="$PWD/.venv/bin:$PATH"
 
+# sampling_needs FOLDER: what sample.py needs for a report, looked for before training takes days: I3D's weights, and a
+# place for the samples.
+sampling_needs() {
+    mkdir -p "$1"
+    python - <<'END'
+from common.cli import one_line_errors
+from eval.i3d import I3D
+
+with one_line_errors():
+    I3D.from_weights()
+END
+}
+
 # run_flags RESULTS NAME FLAGS...: what the flags given for training say to the next command. RUN_FOLDER is the run's
 # folder, RESULTS/NAME unless the flags name another; SHARED_FLAGS are those of data, tokenizer and device.
 run_flags() {

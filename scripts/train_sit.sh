@@ -8,8 +8,10 @@ source "$(dirname "$0")/setup.sh"
 DATA_ROOT=${DATA_ROOT:-/data}
 GPUS=${GPUS:-8}
 RUN=${RUN:-coordtok_large}
+run_flags results "$RUN" "$@"
+SAMPLES=samples/${RUN_FOLDER##*/}
+sampling_needs "$SAMPLES"
 torchrun --nnodes=1 --nproc_per_node="$GPUS" train_sit.py --data_root "$DATA_ROOT" --first_model_ckpt "$CKPT" \
     --model SiT-L/2 --global_batch_size 64 --allow_tf32 --exp_name "$RUN" --resume auto "$@"
-run_flags results "$RUN" "$@"
 torchrun --nnodes=1 --nproc_per_node="$GPUS" sample.py --sit_model "$RUN_FOLDER" --first_model_ckpt "$CKPT" \
-    --data_root "$DATA_ROOT" --output_dir "samples/${RUN_FOLDER##*/}" --allow_tf32 "${SHARED_FLAGS[@]}"
+    --data_root "$DATA_ROOT" --output_dir "$SAMPLES" --allow_tf32 "${SHARED_FLAGS[@]}"

@@ -213,4 +213,4 @@ def test_compiled_parts_are_whole_graphs(name):
 
 
 def test_readme_has_the_table_of_costs():
-    assert cost.table("H100", cost.MFU, cost.MEMORY_GIB, {}) in (ROOT / "README.md").read_text()
+    assert cost.table("H100", cost.MFU, cost.MEMORY_GIB, {}) in (ROOT / "docs/costs.md").read_text()

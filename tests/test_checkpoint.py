@@ -1,12 +1,19 @@
 import errno
 import json
+import os
+from argparse import Namespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.errors import DamagedFile
+from eval.i3d import I3D
 from models import checkpoint_files
+from models.pretrained import WeightsError, read_released
 from training import checkpoint
+from training.flags import larp_config
+from training.optim import adamw
 
 
 def state(value):
@@ -191,3 +198,68 @@ def test_weights_by_version():
     assert checkpoint.select_weights({**state(1), "ema": state(4)["model"]}, "ema")["w"][0] == 4
     with pytest.raises(ValueError, match="no weights 'ema' in this checkpoint; it holds sd, ema_0.9, ema_0.99"):
         checkpoint.select_weights(averaged, "ema")
+
+
+def spoil_shape(moments: dict) -> None:
+    moments["exp_avg"] = moments["exp_avg"][:1]
+
+
+@pytest.mark.parametrize("spoil", [spoil_shape, lambda moments: moments.pop("exp_avg_sq"), dict.clear])
+def test_an_optimizer_of_another_model_is_refused(tmp_path, spoil):
+    """By torch only at the first step, or not at all."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = adamw(model.parameters(), lr=1.0)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    good = checkpoint.save(tmp_path / "good", 1, {"optimizer": optimizer.state_dict()})
+    checkpoint.restore({"optimizer": optimizer}, checkpoint.load(good))
+    content = optimizer.state_dict()
+    spoil(content["state"][0])
+    path = checkpoint.save(tmp_path, 1, {"optimizer": content})
+    with pytest.raises(DamagedFile, match=f"{path} cannot be read as the state of this run: .* for a parameter that"):
+        checkpoint.restore({"optimizer": optimizer}, checkpoint.load(path))
+
+
+@pytest.mark.parametrize(("name", "value", "found"), [
+    ("step", "one", "its step is a str"), ("step", None, "its step is a NoneType"), ("step", -1, "its step is -1"),
+    ("rng", [5], "'int' object is not subscriptable"), ("rng", [{}], "it has no 'cpu'"),
+    ("rng", [{"cpu": torch.zeros(3)}], "its rng are not generators' states"), ("best", "x", "its best is a str"),
+    ("statistics", [1], "its statistics is a list"), ("interpolant", [1], "its interpolant is a list"),
+    ("data", 5, "its data is a int"),
+])
+def test_values_of_a_wrong_type_are_damage(tmp_path, name, value, found):
+    """Else they are errors of the code that uses them first, which does not know the file."""
+    path = checkpoint.save(tmp_path, 1, state(1))
+    content = torch.load(path)
+    torch.save({**content, name: value}, path)
+    with pytest.raises(DamagedFile, match=f"{path} cannot be read as a checkpoint: .*{found}; give another"):
+        checkpoint.load(path)
+
+
+def test_what_a_nested_dict_lacks_names_the_file(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {**state(1), "config": {"bottleneck": {"args": {}}}})
+    with pytest.raises(DamagedFile, match=f"{path} has no 'regularizer'"):
+        larp_config(Namespace(codebook_size=64), checkpoint.load(path)["config"], "the run")
+
+
+class Foreign:
+    def __init__(self, function):
+        self.function = function
+
+    def __reduce__(self):
+        return self.function, ("touch run",)
+
+
+@pytest.mark.parametrize("function", [os.system, print])
+def test_a_checkpoint_that_names_code_is_refused_without_torchs_advice(tmp_path, monkeypatch, function):
+    """Which is to load it all the same."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "x": Foreign(function)}, tmp_path / "x.pt")
+    name = f"{function.__module__}.{function.__name__}".removeprefix("builtins.")
+    with pytest.raises(DamagedFile, match=f"x.pt cannot be read as a checkpoint: it names {name}, which is not adm"):
+        checkpoint.load(tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match=f"x.pt cannot be read .it names {name}, which is not admitted"):
+        I3D.from_weights(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"x.pt: holds a {name}, which is not admitted"):
+        read_released(tmp_path / "x.pt")
+    assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from data.loader import Loader, init_worker
+from tests.helpers import ROOT, run
 from training.log import NonFiniteGuard, RunLog, StageClock, StopSignal
 
 CPU = torch.device("cpu")
@@ -149,3 +150,24 @@ def test_a_second_ctrl_c_ends_at_once(stop):
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    loop = tmp_path / "loop.py"
+    loop.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from common import distributed
+from training.log import StopSignal
+distributed.setup("cpu")
+stop = StopSignal()
+for step in range(1, 10):
+    if step == 3 and distributed.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    stop.next(iter([step]), step, None)
+    if stop.anywhere():
+        print("stopped after", step)
+        break
+distributed.teardown()
+""")
+    assert run(str(loop), processes=2).stdout.count("stopped after 3") == 2

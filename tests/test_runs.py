@@ -2,6 +2,8 @@
 caches on; and what cannot work is told at once. The end comes as an exception that nothing catches; the tests of each
 script have real signals too."""
 import json
+import shutil
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from common.cli import Parser
 from data.cache import RowCache
 from eval import i3d
 from models.coordtok import CoordTok
-from training import checkpoint, clip_cache
+from training import checkpoint, clip_cache, setup
 from training.flags import add_coordtok, coordtok_config
 from training.log import StopSignal
 from training.validation import HeldOut, SampleCheck, Validation
@@ -184,6 +186,8 @@ DROPOUT = "trained with --class_dropout_prob above 0, this one has 0"
 @pytest.mark.parametrize(("script", "mistaken", "message"), [
     ("train_coordtok", ["--point_per_vid", 17], "17 points are no whole number of frames of 4x4 patches"),
     ("train_coordtok", ["--val_name", "nowhere"], "no videos under"),
+    ("train_coordtok", ["--lpips_loss_scale", 0, "--lpips_weights", "nowhere"], "nowhere: no such file"),
+    ("train_larp_tokenizer", ["--lpips_weights", "nowhere"], "nowhere: no such file"),
     ("train_coordtok", ["--accum_iter", 3], "a global batch of 4 cannot be shared"),
     ("train_coordtok", ["--keep_checkpoints", -1], "--keep_checkpoints is -1, expected 1 or more"),
     ("train_sit", ["--class_dropout_prob", 0], f"cfg_scale 2.0 needs a SiT {DROPOUT}"),
@@ -206,6 +210,17 @@ def test_what_cannot_work_is_told_before_a_cache_is_filled(
     assert message in mistake(monkeypatch, capsys, SCRIPTS[script], *flags(script, tmp_path), *mistaken)
 
 
+def test_step_2_is_checked_before_step_1(flags, monkeypatch, capsys, tmp_path):
+    """Without step 1's checkpoint, which is yet to be made, and without touching the run's folder."""
+    given = [*flags("train_coordtok", tmp_path), "--first_step_ckpt", tmp_path / "none", "--check"]
+    run_here(monkeypatch, train_coordtok, *given)
+    capsys.readouterr()
+    for wrong, message in (["--point_per_vid", 17], "17 points are no whole number of frames"), (
+            ["--lpips_weights", tmp_path / "vgg.pth"], f"{tmp_path}/vgg.pth: no such file"):
+        assert message in mistake(monkeypatch, capsys, train_coordtok, *given, *wrong)
+    assert not list(tmp_path.iterdir())
+
+
 OTHER = {"train_coordtok": "sit", "train_sit": "larp_ar", "train_larp_tokenizer": "coordtok", "train_ar": "sit"}
 
 
@@ -221,3 +236,36 @@ def test_another_scripts_checkpoint_is_refused(flags, monkeypatch, capsys, tmp_p
     error = mistake(monkeypatch, capsys, SCRIPTS[script], *flags(script, tmp_path), *exp_name, *given)
     assert f"holds a {OTHER[script]} model, expected a " in error
     assert str(run / "checkpoints" if flag == "auto" else path) in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_changed_data_do_not_go_on_unnoticed(flags, monkeypatch, capsys, tmp_path, script):
+    """A class folder that is away when the run goes on: it would train on fewer videos, in another order."""
+    given = [*flags(script, tmp_path), "--num_val", 0, "--num_iters"]
+    run_here(monkeypatch, SCRIPTS[script], *given, 1)
+    (run,) = tmp_path.glob("run*")
+    before, whole = (run / "metrics.jsonl").read_bytes(), setup.list_folder
+    monkeypatch.setattr(setup, "list_folder", lambda folder: [file for file in whole(folder) if file.label == 0])
+    capsys.readouterr()
+    error = mistake(monkeypatch, capsys, SCRIPTS[script], *given, 2, "--resume", "auto")
+    assert "UCF-101_train has 3 videos, but not those that the run has trained on (6): bring these back" in error
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_named_checkpoints_go_on_with_changed_data(capsys, tmp_path, data):
+    """And a data set that has moved as a whole has not changed."""
+    def listed(resume: str, root: Path, before: dict | None) -> dict:
+        args = Namespace(data_root=str(root), video_name="UCF-101_train", resume=resume)
+        return setup.training_files(args, before)[2]
+
+    first = listed("auto", data, None)
+    shutil.copytree(data, tmp_path / "moved")
+    assert listed("auto", tmp_path / "moved", {"position": 3, **first}) == first
+    assert listed("auto", data, {"position": 3, "files": 5}) == first  # of a checkpoint that does not say which
+    next((tmp_path / "moved").glob("UCF-101_train/*/*")).rename(tmp_path / "moved/UCF-101_train/other.avi")
+    capsys.readouterr()
+    changed = listed("run/step_0000003.pt", tmp_path / "moved", {"position": 3, **first})
+    assert changed["files"] == 6 and changed != first
+    assert "going on with the changed data" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has 6 videos, but not those that the run has trained on .6.: bring these"):
+        listed("auto", tmp_path / "moved", first)

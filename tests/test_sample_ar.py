@@ -310,11 +310,15 @@ def trained(models, tmp_path):
     return tmp_path / "runs"
 
 
-def test_our_checkpoints_carry_their_task(sampled, trained, published):
+def test_our_checkpoints_carry_their_task(sampled, trained, published, tmp_path):
     folder = sampled("class", "class", "--ar_model", trained / "class", "--num_samples", 2)
     average = sampled("average", "class", "--ar_model", trained / "class", "--num_samples", 2, "--version", "ema_0.99")
     assert (pixels(folder, 0) != pixels(average, 0)).mean() > 0.1
     assert load_larp_ar(str(trained / "class"), "ema_0.99").class_names == ["PanLeft", "ZoomIn"]
+    state = checkpoint.load(trained / "class" / "checkpoints")
+    checkpoint.save(tmp_path / "few", 1, {**state, "classes": ["PanLeft"]})  # of the model's two
+    folder = sampled("unnamed", "class", "--ar_model", tmp_path / "few", "--class_label", 1, "--num_samples", 1)
+    assert (folder / "sheet.png").exists()
     published["fp"] = published["fp"][3:]
     folder = sampled("fp", "fp", "--ar_model", trained / "fp" / "checkpoints", "--num_samples", 2)
     assert json.loads((folder / "report.json").read_text())["record"]["num_cond_frames"] == 3

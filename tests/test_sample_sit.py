@@ -121,7 +121,8 @@ def test_shards_in_any_order_report_once(sampled, capsys):
     assert "some are missing: 0 to 2, 6" in said
     sampled("shards", *shards, 6)
     folder = sampled("shards", *shards, 0)
-    assert "report.json" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "report.json" in said and "fvd_report.csv" not in said  # which --no_fvd does not write
     record = json.loads((folder / "report.json").read_text())["record"]
     assert record["num_generated"] == 7
     assert record["title"] == "styleganv_fvd2048_16f*"
@@ -272,6 +273,7 @@ def test_the_authors_run_folder_gives_the_same_samples(sampled, models, tmp_path
         (["--mode", "ODE", "--sampling_method", "Heun"], "Heun is none of the ODE samplers: dopri5, "),
         (["--likelihood"], "give --mode ODE"),
         (["--class_label", "2"], "--class_label is 2, expected 0 to 1"),
+        (["--guidance_interval", "0.9", "0.1"], r"--guidance_interval is \[0.9, 0.1\], expected LOW below HIGH"),
         (["--num_samples_total", "4", "--starting_index", "4"], "none of the samples 0 to 3"),
         (["--first_model_ckpt", "OTHER"], "not trained on the tokenizer .*OTHER: --first_model_ckpt was the right one"),
         (["--first_model_ckpt", "SMALLER"], "not trained on the tokenizer"),

@@ -93,10 +93,10 @@ def test_sampling_without_a_gpu_runs_one_process(repository):
 
 def test_paths_with_spaces_and_stars(repository):
     odd = f"{repository.folder}/data *"
-    one, two = repository.run("train_coordtok.sh", DATA_ROOT=odd, RUN="r *")
+    _, one, two = repository.run("train_coordtok.sh", DATA_ROOT=odd, RUN="r *")
     assert value(one, "--data_root") == value(two, "--data_root") == odd
     assert value(two, "--first_step_ckpt") == "logs/r *_step1_1M/checkpoints"
-    train, sample = repository.run("train_sit.sh", DATA_ROOT=odd, CKPT="c *", RUN="r *")
+    _, train, sample = repository.run("train_sit.sh", DATA_ROOT=odd, CKPT="c *", RUN="r *")
     assert value(train, "--data_root") == value(sample, "--data_root") == odd
     assert value(train, "--first_model_ckpt") == value(sample, "--first_model_ckpt") == "c *"
     assert value(sample, "--sit_model") == "results/r *"
@@ -110,10 +110,30 @@ def test_flags_of_training_reach_what_follows(repository):
     flags = ["--video-name", "V", "--results_dir=out *", "--exp_name", "mine", "--enc_num_layers", "2", "--lr", "1",
              "--seed", "5"]
     for script in ("train_sit.sh", "train_sit_reproduce.sh"):
-        train, sample = repository.run(script, *flags, CKPT="c", DATA_ROOT="d")
+        _, train, sample = repository.run(script, *flags, CKPT="c", DATA_ROOT="d")
         assert train[-len(flags):] == flags
         assert value(sample, "--sit_model") == "out */mine" and value(sample, "--output_dir") == "samples/mine"
         assert value(sample, "--video-name") == "V" and value(sample, "--enc_num_layers") == "2"
         assert "--lr" not in sample and "--seed" not in sample and value(sample, "--data_root") == "d"
-    _, two = repository.run("train_coordtok.sh", "--save-dir", "out", "--exp_name=mine")
-    assert value(two, "--first_step_ckpt") == "out/mine/checkpoints"
+    for script in ("train_coordtok.sh", "train_coordtok_reproduce.sh"):
+        _, _, two = repository.run(script, "--save-dir", "out", "--exp_name=mine")
+        assert value(two, "--first_step_ckpt") == "out/mine/checkpoints"
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("train_*.sh")))
+def test_what_a_later_step_needs_is_looked_for_before_the_first(repository, script):
+    """Step 2's flags and LPIPS's weights, and I3D's weights to measure samples; nothing is trained where it fails."""
+    calls = repository.run(script, CKPT="c")
+    first, *later = [call for call in calls if call[0] == "torchrun"]
+    assert bool(later) == (calls[0][0] == "python")
+    if not later:
+        return
+    if "--is_second_step" in later[0]:
+        assert calls[0] == ["python", *later[0][3:], "--check"]
+    else:
+        assert calls[0] == ["python", "-"] and (repository.folder / value(later[0], "--output_dir")).is_dir()
+    python = repository.folder / ".venv" / "bin" / "python"
+    python.write_text(STUB + "exit 1\n")
+    with pytest.raises(AssertionError):
+        repository.run(script, CKPT="c")
+    assert "torchrun" not in (repository.folder / "calls").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY_COORDTOK, error_line, logged, losses, num_lines, run, run_here, start, wait
+from helpers import ROOT, TINY_COORDTOK, error_line, logged, losses, mistake, num_lines, run, run_here, start, wait
 
 import train_coordtok
 from data.video import write_video
@@ -180,6 +180,7 @@ def test_mistakes_get_one_line(data, tmp_path, flags, message):
 def test_the_reproducing_script_has_the_released_settings(monkeypatch, tmp_path):
     """What it gives to torchrun, for which a function stands in here."""
     monkeypatch.setenv("BASH_FUNC_torchrun%%", '() { printf "%s\\n" "$@" -- ; }')
+    monkeypatch.setenv("BASH_FUNC_python%%", "() { :; }")  # the look at what step 2 needs
     monkeypatch.setenv("DATA_ROOT", "/a b")
     command = ["bash", "scripts/train_coordtok_reproduce.sh", "--num_val", "0"]
     lines, steps = subprocess.check_output(command, cwd=ROOT, text=True), []
@@ -201,3 +202,9 @@ def test_a_foreign_architecture_flag_names_both_values(data, coordtok, tmp_path)
                  "--enc_embed_dim", 64, fails=True)
     assert "--enc_embed_dim 64 was given, but" in done.stderr
     assert "has 32" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--first_step_ckpt", "x.pt"], ["--lpips_dropout"], ["--check"]])
+def test_flags_of_step_2_need_step_2(monkeypatch, capsys, flags):
+    """Left unnoticed, step 1 would be trained again."""
+    assert f"{flags[0]} is of step 2: add --is_second_step" in mistake(monkeypatch, capsys, train_coordtok, *flags)

@@ -1,13 +1,14 @@
 """train_sit.py end to end, as users run it, at a tiny size."""
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY_COORDTOK, losses, num_lines, run, start, wait
+from helpers import TINY_COORDTOK, losses, num_lines, run, run_here, start, wait
 
 import train_sit
 from training import checkpoint
@@ -130,3 +131,19 @@ def test_mistakes_are_named(data, coordtok, sit, tmp_path, monkeypatch, flags, m
     monkeypatch.setattr(sys, "argv", ["train_sit.py", *map(str, arguments(data, coordtok, results, *flags))])
     with pytest.raises((ValueError, OSError), match=message):
         train_sit.main()
+
+
+def test_damaged_clips_of_the_statistics(data, coordtok, monkeypatch, tmp_path):
+    """A batch of them alone counts for nothing; where all are damaged, an error says so."""
+    videos = tmp_path / "data" / "V" / "A"
+    videos.mkdir(parents=True)
+    for i, path in enumerate(sorted((data / "UCF-101_train").glob("*/*"))[:5]):
+        shutil.copy(path, videos / f"{i}.mp4")
+    (videos / "2.mp4").write_text("no video")
+    flags = [*arguments(tmp_path / "data", coordtok, tmp_path, "--video_name", "V", "--val_batch_size", 1)]
+    run_here(monkeypatch, train_sit, *flags, "--num_iters", 1)
+    assert checkpoint.load(tmp_path / "run" / "checkpoints")["statistics"]["xy_std"].isfinite().all()
+    for path in videos.iterdir():
+        path.write_text("no video")
+    with pytest.raises(ValueError, match="none of the clips that the latents' mean and std are of can be decoded"):
+        run_here(monkeypatch, train_sit, *flags, "--exp_name", "none")

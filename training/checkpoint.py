@@ -96,10 +96,10 @@ def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
     return path
 
 
-def save_run(folder: Path, step: int, args: Namespace, parts: dict[str, Any], num_files: int, **facts) -> None:
+def save_run(folder: Path, step: int, args: Namespace, parts: dict[str, Any], listed: dict, **facts) -> None:
     """Save to `folder`/checkpoints what the parts of a run hold, how far it is in its data, and its flags. facts: what
-    else the checkpoint says. parts: as `restore` takes them."""
-    data = {"position": step * args.batch_size, "files": num_files}
+    else the checkpoint says. listed: of the data, from `training_files`. parts: as `restore` takes them."""
+    data = {"position": step * args.batch_size, **listed}
     save(folder / "checkpoints", step, {**facts, **state_dicts(parts), "data": data, "args": vars(args)},
          args.keep_checkpoints)
 
@@ -164,6 +164,16 @@ def restore(parts: dict[str, Any], state: State) -> None:
                 load_state(part, content, state.path)
             else:
                 part.load_state_dict(content)
+            if isinstance(part, torch.optim.Optimizer):
+                check_moments(part)
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError where what was loaded into Adam does not fit its parameters, which torch finds at the first step."""
+    for parameter, state in optimizer.state.items():
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        if shapes != (expected := {"step": (), **dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(parameter.shape))}):
+            raise ValueError(f"it holds {shapes} for a parameter that needs {expected}")
 
 
 def find(folder: Path, resume: str | None, kind: str) -> dict | None:

@@ -207,7 +207,7 @@ def larp_config(args: argparse.Namespace, carried: dict | None = None, source: s
             continue
         given, inner = getattr(args, name), config
         for key in path[:-1]:
-            inner = inner.setdefault(key, {})
+            inner = inner.setdefault(key, {}) if carried is None else inner[key]
         if carried is not None and not (given is None and is_none(inner[path[-1]])):
             check_carried(name, given, inner[path[-1]], source)
         inner[path[-1]] = given

@@ -54,13 +54,16 @@ class LatentStats(NamedTuple):
 def measure(batches: Iterator[Planes], channels: int, device: torch.device) -> LatentStats:
     """Statistics over the batches of all processes, from exact sums: not an average of per-process variances.
 
-    batches: this process's, any number of them; channels last, (B, R, S, channels) each plane.
+    batches: this process's, any number of them; channels last, (B, R, S, channels) each plane. Raises ValueError where
+    no process has one.
     """
     sums = torch.zeros(3, 3, channels, dtype=torch.float64, device=device)  # plane; count, sum, squares; channel
     for planes in batches:
         flat = planes.map(lambda plane: plane.to(device).double().flatten(0, -2))  # (values, C)
         sums += torch.stack([torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)]) for x in flat])
     count, total, squares = distributed.all_sum(sums).unbind(1)  # (3 planes, C) each
+    if count.min() < 2:
+        raise ValueError("none of the clips that the latents' mean and std are of can be decoded (quarantine.txt)")
     mean = total / count
     std = ((squares - count * mean.square()) / (count - 1)).clamp_min(1e-12).sqrt()  # a dead channel becomes 0, not NaN
     return LatentStats(Planes(*mean.float()), Planes(*std.float()))

@@ -36,7 +36,7 @@ def claim_run(folder: Path) -> None:
             claim(folder / ".lock", f"{folder} is in use")
         except (ValueError, OSError) as caught:
             error = caught
-    if distributed.any_rank(error is not None):
+    if any(distributed.any_rank(error is not None)):
         raise error or SystemExit(1)  # one line is enough
 
 
@@ -287,7 +287,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.received, self.waiting, self.first, self.died = 0, False, None, None
+        self.received, self.told, self.waiting, self.first, self.died = 0, False, False, None, None
         signal.signal(signal.SIGTERM, self.receive)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is of a script's background jobs
             signal.signal(signal.SIGINT, self.receive)
@@ -321,7 +321,8 @@ class StopSignal:
         finally:
             self.waiting = False
             signal.setitimer(signal.ITIMER_REAL, 0)
-        if not distributed.any_rank(error is not None):
+        failed, self.told = distributed.any_rank(error is not None, self.received > 0)
+        if not failed:
             return batch
         if step > self.first:  # else it is there, or nothing was done
             save(step - 1)
@@ -349,8 +350,9 @@ class StopSignal:
             self.died = ChildProcessError(str(error).splitlines()[0])
 
     def anywhere(self) -> bool:
-        """Whether any process was told to stop; all processes get the same answer."""
-        return distributed.any_rank(self.received > 0)
+        """Whether any process was told to stop; all processes get the same answer. Several processes know of one
+        another what `next` exchanged for this step: a step exchanges flags once."""
+        return self.told if distributed.world_size() > 1 else self.received > 0
 
     def leave(self, step: int, saved: bool = True) -> NoReturn:
         """End with the exit code of the signal, so that a script does not go on with an unfinished model."""

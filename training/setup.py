@@ -1,4 +1,5 @@
 """What every training script begins with: device and run folder, its clips and the loader of its batches."""
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +7,8 @@ from pathlib import Path
 import torch
 
 from common import distributed
+from common.console import print_main
+from common.files import manifest_sha256
 from data.clips import ClipDataset, Quarantine
 from data.lists import VideoFile, list_csv, list_folder
 from data.loader import GlobalBatchSampler, Loader, make_loader
@@ -33,12 +36,35 @@ def start_run(args: Namespace, suffix: str = "", group: bool = False) -> tuple[t
     return device, folder
 
 
-def training_files(args: Namespace) -> tuple[list[VideoFile], str]:
-    """The videos to train on, and where they are listed: the folder DATA_ROOT/VIDEO_NAME, or CSV_FILE."""
+def training_files(args: Namespace, before: dict | None) -> tuple[list[VideoFile], str, dict]:
+    """The videos to train on; where they are listed: the folder DATA_ROOT/VIDEO_NAME, or CSV_FILE; and what identifies
+    the list, for checkpoints: {"files": how many, "sha256": of their paths}.
+
+    before: that of the checkpoint that the run goes on from, None without one. Where the list has changed, the run
+    would train on other videos than its positions count: --resume auto raises ValueError, a --resume that names a
+    checkpoint goes on with a warning. Raises ValueError too where processes do not have the same list.
+    """
     if args.video_name or "csv_file" not in args:
-        folder = str(Path(args.data_root) / args.video_name)
-        return list_folder(folder), folder
-    return list_csv(args.csv_file), args.csv_file
+        source = str(Path(args.data_root) / args.video_name)
+        files = list_folder(source)
+    else:
+        files, source = list_csv(args.csv_file), args.csv_file
+    paths = [file.path for file in files]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    listed = {"files": len(files), "sha256": manifest_sha256(paths, root)}
+    everywhere = distributed.gather(listed)
+    if any(other != listed for other in everywhere):
+        counts = ", ".join(f"{other['files']:,}" for other in everywhere)
+        raise ValueError(f"{source} does not hold the same videos for all processes, but {counts}: is a disk away on a "
+                         "node, or a copy not complete?")
+    was = before or listed
+    if "sha256" in was and was["sha256"] != listed["sha256"]:
+        change = f"{source} has {len(files):,} videos, but not those that the run has trained on ({was['files']:,})"
+        if args.resume == "auto":
+            raise ValueError(f"{change}: bring these back (is a disk or a class folder away?), or go on with the "
+                             "changed data by --resume CHECKPOINT")
+        print_main(f"{change}: going on with the changed data")
+    return files, source, listed
 
 
 def make_clips(args: Namespace, files: Sequence[VideoFile], num_frames: int, size: int, rule: str,

@@ -17,6 +17,7 @@ from eval import fvd
 from eval.i3d import I3D
 from eval.pictures import contact_sheet
 from eval.reconstruction import merge, reconstruct_rows, summary
+from models.pretrained import WeightsError
 from models.stlpips import perceptual_metric
 from training.codes import Encode, Score, batches_from_video
 
@@ -77,7 +78,7 @@ class Validation:
     def available(self, metric: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module | None:
         try:
             return build().to(self.device)
-        except (OSError, ValueError) as error:
+        except WeightsError as error:  # a download; what is wrong with a file that is given ends the run
             print_main(f"validation goes without {metric}: {error}")
             return None
 

@@ -1,4 +1,4 @@
-"""What the published recipes cost: GPU hours and memory on 1, 8 and 64 GPUs, as the Markdown table of the README.
+"""What the published recipes cost: GPU hours and memory on 1, 8 and 64 GPUs, as the Markdown table of docs/costs.md.
 
     python -m scripts.benchmarks.cost [--gpu H100] [--measured coordtok_1=38.5 sit=410]
 
