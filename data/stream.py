@@ -54,9 +54,9 @@ def look(path: str | Path) -> StreamInfo:
 def read_stream(path: str | Path, info: StreamInfo) -> Iterator[Tensor]:
     """The frames of a file, upright, in order, (H, W, 3) uint8 each; those of a variable rate repeated or dropped to
     `info.fps`. Where the file is damaged they end with a message. Raises VideoError where there is none before that."""
-    timing = ["-fps_mode", "passthrough"] if info.constant else ["-fps_mode", "cfr", "-r", str(info.fps)]
-    command = _ffmpeg("-xerror", "-threads", "1", "-i", f"file:{path}", "-map", "0:V:0", *timing,
-                      "-f", "image2pipe", "-c:v", "ppm", "-")
+    steady = [] if info.constant else ["-vf", f"fps={info.fps}"]
+    command = _ffmpeg("-xerror", "-threads", "1", "-i", f"file:{path}", "-map", "0:V:0", *steady, "-fps_mode",
+                      "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-")
     count = 0
     with tempfile.TemporaryFile() as errors, subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True

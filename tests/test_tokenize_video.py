@@ -21,6 +21,7 @@ from data.tokens import TokenReader, TokenWriter
 from data.video import probe, read_frames, to_video
 from models.coordtok import CoordTok
 from scripts import tokenize_video
+from training import checkpoint
 from training.optim import Precision
 
 CPU = torch.device("cpu")
@@ -266,3 +267,23 @@ def test_another_tokenizer_does_not_decode(convert, monkeypatch, tokenizers, tmp
 def test_frames_are_those_of_the_loader(tmp_path):
     path = make(tmp_path / "v.mp4", 12, audio=False)
     assert torch.equal(torch.stack(list(read_stream(path, look(path)))), read_frames(str(path), range(12)))
+
+
+def test_the_page_own_videos_runs(monkeypatch, tokenizers, tmp_path):
+    """docs/own_videos.md, command by command, with CoordTok."""
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "own_videos.md").read_text(), re.DOTALL)
+    make(tmp_path / "VIDEO.mp4", 21)
+    monkeypatch.chdir(tmp_path)
+    os.symlink(tokenizers["coordtok"].path, "TOKENIZER")
+    os.symlink(tokenizers["coordtok"].path, "CHECKPOINT")
+    scripts = {"scripts/tokenize_video.py": tokenize_video.main, "training.checkpoint": checkpoint.main}
+    for language, content in blocks:
+        if language == "python":
+            exec(content, {"video": torch.rand(1, 3, 8, 32, 32)})
+            continue
+        for line in content.splitlines():
+            words = line.removeprefix("python ").removeprefix("-m ").split()
+            monkeypatch.setattr(sys, "argv", words)
+            scripts[words[0]]()
+    assert {"DECODED.mp4", "COMPARED.mp4", "COMPARED.csv", "EXPORTED", "COPY"} <= {p.name for p in tmp_path.iterdir()}
+    assert len(list((tmp_path / "FRAMES").iterdir())) == 3
