@@ -1,14 +1,44 @@
-"""Train LARP's generator (arXiv 2410.21264) on the codes of a frozen LARP tokenizer: clips of a class, or clips that
-continue a few given frames.
+"""Train LARP's generator (arXiv 2410.21264) on the codes of a frozen LARP tokenizer. It generates
+clips of a class, or continues a few given frames.
 
-Published:    torchrun --nproc_per_node=8 train_ar.py --config scripts/configs/larp_ar.yaml
-Continuing:   torchrun --nproc_per_node=8 train_ar.py --config scripts/configs/larp_ar_fp.yaml
-One GPU:      python train_ar.py --config scripts/configs/larp_ar.yaml --batch_size 4
-Your own:     ... --tokenizer CKPT --data_root DATA --video_name UCF-101_train
-Add --cache_codes 8 to encode eight windows of every video once and never touch video again, and --fsdp to share weights
-and optimizer states out among the processes, for models too large for one GPU (--model llama-abs-XXXL).
-Runs are written to SAVE_DIR/EXP_NAME and go on with --resume auto.
+Classes:   torchrun --nproc_per_node=8 train_ar.py --config scripts/configs/larp_ar.yaml
+Frames:    torchrun --nproc_per_node=8 train_ar.py --config scripts/configs/larp_ar_fp.yaml
+One GPU:   python train_ar.py --config scripts/configs/larp_ar.yaml --batch_size 4
+Your own:  ... --tokenizer CKPT --data_root DATA --video_name UCF-101_train
+
+With --cache_codes 8, eight windows of every video are encoded once, and video is not read again.
+With --fsdp, weights and optimizer states are shared out among the GPUs, for the largest models.
+A run writes to SAVE_DIR/EXP_NAME and continues with --resume.
 """
+from common.cli import Parser, Rare, one_line_errors
+from training import flags
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    data = flags.add_data(parser)
+    flags.add_lists(data, csv_file="ucf101_train.csv")
+    data.add_argument("--tokenizer", default="hywang66/LARP-L-long-tokenizer", metavar="PATH", help="LARP tokenizer: "
+                      "a folder, hub id, checkpoint of this project, or file of the authors' trainer")
+    data.add_argument("--tokenizer_version", default="sd", metavar="sd|ema_DECAY",
+                      help=Rare("Which weights of the tokenizer's checkpoint to use"))
+    flags.add_window_cache(data, "codes")
+    flags.add_larp_ar(parser)
+    train = flags.add_training(parser, batch_size=64, lr=6e-4, epochs=3000, warmup_epoch=4.0)
+    train.add_argument("--weight_decay", type=float, default=0.05, help="Weight decay of the linear layers")
+    train.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help=Rare("Betas of AdamW"))
+    train.add_argument("--fsdp", action="store_true", help="Share out weights and optimizer states among processes")
+    logs = flags.add_logging(parser, log_every=50, save_every=30.0)
+    flags.add_validation(logs, eval_every=30.0, num_val=None, batch_size=8)
+    flags.add_larp_samples(logs)
+    flags.add_run(parser, save_dir="./logs", exp_name="larp_ar", num_workers=16)
+    parser.set_defaults(video_name=None, seed=66667)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,46 +47,19 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.cli import Parser, one_line_errors
 from common.distributed import on_device, prefetch, to_device
 from data.clips import open_quarantine
 from data.lists import check_classes, check_labels, class_names
 from models.larp_ar import LARPGenerator, code_loss
 from models.layers import compile_blocks, set_checkpointing
 from models.pretrained import build
-from training import checkpoint, flags, fsdp
+from training import checkpoint, fsdp
 from training.codes import CodeCache, batches_from_cache, batches_from_video, draw_drops, encode_video
 from training.load import check_tokenizer, load_larp_tokenizer, weights_sha256
-from training.log import NonFiniteGuard, start_log
+from training.log import NonFiniteGuard, count_parameters, start_log
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
 from training.setup import make_clips, start_run, train_loader, train_sampler, training_files
-from training.validation import HeldOut, SampleCheck, caption, held_out_keys, validation_files
-
-
-def parse_args():
-    parser = Parser(__doc__)
-    flags.add_data(parser)
-    data = flags.add_lists(parser, csv_file="ucf101_train.csv")
-    data.add_argument("--tokenizer", default="hywang66/LARP-L-long-tokenizer",
-                      help="folder, hub id, checkpoint of ours or file of the authors' trainer")
-    data.add_argument("--tokenizer_version", default="sd", metavar="sd|ema_DECAY", help="of a checkpoint's weights")
-    flags.add_window_cache(data, "codes")
-    flags.add_larp_ar(parser)
-    train = flags.add_training(parser, batch_size=64, lr=6e-4, epochs=3000, warmup_epoch=4.0)
-    train.add_argument("--weight_decay", type=float, default=0.05, help="of the weights of linear layers")
-    train.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95), help="of AdamW")
-    train.add_argument("--fsdp", action="store_true", help="share weights and optimizer states out among processes")
-    logs = flags.add_logging(parser, log_every=50, save_every=30.0)
-    flags.add_validation(logs, eval_every=30.0, num_val=None, batch_size=8)
-    logs.add_argument("--sample_every", type=float, default=30.0, help="epochs between sample sheets and FVD, of the "
-                      "last average in EMA_DECAYS")
-    logs.add_argument("--num_samples", type=int, default=32, help="samples, of or after the first validation clips")
-    logs.add_argument("--sample_batch_size", type=int, default=32, help="samples at once in each process")
-    logs.add_argument("--cfg_scale", type=float, default=1.0, help="guidance of the samples; 1: none, 0: no condition")
-    flags.add_code_draws(logs)
-    flags.add_run(parser, save_dir="./logs", exp_name="larp_ar", num_workers=16)
-    parser.set_defaults(video_name=None, seed=66667)
-    return parser.parse_args()
+from training.validation import make_held_out, validation_files
 
 
 def main():
@@ -65,14 +68,15 @@ def main():
 
     # The frozen tokenizer, and the generator of its codes.
     tokenizer = load_larp_tokenizer(args.tokenizer, args.tokenizer_version).requires_grad_(False)
-    if not args.cache_codes:  # else it comes to the device only to encode what is kept, and to decode samples
+    if not args.cache_codes:  # with a cache it is moved to the device only to fill it and to decode samples
         tokenizer.to(device)
     tokenizer_hash, clip_config = weights_sha256(tokenizer), tokenizer.config
     state = checkpoint.find(folder / "checkpoints", args.resume, "larp_ar")
     if state:
         check_tokenizer(state, tokenizer_hash, folder, args, "tokenizer")
     if state and ("shards" in state) != args.fsdp:
-        raise ValueError(f"the run in {folder} was saved {'without' if args.fsdp else 'with'} --fsdp: go on likewise")
+        how = "without" if args.fsdp else "with"
+        raise ValueError(f"the run in {folder} was saved {how} --fsdp: continue it in the same way")
     options, num_cond_frames = flags.larp_ar_config(args, clip_config, state, f"the run in {folder}")
     if num_cond_frames and args.cfg_scale != 1:
         raise ValueError(f"--cfg_scale is {args.cfg_scale}, but frame prediction has no guidance: leave it out")
@@ -87,24 +91,18 @@ def main():
     optimizer = adamw(decay_groups(generator, args.weight_decay), args.lr, betas=tuple(args.betas))
     parts = {"model": generator, "optimizer": optimizer, "scaler": precision.scaler,
              **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}
-    start, rng, best, before = 0, None, float("inf"), None
-    if state:
-        if args.fsdp:  # each process reads its share, into tensors that must be there
-            fsdp.allocate(optimizer)
-            fsdp.fill(state, checkpoint.state_dicts(parts))
-        checkpoint.restore(parts, state)
-        start, rng, best, before = state["step"], state["rng"], state["best"], state["data"]
-        del state  # frees a copy of it all
+    if state and args.fsdp:  # each process reads its share into tensors that are allocated before
+        fsdp.allocate(optimizer)
+        fsdp.fill(state, checkpoint.state_dicts(parts))
+    start, rng, best, before = checkpoint.resume(parts, state, best=float("inf"))
+    del state  # frees a copy of the model
 
     if args.compile:
         compile_blocks(tokenizer)
-        if args.fsdp:
-            for module in fsdp.between_gathers(generator):
-                module.compile(dynamic=False)
-        else:
-            compile_blocks(generator)
+        compile_generator = fsdp.compile_blocks if args.fsdp else compile_blocks
+        compile_generator(generator)
 
-    # Data: clips encoded as they come, or once and for all.
+    # Clips are encoded as they come, or once for the cache.
     files, source, listed = training_files(args, before)
     names = class_names(files) if class_cond else []
     if class_cond:
@@ -117,10 +115,10 @@ def main():
         with precision.autocast():
             return encode_video(tokenizer, video, num_cond_frames)
 
-    # What training, validation and samples need is looked for before the cache is filled, which may take hours.
+    # Filling the cache may take hours, so mistakes in the flags of training and validation are found before.
     train_sampler(args, len(files), num_iters=0, start=0, order="epoch")
     generator.check_guidance(args.cfg_scale)
-    # Validation scores the codes of held-out clips; samples are of the classes of the first of them, or continue them.
+    # Validation scores the codes of held-out clips. Samples take the labels or the first frames of some of them.
     held_out = check = None
     if args.num_val != 0:
         val_files, val_source = validation_files(args)
@@ -128,14 +126,10 @@ def main():
             check_labels(val_files, config.num_classes, val_source)
         if class_cond and args.video_name:
             check_classes(files, val_files, source, val_source)
-        keys, val_clips = held_out_keys(len(val_files), args.num_val, args.seed), clips_of(val_files)
         with on_device(tokenizer, device):
-            held_out = HeldOut(val_clips, keys, encode, args.val_batch_size, args.num_workers, device)
-        keys = keys[: args.num_samples]
-        given = f": {num_cond_frames} frames given" if num_cond_frames else ""
-        captions = [caption(val_files[key.index]) + given for key in keys]
-        if keys:
-            check = SampleCheck(val_clips, keys, args.sample_batch_size, args.num_workers, device, not class_cond)
+            held_out, check, captions = make_held_out(
+                args, val_files, clips_of(val_files), encode, num_cond_frames, device
+            )
     usable_files, cache = list(range(len(files))), None
     if args.cache_codes:
         cache = CodeCache(Path(args.cache_dir), clips_of(files, damaged="skip"), clip_config, args.cache_codes,
@@ -152,12 +146,11 @@ def main():
         batches = batches_from_video(train_loader(args, clips_of(files), sampler, device), encode, args.flip, device)
 
     model = generator if args.fsdp else distributed.wrap(generator, device, args.accum_iter == 1)
-
-    parameters = sum(p.numel() for p in generator.parameters())
     condition = "classes" if class_cond else f"{num_cond_frames} frames given"
     cached = f", {cache.views} cached windows each" if cache else ""
-    log = start_log(args, folder, start, num_iters, f"LARP generator, {parameters:,} parameters, {precision.name}, "
-                    f"{condition}; {len(usable_files):,} videos in {source}{cached}, {epoch_steps} steps an epoch")
+    log = start_log(args, folder, start, num_iters, f"LARP generator, {count_parameters(generator)}, "
+                    f"{precision.name}, {condition}; {len(usable_files):,} videos in {source}{cached}, {epoch_steps} "
+                    "steps per epoch")
     guard = NonFiniteGuard(device)
     eval_steps, sample_steps, save_steps = (
         max(1, round(epochs * epoch_steps)) for epochs in (args.eval_every, args.sample_every, args.save_every)
@@ -204,21 +197,21 @@ def main():
             log.scores(step, "samples", lambda: check.run(
                 partial(generate, fsdp.unsharded(averaged)), captions, pictures
             ))
-        averaged.cache = None  # gives back the memory of its keys and values
+        averaged.cache = None  # frees the keys and values of sampling
 
     scores = [(validate, eval_steps)] if held_out else []
     scores += [(sample, sample_steps)] if check else []
-    # Each process drops out units of its own; all other draws are per clip.
+    # Dropout differs between processes; all other draws are made per clip.
     checkpoint.start_rng(args.seed, rng)
     log.make_up(scores)
     for step in range(start + 1, num_iters + 1):
-        # The schedule is a pure function of the step, counted from 1 as the released trainer does.
+        # The schedule is a function of the step, which counts from 1 as in the released trainer.
         multiplier = cosine_with_warmup(step, round(args.warmup_epoch * epoch_steps), num_iters, args.min_lr_mult)
         set_rates(optimizer, [args.lr, args.lr], multiplier)
         means = 0
         for micro in range(args.accum_iter):
             batch = log.next(batches, step, save)
-            # Whether a clip's label is hidden depends on its position in the run alone, not on how clips are shared.
+            # Whether a label is hidden depends on the clip's position in the run alone, not on its process and batch.
             drop = to_device(draw_drops(args.seed, batch.positions, config.class_dropout_prob), device)
             with distributed.sync_gradients(model, micro == args.accum_iter - 1):
                 loss, logs = score(model, batch.codes, batch.cond, drop)

@@ -1,53 +1,27 @@
-"""Train CoordTok (arXiv 2411.14762): a video tokenizer that decodes any patch of a long clip from three planes.
+"""Train CoordTok (arXiv 2411.14762), a video tokenizer that encodes a long clip as three planes
+and decodes any of its patches from them.
 
-Step 1, pixels:      torchrun --nnodes=1 --nproc_per_node=8 train_coordtok.py --data_root DATA --lpips_loss_scale 0.0
-Step 2, perceptual:  ... --point_per_vid 4096 --is_second_step --first_step_ckpt logs/EXP/checkpoints/best.pt
-One process or none of torchrun works too. Runs are written to SAVE_DIR/EXP_NAME and go on with --resume auto.
+Step 1, pixel loss:       torchrun --nproc_per_node=8 train_coordtok.py --data_root DATA \\
+                              --lpips_loss_scale 0.0
+Step 2, perceptual loss:  ... --point_per_vid 4096 --is_second_step \\
+                              --first_step_ckpt logs/EXP_NAME/checkpoints/best.pt
+
+A run writes to SAVE_DIR/EXP_NAME (step 2: EXP_NAME_second) and continues with --resume.
 """
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-
-import torch
-from torch import Tensor
-
-from common import distributed
-from common.cli import Parser, add_perceptual, one_line_errors
-from data.clips import open_quarantine
-from data.patch_sampling import count_frames
-from models.coordtok import CoordTok, CoordTokConfig, coordtok_loss
-from models.layers import compile_blocks, set_checkpointing
-from models.lpips import FrameDistance
-from models.patches import gather_patches
-from models.pretrained import build
-from models.stlpips import perceptual_metric
-from training import checkpoint, flags
-from training.load import coordtok_clips, load_coordtok
-from training.log import NonFiniteGuard, start_log
-from training.optim import Precision, adamw, update
-from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
-from training.validation import make_validation
+from common.cli import Parser, one_line_errors
+from models.configs import CoordTokConfig
+from training import flags
 
 
 def parse_args():
     parser = Parser(__doc__)
-    flags.add_data(parser)
-    flags.add_clip_cache(parser)
-    flags.add_coordtok(parser)
+    flags.add_clip_cache(flags.add_data(parser))
     train = flags.add_training(parser, batch_size=256, lr=1e-4, num_iters=1000000)
-    train.add_argument("--point_per_vid", type=int, default=1024, help="patches of each video that are decoded")
-    train.add_argument("--is_second_step", action="store_true", help="step 2: whole frames and a perceptual loss")
-    train.add_argument("--first_step_ckpt", help="step 2 starts from this checkpoint, ours or the authors'")
-    train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="weight of the perceptual loss; step 2 only")
-    add_perceptual(train)
-    train.add_argument("--lpips_dropout", action="store_true",
-                       help="LPIPS's own dropout of 0.5 in training, as released; else it is off")
-    train.add_argument("--check", action="store_true",
-                       help="only look whether what these flags need of step 2 is there, without step 1's checkpoint")
-    train.add_argument("--world_size", type=int, help="ignored: torchrun says it")
+    flags.add_coordtok_steps(train)
     logs = flags.add_logging(parser, log_every=50, save_every=50000)
     flags.add_validation(logs, eval_every=1000, num_val=32, batch_size=4)
     flags.add_run(parser, save_dir="./logs", exp_name="coordtok_large_step1_1M", num_workers=8)
+    flags.add_flags(parser, CoordTokConfig)
     args = parser.parse_args()
     if not args.is_second_step:
         given = [f"--{name}" for name in ("first_step_ckpt", "lpips_dropout", "check") if getattr(args, name)]
@@ -56,9 +30,36 @@ def parse_args():
     return args
 
 
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import distributed
+from data.clips import open_quarantine
+from data.patch_sampling import count_frames
+from models.coordtok import CoordTok, coordtok_loss
+from models.layers import compile_blocks, set_checkpointing
+from models.lpips import FrameDistance
+from models.patches import gather_patches
+from models.pretrained import build
+from models.stlpips import perceptual_metric
+from training import checkpoint
+from training.load import coordtok_clips, load_coordtok
+from training.log import NonFiniteGuard, count_parameters, start_log
+from training.optim import Precision, adamw, update
+from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
+from training.validation import make_validation
+
+
 def second_step(args, config: CoordTokConfig) -> FrameDistance | None:
-    """The loss of step 2 beside that of pixels; None with --lpips_loss_scale 0. Raises ValueError or OSError where the
-    flags do not fit the tokenizer of `config`, or weights are lacking."""
+    """The perceptual loss of step 2; None with --lpips_loss_scale 0. Raises ValueError or OSError where the flags do
+    not fit the tokenizer of `config`, or weights are missing."""
     count_frames(args.point_per_vid, config.grid)
     if args.lpips_loss_scale == 0:
         return None
@@ -69,22 +70,24 @@ def main():
     args = parse_args()
     if args.check:
         first = Path(args.first_step_ckpt or "")
+        options = flags.merge(CoordTokConfig, args)
         there = first.is_file() or checkpoint.list_checkpoints(first)
-        second_step(args, load_coordtok(first, args).config if there else CoordTokConfig(**flags.coordtok_config(args)))
+        second_step(args, load_coordtok(first, args).config if there else CoordTokConfig(**options))
         return
     device, folder = start_run(args, suffix="_second" * args.is_second_step)
     world_size = distributed.world_size()
 
-    # What to start from: the run's own checkpoint, step 1's weights, or fresh weights.
+    # Start from the run's own checkpoint, from the weights of step 1, or from fresh weights.
     state = checkpoint.find(folder / "checkpoints", args.resume, "coordtok")
     if state:
-        tokenizer = build(CoordTok, flags.coordtok_config(args, state["config"], f"the run in {folder}"), state.path)
+        options = flags.merge(CoordTokConfig, args, state["config"], f"the run in {folder}")
+        tokenizer = build(CoordTok, options, state.path)
     elif args.is_second_step:
         if args.first_step_ckpt is None:
             raise ValueError("--is_second_step needs --first_step_ckpt, the checkpoint that step 1 wrote")
         tokenizer = load_coordtok(args.first_step_ckpt, args)
     else:
-        tokenizer = CoordTok(**flags.coordtok_config(args))
+        tokenizer = CoordTok(**flags.merge(CoordTokConfig, args))
     config = tokenizer.config
     tokenizer.to(device).train()
     set_checkpointing(tokenizer, args.gradient_checkpointing)
@@ -92,17 +95,14 @@ def main():
     if perceptual:
         perceptual.to(device)
 
-    # Weight decay on everything, as published.
+    # As published, weight decay applies to every parameter.
     precision = Precision(args.precision, device)
     optimizer = adamw(tokenizer.parameters(), lr=args.lr, weight_decay=1e-3)
     parts = {"model": tokenizer, "optimizer": optimizer, "scaler": precision.scaler}
-    start, rng, best, before = 0, None, float("-inf"), None
-    if state:
-        checkpoint.restore(parts, state)
-        start, rng, best, before = state["step"], state["rng"], state["best"], state["data"]
-        del state  # frees a copy of the model
+    start, rng, best, before = checkpoint.resume(parts, state, best=float("-inf"))
+    del state  # frees a copy of the model
 
-    # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
+    # Each sample is a function of the seed and its position in the run, whatever the number of processes and workers.
     files, source, listed = training_files(args, before)
     quarantine = open_quarantine(folder, args.decode_timeout)
     sampler = train_sampler(args, len(files), args.num_iters, start, order="replacement")
@@ -115,9 +115,8 @@ def main():
     if args.compile:
         compile_blocks(tokenizer, *([perceptual] if perceptual else []))
     model = distributed.wrap(tokenizer, device, args.accum_iter == 1)
-    parameters = sum(p.numel() for p in tokenizer.parameters())
-    log = start_log(args, folder, start, args.num_iters, f"CoordTok, {parameters:,} parameters, "
-                    f"{precision.name}; {len(files):,} videos in {source}")
+    log = start_log(args, folder, start, args.num_iters, f"CoordTok, {count_parameters(tokenizer)}, {precision.name}; "
+                    f"{len(files):,} videos in {source}")
     guard = NonFiniteGuard(device)
 
     def save(step: int) -> None:
@@ -153,10 +152,10 @@ def main():
             with distributed.sync_gradients(model, micro == args.accum_iter - 1), precision.autocast():
                 patches = model(video, index, n_frames)
                 losses, logs = coordtok_loss(patches, target, index, config, perceptual, args.lpips_loss_scale)
-                # The sum over the global batch: micro-batches add up, and DDP's mean over processes is undone.
+                # The loss is a sum over the global batch: micro-batches add up, and world_size undoes DDP's mean.
                 loss = losses.sum() * world_size
             precision.scaler.scale(loss).backward()
-            # Every micro-batch has the same number of videos, so that the mean of means is the mean over the batch.
+            # All micro-batches have the same number of videos, so the mean of their means is the mean of the batch.
             means = means + torch.stack([losses.detach().mean(), *logs.values()]) / (world_size * args.accum_iter)
             guard.watch(step, loss, batch["path"])
         update(optimizer, precision.scaler, args.clip_grad)

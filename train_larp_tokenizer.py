@@ -1,10 +1,41 @@
-"""Train a LARP tokenizer (arXiv 2410.21264): clips of 16 frames as 1,024 discrete codes that a prior finds easy.
+"""Train a LARP tokenizer (arXiv 2410.21264), which encodes a clip of 16 frames as 1,024 discrete
+codes that an autoregressive prior predicts well.
 
-Published:  torchrun --nproc_per_node=8 train_larp_tokenizer.py --config scripts/configs/larp_tokenizer.yaml
-One GPU:    python train_larp_tokenizer.py --config scripts/configs/larp_tokenizer.yaml --batch_size 8
-A folder:   ... --data_root DATA --video_name UCF-101_train     The loop alone: ... --csv_file null128.csv
-Runs are written to SAVE_DIR/EXP_NAME and go on with --resume auto.
+Published:   torchrun --nproc_per_node=8 train_larp_tokenizer.py --config CONFIG
+                 (CONFIG is scripts/configs/larp_tokenizer.yaml)
+One GPU:     python train_larp_tokenizer.py --config CONFIG --batch_size 8
+A folder:    ... --data_root DATA --video_name UCF-101_train
+Random data: ... --csv_file null128.csv
+
+A run writes to SAVE_DIR/EXP_NAME and continues with --resume.
 """
+from common.cli import Parser, Rare, one_line_errors
+from models.configs import DiscriminatorConfig, LARPTokenizerConfig
+from training import flags
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    data = flags.add_data(parser)
+    flags.add_lists(data, csv_file="k600_train.csv+ucf101_train.csv")
+    flags.add_clip_cache(data)
+    train = flags.add_training(parser, batch_size=128, lr=1e-4, epochs=150, warmup_epoch=8.0)
+    train.add_argument("--prior_lr_mult", type=float, default=50.0,
+                       help=Rare("Factor of the prior's learning rate; the published training has 1 in effect"))
+    train.add_argument("--emb_lr_mult", type=float, default=1.0, help=Rare("Factor of the codebook's learning rate"))
+    flags.add_larp_losses(parser)
+    logs = flags.add_logging(parser, log_every=50, save_every=1.0)
+    flags.add_validation(logs, eval_every=1.0, num_val=None, batch_size=8)
+    flags.add_run(parser, save_dir="./logs", exp_name="larp_tokenizer", num_workers=16)
+    flags.add_flags(parser, LARPTokenizerConfig)
+    flags.add_flags(parser, DiscriminatorConfig)
+    parser.set_defaults(video_name=None, seed=66667)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,70 +44,37 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.cli import Parser, add_perceptual, one_line_errors
 from common.rng import sample_generators
 from data.augment import flip_half
 from data.clips import open_quarantine
 from data.video import to_video
 from models.discriminator import Discriminator
-from models.gan import GAN_LOSSES, frozen, generator_loss
+from models.gan import frozen, generator_loss
 from models.larp_tokenizer import LARPTokenizer
 from models.layers import compile_blocks, set_checkpointing
 from models.pretrained import build
 from models.stlpips import perceptual_metric
-from training import checkpoint, flags
+from training import checkpoint
 from training.adversary import Adversary, MicroBatch, Round, mean_of
-from training.log import NonFiniteGuard, start_log
+from training.log import NonFiniteGuard, count_parameters, start_log
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
 from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import CodeStats, make_validation
-
-
-def parse_args():
-    parser = Parser(__doc__)
-    flags.add_data(parser)
-    flags.add_clip_cache(parser)
-    flags.add_lists(parser, csv_file="k600_train.csv+ucf101_train.csv")
-    flags.add_larp_tokenizer(parser)
-    train = flags.add_training(parser, batch_size=128, lr=1e-4, epochs=150, warmup_epoch=8.0)
-    train.add_argument("--disc_lr", type=float, default=3e-5, help="highest learning rate of the discriminator")
-    train.add_argument("--prior_lr_mult", type=float, default=50.0, help="the prior's learning rate, times LR")
-    train.add_argument("--emb_lr_mult", type=float, default=1.0, help="the codebook's learning rate, times LR")
-    loss = parser.add_argument_group("losses")
-    loss.add_argument("--pixel_weight", type=float, default=1.0, help="of L1")
-    loss.add_argument("--perceptual_weight", type=float, default=1.0, help="of the perceptual loss")
-    add_perceptual(loss)
-    loss.add_argument("--loss_q_weight", type=float, default=0.1, help="of the quantiser's loss")
-    loss.add_argument("--loss_q_warmup_from", type=float, default=1.0, help="multiple of it to start from")
-    loss.add_argument("--loss_q_warmup_epoch", type=float, default=1.0, help="epochs until it is LOSS_Q_WEIGHT")
-    loss.add_argument("--loss_latent_ce_weight", type=float, default=0.06, help="of the prior's loss")
-    loss.add_argument("--temperature_to", type=float, help="anneal the temperature of the codes' draws to this")
-    loss.add_argument("--temperature_epoch", type=float, default=1.0, help="epochs that takes, in a straight line")
-    gan = parser.add_argument_group("adversarial loss")
-    gan.add_argument("--disc_weight", type=float, default=0.3, help="of the generator's loss; 0: no discriminator")
-    gan.add_argument("--disc_loss", choices=GAN_LOSSES, default="ns_smooth", help="hinge, non-saturating, smoothed")
-    gan.add_argument("--disc_start", type=float, default=0.0, help="epochs without it")
-    gan.add_argument("--d_update_freq", type=int, default=5, help="steps between steps of the discriminator")
-    gan.add_argument("--lecam_weight", type=float, default=0.001, help="of LeCam's regularisation")
-    gan.add_argument("--r1_weight", type=float, default=0.0, help="of the R1 gradient penalty")
-    logs = flags.add_logging(parser, log_every=50, save_every=1.0)
-    flags.add_validation(logs, eval_every=1.0, num_val=None, batch_size=8)
-    flags.add_run(parser, save_dir="./logs", exp_name="larp_tokenizer", num_workers=16)
-    parser.set_defaults(video_name=None, seed=66667)
-    return parser.parse_args()
 
 
 def main():
     args = parse_args()
     device, folder = start_run(args)
 
-    # The tokenizer with its prior, the discriminator, and what each keeps beside its weights.
+    # The tokenizer with its prior, the discriminator, their optimizers and averages.
     state = checkpoint.find(folder / "checkpoints", args.resume, "larp_tokenizer")
     carried, source = state or {}, f"the run in {folder}"
     path = state.path if state else None
-    tokenizer = build(LARPTokenizer, flags.larp_config(args, carried.get("config"), source), path).to(device).train()
+    tokenizer = build(LARPTokenizer, flags.merge(LARPTokenizerConfig, args, carried.get("config"), source), path)
+    tokenizer.to(device).train()
     config = tokenizer.config
-    disc_options = flags.disc_config(args, config, carried.get("disc_config"), source)
+    disc_options = flags.merge(DiscriminatorConfig, args, carried.get("disc_config"), source)
+    disc_options |= {name: getattr(config, name) for name in ("input_size", "frame_num", "in_channels")}
     discriminator = build(Discriminator, disc_options, path).to(device)
     perceptual = None
     if args.perceptual_weight > 0:
@@ -88,7 +86,7 @@ def main():
     set_checkpointing(tokenizer, args.gradient_checkpointing)
     set_checkpointing(discriminator, args.gradient_checkpointing)
     emas = {str(decay): EMA(tokenizer, decay) for decay in args.ema_decays}
-    # The released schedule overwrites the prior's rate with the others'; prior_lr_mult 1 is what that trains with.
+    # The released schedule overwrites the prior's learning rate by that of the tokenizer, as if prior_lr_mult were 1.
     groups = groups_by_name(tokenizer, args.lr, {
         "prior_model.": args.prior_lr_mult, "bottleneck.regularizer.embedding.": args.emb_lr_mult,
     })
@@ -98,13 +96,10 @@ def main():
     adversary = Adversary(discriminator, args, precision, device)
     parts = {"model": tokenizer, "optimizer": optimizer, "scaler": precision.scaler, **adversary.parts,
              **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}
-    start, rng, best, before = 0, None, float("-inf"), None
-    if state:
-        checkpoint.restore(parts, state)
-        start, rng, best, before = state["step"], state["rng"], state["best"], state["data"]
-        del state, carried  # frees a copy of it all
+    start, rng, best, before = checkpoint.resume(parts, state, best=float("-inf"))
+    del state, carried  # frees a copy of the models
 
-    # Data: each sample is a pure function of (seed, its position in the run), however many processes and workers.
+    # Each sample is a function of the seed and its position in the run, whatever the number of processes and workers.
     files, _, listed = training_files(args, before)
     quarantine = open_quarantine(folder, args.decode_timeout)
     epoch_steps = len(files) // args.batch_size
@@ -117,12 +112,11 @@ def main():
 
     if args.compile:
         compile_blocks(tokenizer, discriminator, *([perceptual] if perceptual else []))
-    # Frozen tables are equal everywhere, and need not be sent again. Nothing is unused, so nothing is searched for.
     model = distributed.wrap(tokenizer, device, args.accum_iter == 1)
     adversary.wrap()
-    parameters, disc_parameters = (sum(p.numel() for p in net.parameters()) for net in (tokenizer, discriminator))
-    log = start_log(args, folder, start, num_iters, f"LARP tokenizer, {parameters:,} parameters, discriminator "
-                    f"{disc_parameters:,}, {precision.name}; {len(files):,} videos, {epoch_steps} steps an epoch")
+    log = start_log(args, folder, start, num_iters, f"LARP tokenizer, {count_parameters(tokenizer)}, discriminator, "
+                    f"{count_parameters(discriminator)}, {precision.name}; {len(files):,} videos, {epoch_steps} steps "
+                    "per epoch")
     guard = NonFiniteGuard(device)
     eval_steps, save_steps = (max(1, round(n * epoch_steps)) for n in (args.eval_every, args.save_every))
 
@@ -153,21 +147,19 @@ def main():
                 best = scores["psnr_clip"]
                 checkpoint.mark_best(folder / "checkpoints", step)
 
-    single, is_last = args.accum_iter == 1, [micro == args.accum_iter - 1 for micro in range(args.accum_iter)]
-
     def reconstruct(micro: MicroBatch, ratio: float, temperature: float | None) -> Round:
-        # What is drawn for a clip depends on its position in the run alone, and not on how clips are shared.
+        # Draws for a clip depend on its position in the run alone, not on the process and the batch that it is in.
         generators = sample_generators(args.seed, micro.positions, device)
         with precision.autocast():
             return model(micro.video, ratio, temperature=temperature, generator=generators), generators
 
     scores = [(validate, eval_steps)] if validation else []
-    # Each process drops out units of its own; all other draws are per clip.
+    # Dropout differs between processes; all other draws are made per clip.
     checkpoint.start_rng(args.seed, rng)
     log.make_up(scores)
     logs = {}
     for step in range(start + 1, num_iters + 1):
-        # Schedules are pure functions of the step, counted from 1 as the released trainer does.
+        # Schedules are functions of the step, which counts from 1 as in the released trainer.
         multiplier = cosine_with_warmup(step, round(args.warmup_epoch * epoch_steps), num_iters, args.min_lr_mult)
         set_rates(optimizer, rates, multiplier)
         set_rates(adversary.optimizer, [args.disc_lr], multiplier)
@@ -185,18 +177,18 @@ def main():
             video = flip_half(video, args.seed, positions) if args.flip else video
             micros.append(MicroBatch(video, positions, batch["path"]))
 
-        # The discriminator goes first, on detached reconstructions; the generator then sees the updated one. Only a
-        # single micro-batch's graph is kept for that: of several, each is reconstructed again.
-        rounds = []
+        # The discriminator is updated first, on detached reconstructions, and then judges the tokenizer. A single
+        # micro-batch keeps its graph for the tokenizer's loss; several are reconstructed again, to save memory.
+        rounds, single = [], args.accum_iter == 1
         if adversarial and step % args.d_update_freq == 0:
             with torch.set_grad_enabled(single):
                 rounds = [reconstruct(micro, ratio, temperature) for micro in micros]
             logs |= adversary.update(step, micros, rounds, guard)
 
-        # Each term with its weight. Gradients pass through the bare discriminator and leave none on it.
+        # The tokenizer's loss: each term with its weight. Gradients pass through the frozen discriminator.
         values = []
-        for last, micro in zip(is_last, micros):
-            with distributed.sync_gradients(model, last), frozen(discriminator):
+        for i, micro in enumerate(micros, 1):
+            with distributed.sync_gradients(model, i == args.accum_iter), frozen(discriminator):
                 output, _ = rounds[0] if rounds and single else reconstruct(micro, ratio, temperature)
                 fake = output.video.float()
                 with precision.autocast():
@@ -220,7 +212,7 @@ def main():
             guard.check()
             means = distributed.all_mean(torch.stack([*logs.values()]))
             log.train(step, device, **dict(zip(logs, means.tolist())), lr=rates[-1] * multiplier)
-            logs = {}  # so that the discriminator's values are of its newest step since the last line, or absent
+            logs = {}  # the next line has the discriminator's values only if it is updated before
         log.end_step(step, save, save_steps, scores)
     log.finish(quarantine)
 

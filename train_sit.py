@@ -1,79 +1,72 @@
-"""Train SiT (arXiv 2401.08740) on the planes of a frozen CoordTok (arXiv 2411.14762): a generator of long clips.
+"""Train SiT (arXiv 2401.08740), a generator of long clips, on the planes of a frozen CoordTok
+(arXiv 2411.14762).
 
-torchrun --nnodes=1 --nproc_per_node=8 train_sit.py --data_root DATA --first_model_ckpt CKPT --model SiT-L/2
-Add --cache_latents 4 to encode four windows of every video once and never touch video again.
-Runs are written to RESULTS_DIR/EXP_NAME and go on with --resume auto.
+torchrun --nproc_per_node=8 train_sit.py --data_root DATA --first_model_ckpt CKPT --model SiT-L/2
+
+With --cache_latents 4, four windows of every video are encoded once, and video is not read again.
+A run writes to SAVE_DIR/EXP_NAME and continues with --resume.
 """
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-
-import numpy as np
-import torch
-
-from common import distributed
-from common.cli import Parser, config_diff, one_line_errors, word_or_none
-from common.distributed import on_device, prefetch
-from data.clips import ClipKey, open_quarantine
-from data.lists import class_names
-from data.loader import make_loader
-from models.interpolant import LOSS_WEIGHTS, PATHS, PREDICTIONS, Interpolant, check_sde
-from models.layers import compile_blocks, set_checkpointing
-from models.sit import SIT_SIZES, SiT
-from models.triplane import Planes
-from sampling.sit import sample_labels, sample_planes
-from training import checkpoint, flags
-from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure
-from training.load import TrainedSiT, check_tokenizer, coordtok_clips, load_coordtok, weights_sha256
-from training.log import NonFiniteGuard, start_log
-from training.optim import EMA, Precision, adamw, update
-from training.setup import make_clips, start_run, train_loader, train_sampler, training_files
-from training.validation import SampleCheck, evenly_spaced
+from common.cli import Parser, Rare, config_diff, one_line_errors
+from models.configs import CoordTokConfig
+from training import flags
 
 
 def parse_args():
     parser = Parser(__doc__)
-    flags.add_data(parser)
-    flags.add_coordtok(parser)
-    model = parser.add_argument_group("SiT")
-    model.add_argument("--first_model_ckpt", required=True, metavar="CKPT", help="CoordTok, ours or the authors'")
-    model.add_argument("--model", choices=SIT_SIZES, default="SiT-L/2", help="size / patch")
-    model.add_argument("--num_classes", type=int, default=1, help="classes of the data's folders; 1 is unconditional")
-    model.add_argument("--class_dropout_prob", type=float, default=0.0, help="labels dropped, for guidance")
-    model.add_argument("--path_type", choices=PATHS, default="Linear", help="interpolant")
-    model.add_argument("--prediction", choices=PREDICTIONS, default="velocity", help="what the network predicts")
-    model.add_argument("--loss_weight", type=word_or_none, choices=LOSS_WEIGHTS, help="of score and noise predictions")
-    model.add_argument("--train_eps", type=float, help="margin of training times (default: by path and prediction)")
-    model.add_argument("--sample_eps", type=float, help="margin of sampling times (default: likewise)")
+    data = flags.add_data(parser)
+    data.add_argument("--first_model_ckpt", required=True, metavar="CKPT",
+                      help="Checkpoint of the CoordTok, of this project or the authors")
+    flags.add_window_cache(data, "latents")
+    flags.add_sit(parser.add_argument_group("SiT"), carried=False)
     train = flags.add_training(parser, batch_size=64, lr=1e-4, epochs=7500)
-    train.add_argument("--ema_decay", type=float, default=0.9999, help="of the weights that sampling uses")
-    train.add_argument("--stat_clips", type=int, default=2048, help="clips that the latents' mean and std are of")
-    flags.add_window_cache(train, "latents")
-    logs = flags.add_logging(parser, log_every=100, save_every=10000)
-    logs.add_argument("--sample_every", type=int, default=10000, help="steps between sample sheets and FVD")
-    logs.add_argument("--num_val", type=int, default=64, help="samples then; 0 is none")
-    logs.add_argument("--val_sampling_steps", type=int, default=50, help="SDE time points then")
-    logs.add_argument("--val_cfg_scale", type=float, default=1.0, help="guidance then")
-    logs.add_argument("--val_batch_size", type=int, default=8, help="samples at once in each process")
+    train.add_argument("--ema_decay", type=float, default=0.9999,
+                       help="Decay of the averaged weights, which samples are made with")
+    train.add_argument("--stat_clips", type=int, default=2048,
+                       help=Rare("Clips from which the mean and deviation of the latents are measured"))
+    flags.add_sit_samples(flags.add_logging(parser, log_every=100, save_every=10000))
     flags.add_run(parser, save_dir="results", exp_name="coordtok_large", num_workers=6)
+    flags.add_flags(parser, CoordTokConfig)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common import distributed
+from common.distributed import on_device, prefetch
+from data.clips import ClipKey, open_quarantine
+from data.lists import class_names
+from models.interpolant import Interpolant, check_sde
+from models.layers import compile_blocks, set_checkpointing
+from models.sit import SiT
+from models.triplane import Planes
+from sampling.sit import sample_labels, sample_planes
+from training import checkpoint, latents
+from training.load import TrainedSiT, check_tokenizer, coordtok_clips, load_coordtok, sit_config, weights_sha256
+from training.log import NonFiniteGuard, count_parameters, start_log
+from training.optim import EMA, Precision, adamw, update
+from training.setup import make_clips, micro_rows, start_run, train_loader, train_sampler, training_files
+from training.validation import SampleCheck, evenly_spaced
 
 
 def main():
     args = parse_args()
     device, folder = start_run(args)
-    rank, world_size = distributed.rank(), distributed.world_size()
+    world_size = distributed.world_size()
 
     # The frozen tokenizer, and the generator of its planes.
     tokenizer = load_coordtok(args.first_model_ckpt, args).eval().requires_grad_(False)
-    if not args.cache_latents:  # else it comes to the device only to fill the cache, and to render samples
+    if not args.cache_latents:  # with a cache it is moved to the device only to fill it and to render samples
         tokenizer.to(device)
     config, tokenizer_hash = tokenizer.config, weights_sha256(tokenizer)
     state = checkpoint.find(folder / "checkpoints", args.resume, "sit")
-    sit = SiT(
-        **SIT_SIZES[args.model], input_size=(config.latent_resolution_t, config.latent_resolution_xy),
-        in_channels=config.latent_n_features, num_classes=args.num_classes, class_dropout_prob=args.class_dropout_prob,
-    ).to(device)
+    sit = SiT(**sit_config(args, config)).to(device)
     set_checkpointing(sit, args.gradient_checkpointing)
     interpolant = Interpolant(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
     if state:
@@ -85,13 +78,10 @@ def main():
     precision = Precision(args.precision, device)
     optimizer = adamw(sit.parameters(), lr=args.lr)
     parts = {"model": sit, "ema": ema.model, "optimizer": optimizer, "scaler": precision.scaler}
-    start, rng = 0, None
-    if state:
-        checkpoint.restore(parts, state)
-        start, rng = state["step"], state["rng"]
+    start, rng, _, before = checkpoint.resume(parts, state)
 
-    # Data: clips encoded as they come, or once and for all.
-    files, source, listed = training_files(args, state["data"] if state else None)
+    # Clips are encoded as they come, or once for the cache.
+    files, source, listed = training_files(args, before)
     names = class_names(files)
     if args.num_classes not in (1, len(names)):
         raise ValueError(f"--num_classes is {args.num_classes}, but {source} has {len(names)} classes: give that, or 1 "
@@ -105,9 +95,8 @@ def main():
             planes = tokenizer.encode(*coordtok_clips(batch, config, device))
         return planes.map(torch.Tensor.float)
 
-    # What training and samples need is looked for before the cache is filled, which may take hours.
+    # Filling the cache may take hours, so mistakes in the flags of training and sampling are found before.
     train_sampler(args, len(files), num_iters=0, start=0, order="epoch")
-    # Samples during training, from the averaged weights.
     check = None
     if args.num_val:
         sit.check_guidance(args.val_cfg_scale)
@@ -120,39 +109,34 @@ def main():
     usable_files, cache = list(range(len(files))), None
     if args.cache_latents:
         key = {"tokenizer": tokenizer_hash, "precision": precision.name}
-        cache = LatentCache(Path(args.cache_dir), clips_of(damaged="skip"), config, args.cache_latents, key)
+        cache = latents.LatentCache(Path(args.cache_dir), clips_of(damaged="skip"), config, args.cache_latents, key)
         with on_device(tokenizer, device):
             cache.fill(encode, args.batch_size // world_size, args.num_workers)
         usable_files = cache.good_files()
     num_iters = args.num_iters or args.max_epoch * (len(usable_files) // args.batch_size)
     sampler = train_sampler(args, len(usable_files), num_iters, start, order="epoch")
     if cache:
-        batches = prefetch(batches_from_cache(cache, sampler, usable_files, device), device)
+        batches = prefetch(latents.batches_from_cache(cache, sampler, usable_files, device), device)
     else:
-        batches = batches_from_video(train_loader(args, clips_of(), sampler, device), encode, device)
+        batches = latents.batches_from_video(train_loader(args, clips_of(), sampler, device), encode, device)
 
-    # Latents are standardised by the statistics of about 2,048 clips, which the checkpoint carries.
+    # Latents are standardised by statistics that are measured once. The checkpoint carries them.
     if state:
-        stats = LatentStats.from_state_dict(state["statistics"]).to(device)
+        stats = latents.LatentStats.from_state_dict(state["statistics"]).to(device)
     else:
         chosen = [usable_files[i] for i in evenly_spaced(len(usable_files), args.stat_clips)]
-        keys = [ClipKey(index, index) for index in chosen][rank::world_size]
-        few = [keys[i : i + args.val_batch_size] for i in range(0, len(keys), args.val_batch_size)]
-        if cache:
-            latents = (cache.read(np.array([key.index * cache.views for key in part])) for part in few)
-        else:
-            loader = make_loader(clips_of(damaged="skip"), few, min(args.num_workers, len(few)))
-            latents = (encode(batch) for batch in loader if len(batch["position"]))  # none where all are damaged
-        stats = measure(latents, config.latent_n_features, device)
+        whole = clips_of(damaged="skip")
+        found = latents.of_videos(chosen, cache or whole, encode, args.val_batch_size, args.num_workers)
+        stats = latents.measure(found, config.latent_n_features, device)
     del state
 
     if args.compile:
         compile_blocks(sit, ema.model)
     model = distributed.wrap(sit, device, args.accum_iter == 1)
     cached = f", {cache.views} cached windows each" if cache else ""
-    log = start_log(args, folder, start, num_iters, f"{args.model}, {sum(p.numel() for p in sit.parameters()):,} "
-                    f"parameters, {precision.name}; {len(usable_files):,} videos in {source}{cached}")
-    guard, generator = NonFiniteGuard(device), torch.Generator(device)
+    log = start_log(args, folder, start, num_iters, f"{args.model}, {count_parameters(sit)}, "
+                    f"{precision.name}; {len(usable_files):,} videos in {source}{cached}")
+    guard = NonFiniteGuard(device)
 
     def save(step: int) -> None:
         guard.check()
@@ -178,18 +162,13 @@ def main():
     scores = [(sample, args.sample_every)] if check else []
     checkpoint.start_rng(args.seed, rng)
     log.make_up(scores)
-    batch_size, micro_size = args.batch_size, args.batch_size // (world_size * args.accum_iter)
     for step in range(start + 1, num_iters + 1):
-        # Every process draws for the whole batch and takes its rows: the draws do not depend on how it is shared.
-        generator.manual_seed(args.seed * 1_000_003 + step)
-        draw = partial(torch.randn, generator=generator, device=device)
-        all_noise = Planes(*(draw(batch_size, *shape) for shape in sit.plane_shapes))
-        all_uniform = torch.rand(2, batch_size, generator=generator, device=device)
+        # Every process draws for the whole batch and takes its rows, so draws do not depend on the number of processes.
+        all_noise, all_uniform = latents.draw_step(args.seed, step, args.batch_size, sit.plane_shapes, device)
         means = 0
         for micro in range(args.accum_iter):
             planes, y, paths = log.next(batches, step, save)
-            first = (rank * args.accum_iter + micro) * micro_size
-            rows = slice(first, first + micro_size)
+            rows = micro_rows(args, micro)
             noise, (uniform, label_drop_uniform) = Planes(*(plane[rows] for plane in all_noise)), all_uniform[:, rows]
             y = y if args.num_classes > 1 else torch.zeros_like(y)
             drop = label_drop_uniform < args.class_dropout_prob if args.class_dropout_prob else None
@@ -197,7 +176,7 @@ def main():
                 losses, logs = interpolant.loss(
                     model, stats.standardise(planes), interpolant.training_times(uniform), noise, y=y, drop=drop
                 )
-                loss = losses.sum() * (world_size / batch_size)  # DDP's mean over processes is undone
+                loss = losses.sum() * (world_size / args.batch_size)  # world_size undoes DDP's mean
             precision.scaler.scale(loss).backward()
             logs = {"loss": losses.detach().mean(), **logs}
             means = means + torch.stack([*logs.values()]) / (world_size * args.accum_iter)

@@ -1,6 +1,8 @@
-"""What every command line shares: the parser, the types and ranges of flags, and errors that end a run in one line.
+"""What every command line shares: the parser, its help, the types and ranges of flags, and errors that end a run in
+one line. Needs no torch until a run ends, so that --help and a mistake in a flag are answered at once.
 
-A flag's value comes from the command line, else from its VT_* environment variable, else from the file of --config.
+A flag takes its value from the command line, otherwise from its VT_* environment variable, otherwise from the file of
+--config.
 """
 import argparse
 import contextlib
@@ -8,6 +10,7 @@ import io
 import math
 import os
 import re
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -64,7 +67,7 @@ RANGE_OF = {name: interval for interval, names in RANGES.items() for name in nam
 
 
 def check_range(name: str, value: float) -> None:
-    """Raise ValueError where the value of the flag `name` is outside its interval. NaN is outside every interval."""
+    """Raise ValueError if the value of the flag `name` is outside its interval. NaN is outside every interval."""
     interval = RANGE_OF[name]
     low, high = map(float, interval[1:-1].split(","))
     from_low = low < value or (interval[0] == "[" and value == low)
@@ -75,7 +78,7 @@ def check_range(name: str, value: float) -> None:
 
 
 class TextLoader(yaml.SafeLoader):
-    """Reads every YAML scalar but null as text: a flag may take 2024_01, 010, 12:30 or no as a name."""
+    """Reads every YAML scalar except null as text, because a name may be 2024_01, 010, 12:30 or no."""
 
 
 TextLoader.yaml_implicit_resolvers = {
@@ -85,7 +88,7 @@ TextLoader.yaml_implicit_resolvers = {
 
 
 class ConfigParser(configargparse.YAMLConfigFileParser):
-    """A YAML file of flags. Keys are spelt as on the command line, with dashes or underscores."""
+    """Reads a YAML file of flags. Keys are spelt as on the command line, with dashes or underscores."""
 
     def parse(self, stream) -> dict[str, str | list | None]:
         try:
@@ -104,6 +107,57 @@ class ConfigParser(configargparse.YAMLConfigFileParser):
         return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
+class Rare(str):
+    """The help text of a flag that --help leaves out and --help_all shows."""
+
+
+class HelpAll(argparse.Action):
+    def __call__(self, parser, *_):
+        parser.show_rare = True
+        parser.print_help()
+        parser.exit()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows a flag by its first name. Its default, choices and other names follow its help text."""
+
+    KINDS = {int: "N", float: "X"}
+
+    def __init__(self, prog: str, **options):
+        columns = shutil.get_terminal_size().columns - 2
+        super().__init__(prog, max_help_position=28, width=min(columns, 98), **options)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return self.KINDS.get(action.type, "NAME")
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str):
+        """The placeholder of a value. Choices are left to the help text."""
+        metavar = action.metavar or default_metavar
+        return lambda size: metavar if isinstance(metavar, tuple) else (metavar,) * size
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return action.dest
+        names = action.option_strings[:1]
+        if action.nargs != 0:
+            names.append(self._format_args(action, self._get_default_metavar_for_optional(action)))
+        return " ".join(names)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        notes, text, default = [], action.help, action.default
+        if action.choices:
+            notes.append(", ".join(map(str, action.choices)))
+        values = default if isinstance(default, (list, tuple)) else [default]
+        if values and values[0] is not None and action.nargs != 0 and default != argparse.SUPPRESS:
+            notes.append(f"default: {' '.join(map(str, values))}")
+        if len(action.option_strings) > 1 and action.dest != "help":
+            notes.append(f"also {', '.join(action.option_strings[1:])}")
+        if not notes:
+            return text
+        head = f"{text[:-1]}; " if text.endswith(")") else f"{text} ("
+        return f"{head}{'; '.join(notes)})"
+
+
 class Parser(configargparse.ArgumentParser):
     """The parser of the entry scripts.
 
@@ -111,16 +165,45 @@ class Parser(configargparse.ArgumentParser):
     outside its range, ends the script with one line and exit code 2.
     """
 
+    show_rare = False
+
     def __init__(self, description: str, **options):
         super().__init__(
-            description=description,
+            description=description.strip(),
             allow_abbrev=False,
             auto_env_var_prefix="VT_",
             config_file_parser_class=ConfigParser,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
+            add_config_file_help=False,
+            add_env_var_help=False,
             **options,
         )
-        self.add_argument("--config", "--cfg", dest="config", is_config_file=True, help="YAML file of flags")
+        self._actions[0].help = "Show the flags of everyday use"
+        self.add_argument("--help_all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help="Show all flags")
+        self.add_argument("--config", "--cfg", dest="config", metavar="FILE", is_config_file=True,
+                          help="YAML file of flags")
+
+    def format_help(self) -> str:
+        """The usage in one line, the description, and the flags by group: without those of Rare help, unless --help_all
+        asks for them."""
+        formatter = self._get_formatter()
+        needed = [f"{action.option_strings[0]} {action.metavar}" for action in self._actions
+                  if action.option_strings and action.required]
+        needed += [action.dest for action in self._actions if not action.option_strings]
+        formatter.add_usage(" ".join(["%(prog)s", *needed, "[--FLAG VALUE ...]"]), [], [])
+        formatter.add_text(self.description)
+        hidden = 0
+        for group in self._action_groups:
+            shown = [action for action in group._group_actions if self.show_rare or not isinstance(action.help, Rare)]
+            hidden += len(group._group_actions) - len(shown)
+            formatter.start_section(group.title)
+            formatter.add_text(group.description if shown else None)
+            formatter.add_arguments(shown)
+            formatter.end_section()
+        more = f"--help_all shows {hidden} more flags. " if hidden else ""
+        formatter.add_text(f"{more}A flag can also be set by its environment variable, VT_FLAG,\n"
+                           "or in the file of --config. The command line wins over the variable, that over the file.")
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         usage_error(message)
@@ -128,7 +211,7 @@ class Parser(configargparse.ArgumentParser):
     def parse_known_args(self, args=None, *rest, **options):
         args = sys.argv[1:] if args is None else args
         args = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
-        for action in self._actions:  # a variable may be of any of a flag's names
+        for action in self._actions:  # a variable may have any of a flag's names
             variables = ["VT_" + option[2:].upper() for option in action.option_strings if option.startswith("--")]
             if len(variables) > 1 and not action.is_config_file_arg:
                 action.env_var = next((name for name in variables if name in os.environ), variables[0])
@@ -145,7 +228,7 @@ class Parser(configargparse.ArgumentParser):
         return parsed, unknown
 
     def convert_item_to_command_line_arg(self, action, key, value):
-        if value is None:  # null in a file
+        if value is None:  # the file has null
             if action is not None and action.type is word_or_none:
                 value = "none"
             elif action is not None and action.default is None:
@@ -156,7 +239,7 @@ class Parser(configargparse.ArgumentParser):
 
 
 def word_or_none(word: str) -> str | None:
-    """Type of a flag that takes a name or none, in any spelling of none (see `is_none`)."""
+    """Type of a flag that takes a name, or none in any of its spellings (see `is_none`)."""
     return None if is_none(word) else word
 
 
@@ -169,15 +252,15 @@ def run_name(name: str) -> str:
 
 
 def str2bool(word: str) -> bool:
-    """Type of a flag that is true or false. Also takes YAML's yes, no, on and off."""
+    """Type of a flag that is true or false. YAML's yes, no, on and off are accepted too."""
     truths = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     if word.lower() not in truths:
-        raise argparse.ArgumentTypeError(f"true or false, got {word!r}")
+        raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
     return truths[word.lower()]
 
 
 def check_carried(flag: str, given: Any, held: Any, source: str) -> None:
-    """Raise ValueError where a flag's value `given` is not the one `held` by the checkpoint `source`."""
+    """Raise ValueError if a flag's value `given` differs from the value `held` by the checkpoint `source`."""
     if given != held:
         raise ValueError(
             f"--{flag} {given} was given, but {source} has {held}: leave the flag out, or give the same value"
@@ -186,10 +269,10 @@ def check_carried(flag: str, given: Any, held: Any, source: str) -> None:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Context around a script's main: whatever ends the run is reported in one line, the last that is printed.
+    """Context around a script's main. Whatever ends the run is reported in one line, the last line of the output.
 
-    An error that a user can mend exits with code 1, Ctrl-C with 130. A mistake in this code exits with 1 too, and its
-    traceback is printed before the line. VT_TRACEBACK=1 shows the traceback of every error.
+    The exit code is 1 for an error that a user can mend, and 130 for Ctrl-C. It is 1 for a mistake in this code too,
+    whose traceback is printed before the line. VT_TRACEBACK=1 shows the traceback of every error.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -211,14 +294,14 @@ def one_line_errors():
             raise
         end("error: interrupted by Ctrl-C", 130)
     else:
-        from common import distributed  # late, as it imports torch: --help must not wait for that
+        from common import distributed  # imported here because it imports torch
 
-        distributed.teardown()  # not after an error: NCCL would wait for processes that wait for this one
+        distributed.teardown()  # only here: after an error NCCL would wait for processes that wait for this one
 
 
 def one_line(error: Exception) -> str | None:
     """The message for an error that a user can mend; None for any other error."""
-    import torch  # late: --help must not wait for it
+    import torch  # imported here, so that --help does not wait for it
 
     text = str(error).strip()
     # An error that crossed a loader worker carries its traceback: the message is the last line.
@@ -238,19 +321,19 @@ def one_line(error: Exception) -> str | None:
 
 
 def add_perceptual(group: argparse._ArgumentGroup) -> None:
-    """Flags of `models.stlpips.perceptual_metric`."""
-    group.add_argument("--perceptual", choices=["lpips", "stlpips"], default="lpips",
-                       help="learned distance: LPIPS on VGG16, or ST-LPIPS, whose weights PyPI carries")
+    """Add the flags of `models.stlpips.perceptual_metric`."""
+    group.add_argument("--perceptual", choices=["lpips", "stlpips"], default="lpips", help=Rare(
+        "Perceptual distance: LPIPS on VGG16, or ST-LPIPS, whose weights come with a PyPI package"))
     group.add_argument("--lpips_weights", default="auto", metavar="auto|random|PATH",
-                       help="its weights: of LPIPS's VGG16, or of ST-LPIPS")
+                       help="Weights of the perceptual distance; auto downloads them on first use")
 
 
 def config_diff(there: dict, here: dict) -> str:
-    """The settings in which two dicts differ, as text; empty where they are equal."""
+    """The settings in which two dicts differ, as text. The text is empty if they are equal."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     return ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
 
 
 def is_none(name: str | None) -> bool:
-    """Whether a name stands for none, which the released files spell in several ways."""
+    """Whether a name means none. The released files spell none in several ways."""
     return name is None or name.lower() in ("", "none", "no", "null")

@@ -1,34 +1,43 @@
-"""Reconstruction of CoordTok under a named protocol: rFVD, PSNR, SSIM, LPIPS, a record of how, and a contact sheet.
+"""Evaluate how well a CoordTok reconstructs clips, under a named protocol: rFVD, PSNR, SSIM, LPIPS,
+motion metrics, a record of how they were made, and a contact sheet.
 
     python eval/eval_coordtok.py --tokenizer CKPT --data_root DATA --protocol coordtok_rfvd10k_128f
 
-CKPT is a checkpoint of this project or the authors' file. Run it under torchrun to share the clips among GPUs; the
-result does not depend on how many.
+CKPT is a checkpoint of this project or the authors' file. Under torchrun the processes share the
+clips; the results do not depend on their number.
 """
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a script from any folder
-import torch  # noqa: E402
-
-from common import distributed  # noqa: E402
-from common.cli import Parser, one_line_errors  # noqa: E402
-from data.lists import list_folder  # noqa: E402
-from eval.evaluate import add_evaluation, evaluate  # noqa: E402
-from training.flags import add_coordtok, add_data  # noqa: E402
-from training.load import load_coordtok, weights_sha256  # noqa: E402
-from training.optim import Precision  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any folder
+from common.cli import Parser, one_line_errors
+from models.configs import CoordTokConfig
+from training import flags
 
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("--tokenizer", required=True, metavar="CKPT", help="checkpoint, or a folder of them")
-    parser.add_argument("--slices", type=int, default=1, help="equal sequences the patches of a clip are decoded in")
-    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32", help="of the tokenizer")
-    add_data(parser)
-    add_evaluation(parser, protocol="coordtok_rfvd10k_128f")
-    add_coordtok(parser)
+    model = parser.add_argument_group("model")
+    model.add_argument("--tokenizer", required=True, metavar="CKPT", help="Checkpoint, or a folder of checkpoints")
+    model.add_argument("--slices", type=int, default=1,
+                       help="Decode a clip's patches in so many sequences of equal length")
+    model.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32", help="Autocast of the model")
+    flags.add_data(parser)
+    flags.add_evaluation(parser, protocol="coordtok_rfvd10k_128f")
+    flags.add_flags(parser, CoordTokConfig, everyday=False)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
+import torch
+
+from common import distributed
+from data.lists import list_folder
+from eval.evaluate import evaluate
+from training.load import load_coordtok, weights_sha256
+from training.optim import Precision
 
 
 def main():

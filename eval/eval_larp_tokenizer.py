@@ -1,49 +1,58 @@
-"""Reconstruction of a LARP tokenizer under a named protocol: rFVD, MSE, PSNR, SSIM, LPIPS, use of the codebook, a
-record of how, and a contact sheet.
+"""Evaluate how well a LARP tokenizer reconstructs clips, under a named protocol: rFVD, MSE, PSNR,
+SSIM, LPIPS, motion metrics, the use of the codebook, a record of how they were made, and a contact
+sheet.
 
-    python3 eval/eval_larp_tokenizer.py --tokenizer hywang66/LARP-L-long-tokenizer --dataset_csv ucf101_train.csv \\
-        --use_amp --det
+    python3 eval/eval_larp_tokenizer.py --tokenizer hywang66/LARP-L-long-tokenizer \\
+        --dataset_csv ucf101_train.csv --use_amp --det
 
-Run it under torchrun to share the clips among GPUs; the result does not depend on how many.
+Under torchrun the processes share the clips; the results do not depend on their number.
 """
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a script from any folder
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from common import distributed  # noqa: E402
-from common.cli import Parser, one_line_errors  # noqa: E402
-from common.rng import sample_generators  # noqa: E402
-from data.lists import list_csv, list_folder  # noqa: E402
-from eval.evaluate import add_evaluation, evaluate  # noqa: E402
-from training.flags import add_data  # noqa: E402
-from training.load import load_larp_tokenizer, weights_sha256  # noqa: E402
-from training.optim import Precision  # noqa: E402
-from training.validation import CodeStats  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any folder
+from common.cli import Parser, Rare, one_line_errors
+from training import flags
 
 AMP = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 def parse_args():
     parser = Parser(__doc__)
-    parser.add_argument("--tokenizer", required=True, help="folder or hub id of config.json and model.safetensors, a "
-                        "checkpoint or a folder of them, or a file of the authors' trainer")
-    parser.add_argument("--version", default="sd", metavar="sd|ema_DECAY", help="which weights of a checkpoint")
-    parser.add_argument("--det", action="store_true", help="the best codes; else they are drawn, as in training")
-    parser.add_argument("--num_frames", type=int, help="frames of a clip (default: as many as were trained)")
-    parser.add_argument("--repeat_to_16", action="store_true", help="show the tokenizer shorter clips with their last "
-                        "frame repeated, as frame prediction does; compared are the NUM_FRAMES alone")
-    parser.add_argument("--use_amp", action="store_true", help="autocast")
-    parser.add_argument("--amp_dtype", choices=AMP, default="float16", help="of autocast")
-    parser.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
-    add_data(parser)
-    parser.add_argument("--dataset_csv", default="ucf101_train.csv",
-                        help="lists of videos; --video_name names a folder instead")
-    add_evaluation(parser, protocol="larp_rfvd", batch_size=32)
+    model = parser.add_argument_group("model")
+    model.add_argument("--tokenizer", required=True, metavar="PATH", help="Folder or hub id of config.json and "
+                       "model.safetensors, a checkpoint or a folder of them, or a file of the authors' trainer")
+    model.add_argument("--version", default="sd", metavar="sd|ema_DECAY", help="Which weights of a checkpoint to use")
+    model.add_argument("--det", action="store_true",
+                       help="Take the best codes. Otherwise they are drawn, as in training")
+    model.add_argument("--num_frames", type=int, help="Frames of a clip (default: as many as in training)")
+    model.add_argument("--repeat_to_16", action="store_true", help=Rare(
+        "Complete shorter clips by their last frame, as frame prediction does. Only the first NUM_FRAMES frames are "
+        "compared"))
+    model.add_argument("--use_amp", action="store_true", help="Compute in autocast")
+    model.add_argument("--amp_dtype", choices=AMP, default="float16", help="Type of the autocast")
+    model.add_argument("--compile", action="store_true", help=Rare("Compile encoder and decoder by torch.compile"))
+    data = flags.add_data(parser)
+    data.add_argument("--dataset_csv", default="ucf101_train.csv", metavar="LIST",
+                      help="Lists of videos, in place of --video_name")
+    flags.add_evaluation(parser, protocol="larp_rfvd", batch_size=32)
     parser.set_defaults(video_name=None)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
+import torch
+from torch import Tensor
+
+from common import distributed
+from common.rng import sample_generators
+from data.lists import list_csv, list_folder
+from eval.evaluate import evaluate
+from training.load import load_larp_tokenizer, weights_sha256
+from training.optim import Precision
+from training.validation import CodeStats
 
 
 @torch.inference_mode()

@@ -1,5 +1,5 @@
-"""Evaluation of a tokenizer, as both evaluation scripts run it: flags, clips shared by processes, metrics, report.json
-and contact sheet."""
+"""Evaluation of a tokenizer, as both evaluation scripts run it: clips shared among processes, metrics, report.json and
+contact sheet."""
 import argparse
 import os
 from collections.abc import Callable, Sequence
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.cli import Parser, add_perceptual
 from common.console import print_main
 from common.files import manifest_sha256
 from data.clips import ClipDataset, open_quarantine
@@ -24,25 +23,6 @@ from eval.reconstruction import merge, protocol_clips, reconstruct_rows, summary
 from eval.report import describe, run_record, write_record
 from models.pretrained import WeightsError
 from models.stlpips import perceptual_metric
-
-
-def add_evaluation(parser: Parser, protocol: str, batch_size: int = 8) -> None:
-    group = parser.add_argument_group("evaluation")
-    names = [name for name, known in PROTOCOLS.items() if "reconstruction" in known.description]
-    group.add_argument("--protocol", choices=names, default=protocol, help="how the numbers are made")
-    group.add_argument("--num_clips", type=int, help="clips, where it is not the protocol's number")
-    group.add_argument("--batch_size", type=int, default=batch_size, help="clips at once in each process")
-    group.add_argument("--seed", type=int, default=0, help="seed of the clips' first frames")
-    group.add_argument("--i3d_weights", metavar="PATH", help="I3D weights (default: the cache, or a download into it)")
-    group.add_argument("--i3d_eps", type=float, default=1e-3, help="eps of I3D's batch norms; 1e-5 is the older port's")
-    add_perceptual(group)
-    group.add_argument("--no_fvd", action="store_true", help="leave rFVD out")
-    group.add_argument("--motion", type=int, default=256, help="clips whose warping error, flicker, frozen frames and "
-                       "seams are measured, evenly spaced; optical flow takes a CPU 0.2 s for 16 frames; 0: none")
-    group.add_argument("--vmaf", action="store_true", help="measure the VMAF of those clips too")
-    group.add_argument("--output_dir", help="folder of the report (default: results/eval/PROTOCOL)")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    group.add_argument("--num_workers", type=int, default=4, help="loader workers of each process")
 
 
 def evaluate(

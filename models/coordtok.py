@@ -3,7 +3,6 @@ patches into those patches. Parameter names are those of the authors' files."""
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from models.configs import CoordTokConfig
 from models.hub import Pretrained, Stored, one_version
 from models.inputs import check_integers, check_video
 from models.layers import Blocks, TubeletEmbedding, vit_block
@@ -18,74 +18,6 @@ from models.lpips import FrameDistance
 from models.patches import assemble_frames, unpatchify
 from models.pretrained import read_released, strip_prefix
 from models.triplane import Planes
-
-
-@dataclass(frozen=True)
-class CoordTokConfig:
-    """Architecture; the defaults are the released UCF-101 model (853M parameters, 1280 latent tokens)."""
-
-    video_shape: tuple[int, int, int] = (128, 128, 128)  # frames, height, width: flags num_frames and img_size
-    enc_embed_dim: int = 1024
-    enc_num_layers: int = 24
-    enc_num_heads: int = 16
-    enc_patch_size_xy: int = 16
-    enc_patch_size_t: int = 8
-    enc_patch_num_layers: int = 8
-    latent_resolution_xy: int = 16
-    latent_resolution_t: int = 32
-    latent_n_features: int = 8
-    latent_patch_size_xy: int = 8
-    latent_patch_size_t: int = 16
-    dec_embed_dim: int = 1024
-    dec_num_layers: int = 24
-    dec_num_heads: int = 16
-    dec_patch_size_xy: int = 8
-    dec_patch_size_t: int = 1
-    padding: str = "exclude"  # how missing frames are treated: see CoordTok.encode
-
-    def __post_init__(self):
-        object.__setattr__(self, "video_shape", tuple(self.video_shape))  # JSON gives a list
-        if len(self.video_shape) != 3:
-            raise ValueError(f"video_shape is (frames, height, width), got {self.video_shape}")
-        if self.padding not in ("exclude", "released"):
-            raise ValueError(f"padding is 'exclude' or 'released', got {self.padding!r}: change --padding")
-        sizes = {name: value for name, value in vars(self).items() if name not in ("video_shape", "padding")}
-        sizes["num_frames"], *height_width = self.video_shape
-        for name, value in [*sizes.items(), *(("img_size", size) for size in height_width)]:
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is a whole number from 1 on, got {value!r}: change --{name}")
-        for whole, part in [
-            ("enc_embed_dim", "enc_num_heads"),
-            ("dec_embed_dim", "dec_num_heads"),
-            ("num_frames", "enc_patch_size_t"),
-            ("num_frames", "dec_patch_size_t"),
-            ("img_size", "enc_patch_size_xy"),
-            ("img_size", "dec_patch_size_xy"),
-            ("latent_resolution_xy", "latent_patch_size_xy"),
-            ("latent_resolution_t", "latent_patch_size_t"),
-        ]:
-            for size in height_width if whole == "img_size" else [sizes[whole]]:
-                if size % sizes[part]:
-                    raise ValueError(
-                        f"{whole} {size} is not a multiple of {part} {sizes[part]}: change --{whole} or --{part}"
-                    )
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        """Frames, height and width of a decoded patch."""
-        return self.dec_patch_size_t, self.dec_patch_size_xy, self.dec_patch_size_xy
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Number of decoder patches along t, h, w."""
-        frames, height, width = self.video_shape
-        return frames // self.dec_patch_size_t, height // self.dec_patch_size_xy, width // self.dec_patch_size_xy
-
-    @property
-    def num_tubelets(self) -> tuple[int, int, int]:
-        """Number of encoder tubelets along t, h, w."""
-        frames, height, width = self.video_shape
-        return frames // self.enc_patch_size_t, height // self.enc_patch_size_xy, width // self.enc_patch_size_xy
 
 
 def released_padding(video: Tensor, n_frames: Tensor) -> Tensor:

@@ -1,38 +1,12 @@
 """LARP's video discriminator (arXiv 2410.21264): a ViT on tubelets that judges a clip by its class token."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from models.configs import DiscriminatorConfig
 from models.layers import Blocks, TubeletEmbedding, sincos_3d, vit_block
-
-
-@dataclass(frozen=True)
-class DiscriminatorConfig:
-    """The defaults are the published ones (38.2M parameters)."""
-
-    hidden_size: int = 512
-    n_heads: int = 8
-    n_layers: int = 12
-    input_size: int = 128
-    temporal_patch_size: int = 4
-    patch_size: int = 8
-    in_channels: int = 3
-    frame_num: int = 16
-
-    def __post_init__(self):
-        for whole, part in [
-            ("hidden_size", "n_heads"),
-            ("input_size", "patch_size"),
-            ("frame_num", "temporal_patch_size"),
-        ]:
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"the discriminator's {whole} {getattr(self, whole)} is not a multiple of its {part} "
-                    f"{getattr(self, part)}: change --disc_{whole} or --disc_{part}"
-                )
 
 
 class Discriminator(nn.Module):

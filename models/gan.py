@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-GAN_LOSSES = ("ns_smooth", "ns", "hinge")
+from models.configs import GAN_LOSSES
 
 
 def discriminator_loss(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 from tqdm import tqdm
 
+from models.configs import LAST_STEPS, PREDICTIONS
 from models.triplane import Planes
 
 
@@ -87,8 +88,6 @@ def heun_step(drift: Callable, x: Planes, kick: Planes, t: float, dt: float) -> 
 
 PATHS = {"Linear": linear_path, "GVP": gvp_path, "VP": vp_path}
 
-PREDICTIONS = ("velocity", "score", "noise")
-
 LOSS_WEIGHTS = {
     None: lambda c: 1.0,
     "velocity": lambda c: (c.wronskian / c.alpha) ** 2,  # (D0 / sigma)^2
@@ -106,8 +105,6 @@ DIFFUSION_FORMS = {
 }
 
 SDE_METHODS = {"Euler": euler_maruyama_step, "Heun": heun_step}
-
-LAST_STEPS = ("Mean", "Euler", "Tweedie", None)
 
 # Solvers that treat each sample independently. Adaptive ones choose one step size for the whole batch; implicit_adams
 # iterates until the whole batch has converged.

@@ -3,9 +3,7 @@
 Its input is a condition, either a class label or the codes of the given frames, and then the codes of a clip in order.
 `forward` computes the logits of known codes; `generate` draws codes one by one (models/decoding.py).
 """
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,82 +12,12 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models import decoding
+from models.configs import SIZES, LARPGeneratorConfig
 from models.decoding import KVCache, Linear, Window, attend_one
 from models.hub import Pretrained, Stored
 from models.inputs import check_integers
 from models.layers import Blocks, sincos_1d
 from models.pretrained import read_released, strip_prefix
-
-
-@dataclass(frozen=True)
-class LARPGeneratorConfig:
-    """The keys of the released config.json."""
-
-    dim: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int | None = None  # fewer heads of keys and values than of queries; None: as many
-    multiple_of: int = 256  # the feed-forward width is rounded up to it
-    ffn_dim_multiplier: float | None = None
-    norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    token_dropout_p: float = 0.1
-    attn_dropout_p: float = 0.0
-    resid_dropout_p: float = 0.1
-    ffn_dropout_p: float = 0.1
-    drop_path_rate: float = 0.0  # of the last layer; grows linearly from 0 at the first
-    num_classes: int = 101
-    class_dropout_prob: float = 0.1
-    model_type: str = "class_cond"  # kept for the released files; frame_prediction decides
-    vocab_size: int = 8192
-    cls_token_num: int = 1  # tokens of the condition
-    max_seq_len: int = 1024  # codes of a clip
-    use_fixed_pe: bool = False
-    frame_prediction: bool = False
-    rope_base: float = 10000  # kept for the released files: positions are absolute
-    max_batch_size: int = 32  # kept for the released files: the cache takes the batch it is given
-
-    def __post_init__(self):
-        if self.dim % self.n_head:
-            raise ValueError(f"dim {self.dim} does not divide by n_head {self.n_head}; change one of them")
-        if self.n_head % self.kv_heads:
-            raise ValueError(f"n_head {self.n_head} does not divide by n_kv_head {self.kv_heads}; change n_kv_head")
-        if self.use_fixed_pe and self.dim % 2:
-            raise ValueError(f"use_fixed_pe needs an even dim, got {self.dim}")
-        if not self.frame_prediction and self.cls_token_num != 1:
-            raise ValueError(
-                f"cls_token_num is {self.cls_token_num}, but a class condition is 1 token; set it to 1 or set "
-                f"frame_prediction"
-            )
-        if self.frame_prediction and self.cls_token_num < 2:
-            raise ValueError(
-                f"cls_token_num is {self.cls_token_num}, but frame prediction needs the codes given and a separator: "
-                f"set it to max_seq_len + 1 = {self.max_seq_len + 1}"
-            )
-        for name, value in asdict(self).items():
-            if name.endswith(("_dropout_p", "_dropout_prob", "drop_path_rate")) and not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}; expected a probability in [0, 1)")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_head if self.n_kv_head is None else self.n_kv_head
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_head
-
-    @property
-    def ffn_dim(self) -> int:
-        """Two thirds of 4 dim: the three matrices of SwiGLU then hold what the two of a plain MLP would."""
-        hidden = int(2 * 4 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
-        return math.ceil(hidden / self.multiple_of) * self.multiple_of
-
-    @property
-    def num_positions(self) -> int:
-        """The last code is never an input, so it has no position."""
-        return self.cls_token_num + self.max_seq_len - 1
 
 
 class RMSNorm(nn.Module):
@@ -334,15 +262,3 @@ def code_loss(logits: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]
     loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
     accuracy = (logits.detach().argmax(-1) == codes).float().mean()
     return loss, {"loss": loss.detach(), "accuracy": accuracy}
-
-
-# The published sizes, with the parameters that they have for 101 classes.
-SIZES = {
-    "llama-abs-S": {"n_layer": 12, "dim": 384, "n_head": 6},  # 28.0M
-    "llama-abs-B": {"n_layer": 12, "dim": 768, "n_head": 12},  # 98.4M
-    "llama-abs-L": {"n_layer": 24, "dim": 1024, "n_head": 16},  # 326.3M
-    "llama-abs-LP": {"n_layer": 30, "dim": 1280, "n_head": 20},  # 632.0M
-    "llama-abs-XL": {"n_layer": 36, "dim": 1280, "n_head": 20},  # 753.9M
-    "llama-abs-XXL": {"n_layer": 48, "dim": 1536, "n_head": 24},  # 1,386.0M
-    "llama-abs-XXXL": {"n_layer": 48, "dim": 2560, "n_head": 40},  # 3,851.4M
-}

@@ -4,7 +4,7 @@ decoder turns the codes back into the clip. Parameter names and configuration ar
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -12,92 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import is_none
+from models.configs import LARPTokenizerConfig
 from models.discriminator import xavier_linears
 from models.hub import Pretrained, Stored
 from models.inputs import check_integers, check_video
 from models.layers import Blocks, TubeletEmbedding, sincos_1d, sincos_3d, vit_block
 from models.patches import unpatchify
 from models.pretrained import load_state, read_released
-from models.prior import Prior, PriorConfig
-from models.quantizer import Bottleneck, BottleneckConfig, Generators
-
-
-@dataclass(frozen=True)
-class LARPTokenizerConfig:
-    """The released config.json, key by key; the defaults are LARP-L-Long's (172M parameters, and 22M of prior)."""
-
-    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
-    prior_model: PriorConfig = field(default_factory=PriorConfig)
-    transformer_name: str = "transformer_encoder_parallel"
-    encoder_name: str | None = "none"  # none: the same as transformer_name
-    decoder_name: str | None = "none"
-    bottleneck_token_num: int = 1024
-    input_size: int = 128
-    frame_num: int = 16
-    temporal_patch_size: int = 4
-    patch_size: int = 8
-    decoder_temporal_patch_size: int = 4
-    decoder_patch_size: int = 8
-    in_channels: int = 3
-    encoder_hidden_size: int = 768
-    decoder_hidden_size: int = 768
-    encoder_num_heads: int = 12
-    decoder_num_heads: int = 12
-    encoder_depth: int = 12
-    decoder_depth: int = 12
-    learned_encoder_patch_pe: bool = False
-    learned_encoder_latent_query_embed: bool = True
-    learned_decoder_latent_pe: bool = False
-    learned_decoder_patch_query_embed: bool = False
-    use_encoder_patch_token_type_embed: bool = False
-    use_encoder_latent_query_token_type_embed: bool = False
-    use_decoder_latent_token_type_embed: bool = False
-    use_decoder_patch_query_token_type_embed: bool = True
-    encoder_query_gaussian_init: bool = True  # of learned queries; otherwise they start from the sin-cos table
-    latent_pe_scale_factor: float = 10000  # base of the sin-cos tables of latents and queries
-    query_init_std: float = 0.02
-
-    def __post_init__(self):
-        for name in ("transformer_name", "encoder_name", "decoder_name"):
-            value = getattr(self, name)
-            if value != "transformer_encoder_parallel" and (name == "transformer_name" or not is_none(value)):
-                raise ValueError(f"{name} is 'transformer_encoder_parallel', the only one, got {value!r}")
-        for name, kind in get_type_hints(type(self)).items():
-            if kind is int and getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}: change --{name}")
-        for whole, part in [
-            ("input_size", "patch_size"),
-            ("input_size", "decoder_patch_size"),
-            ("frame_num", "temporal_patch_size"),
-            ("frame_num", "decoder_temporal_patch_size"),
-            ("encoder_hidden_size", "encoder_num_heads"),
-            ("decoder_hidden_size", "decoder_num_heads"),
-        ]:
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"{whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}: "
-                    f"change --{whole} or --{part}"
-                )
-        if self.bottleneck_token_num < 2 and not is_none(self.prior_model.name):
-            raise ValueError(
-                "a prior predicts codes from codes before them, got bottleneck_token_num 1: "
-                "change --bottleneck_token_num, or set --prior_model to none"
-            )
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Number of encoder patches along t, h, w."""
-        return self.frame_num // self.temporal_patch_size, *[self.input_size // self.patch_size] * 2
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        """Frames, height and width of a decoded patch."""
-        return self.decoder_temporal_patch_size, self.decoder_patch_size, self.decoder_patch_size
-
-    @property
-    def decoder_grid(self) -> tuple[int, int, int]:
-        """Number of decoder patches along t, h, w."""
-        return self.frame_num // self.decoder_temporal_patch_size, *[self.input_size // self.decoder_patch_size] * 2
+from models.prior import Prior
+from models.quantizer import Bottleneck, Generators
 
 
 def parse_config(cls: type, data: Mapping[str, Any], where: str = "config") -> Any:

@@ -1,64 +1,15 @@
 """The autoregressive prior that shapes LARP's latent space in training (arXiv 2410.21264, section 3.3): a GPT over
 code *vectors* whose predictions are compared with the codebook. Sampling and decoding do not use it."""
 
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common.cli import is_none
+from models.configs import PRIOR_SIZES, PriorConfig
 from models.discriminator import xavier_linears
 from models.layers import Blocks, Fused
 from models.quantizer import Generators, GumbelMax, uniform
-
-PRIOR_SIZES = {  # layers, width, heads; parameters at 16 code dimensions
-    "gptc-tiny": (2, 64, 4),  # 0.1M; not one of the paper's: for trials on a CPU
-    "gptc-XXS": (6, 256, 4),  # 5.0M
-    "gptc-XS": (6, 384, 6),  # 11.1M
-    "gptc-S": (12, 384, 6),  # 21.7M
-    "gptc-M": (12, 512, 8),  # 38.4M
-    "gptc-B": (12, 768, 12),  # 85.9M
-    "gptc-L": (24, 1024, 16),  # 303.4M
-}
-
-
-@dataclass(frozen=True)
-class PriorArgs:
-    l2_normalized: bool = True
-
-
-@dataclass(frozen=True)
-class PriorConfig:
-    """As under "prior_model" in the released config.json; `name` none, no, null or empty: no prior."""
-
-    name: str | None = "gptc-S"
-    use_mix_ss: bool = True  # scheduled sampling; without it there is one round, on the true codes
-    mix_ss_max_ratio: float = 0.5
-    mix_ss_peak_steps_ratio: float = 0.3
-    n_rounds: int = 2
-    avg_loss_over_rounds: bool = True  # else the last round's loss alone
-    no_grad_before_last_round: bool = False
-    no_dropout: bool = False
-    latent_ce_temperature: float = 1.0
-    args: PriorArgs = field(default_factory=PriorArgs)
-
-    def __post_init__(self):
-        if not is_none(self.name) and self.name not in PRIOR_SIZES:
-            raise ValueError(f"prior_model.name is one of {', '.join(PRIOR_SIZES)} or none, got {self.name!r}")
-        for name in ("mix_ss_peak_steps_ratio", "n_rounds", "latent_ce_temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"prior_model.{name} is positive, got {getattr(self, name)}: change --{name}")
-        if not 0 <= self.mix_ss_max_ratio <= 1:
-            raise ValueError(
-                f"prior_model.mix_ss_max_ratio is within 0 and 1, got {self.mix_ss_max_ratio}: "
-                "change --mix_ss_max_ratio"
-            )
-
-    def sampling_ratio(self, step: int, total: int) -> float:
-        """The share of codes that scheduled sampling replaces at `step` of `total`: rises linearly, then stays."""
-        return min(self.mix_ss_max_ratio * step / (self.mix_ss_peak_steps_ratio * total), self.mix_ss_max_ratio)
 
 
 class CausalAttention(nn.Module):

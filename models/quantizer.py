@@ -1,7 +1,6 @@
 """The discrete bottleneck of LARP (arXiv 2410.21264, section 3.2): project, quantise against a codebook, project back.
 The configuration mirrors the nesting of the released config.json, whose values are the defaults."""
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -9,73 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.cli import is_none
+from models.configs import BottleneckArgs, VQArgs
 from models.layers import Fused
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-@dataclass(frozen=True)
-class VQArgs:
-    codebook_size: int = 8192
-    commitment_loss_weight: float = 0.25
-    codebook_loss_weight: float = 1.0
-    entropy_loss_weight: float = 0.0
-    entropy_loss_temperature: float = 0.01
-    l2_normalized: bool = True
-    stochastic: bool = True
-    stochastic_temperature: float = 0.03  # negative: learned, starting from its magnitude
-
-    def __post_init__(self):
-        if self.codebook_size < 2:
-            raise ValueError(f"codebook_size is at least 2, got {self.codebook_size}: change --codebook_size")
-        if self.entropy_loss_temperature <= 0:
-            raise ValueError(
-                f"entropy_loss_temperature is positive, got {self.entropy_loss_temperature}: "
-                "change --entropy_loss_temperature"
-            )
-        if self.stochastic and self.stochastic_temperature == 0:
-            raise ValueError(
-                "stochastic_temperature is positive (fixed) or negative (learned), got 0: "
-                "change --stochastic_temperature, or set --stochastic to false for the nearest code"
-            )
-        if self.stochastic and not self.l2_normalized:
-            raise ValueError(
-                "stochastic codes are drawn by cosine, got l2_normalized false: "
-                "set --l2_normalized to true or --stochastic to false"
-            )
-
-
-@dataclass(frozen=True)
-class RegularizerConfig:
-    name: str = "vq"
-    args: VQArgs = field(default_factory=VQArgs)
-
-    def __post_init__(self):
-        if self.name != "vq":
-            raise ValueError(f"bottleneck.args.regularizer.name is 'vq', got {self.name!r}")
-
-
-@dataclass(frozen=True)
-class BottleneckArgs:
-    bottleneck_dim: int = 16
-    norm: str | None = "none"  # or "layer": LayerNorm of the projected vectors, before they are compared
-    regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
-
-    def __post_init__(self):
-        if self.bottleneck_dim < 1:
-            raise ValueError(f"bottleneck_dim is at least 1, got {self.bottleneck_dim}: change --bottleneck_dim")
-        if not is_none(self.norm) and self.norm != "layer":
-            raise ValueError(f"bottleneck.args.norm is 'none' or 'layer', got {self.norm!r}")
-
-
-@dataclass(frozen=True)
-class BottleneckConfig:
-    name: str = "bottleneck"
-    args: BottleneckArgs = field(default_factory=BottleneckArgs)
-
-    def __post_init__(self):
-        if self.name != "bottleneck":
-            raise ValueError(f"bottleneck.name is 'bottleneck', got {self.name!r}")
 
 
 class Quantized(NamedTuple):

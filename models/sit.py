@@ -5,7 +5,7 @@ R_t and R_xy its resolutions, p patch size, D width, N = N_xy + 2 N_t tokens wit
 N_t = R_t R_xy / p^2. Module names are those of the released weights.
 """
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -15,46 +15,13 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from models.configs import SiTConfig
 from models.hub import Pretrained, Stored, one_version
 from models.inputs import check_integers
 from models.interpolant import Interpolant
 from models.layers import Blocks, sincos_2d
 from models.pretrained import read_released, read_sit_statistics
 from models.triplane import Planes
-
-
-@dataclass(frozen=True)
-class SiTConfig:
-    """Architecture of SiT; the defaults are the released SiT-L/2 for UCF-101."""
-
-    input_size: tuple[int, int] = (32, 16)  # (R_t, R_xy), the resolutions of the planes
-    patch_size: int = 2
-    in_channels: int = 8
-    hidden_size: int = 1024
-    depth: int = 24
-    num_heads: int = 16
-    num_classes: int = 1
-    class_dropout_prob: float = 0.0  # > 0 adds a "no label" row to the label table, which guidance needs
-    learn_sigma: bool = True  # the final layers have twice the channels, half of which are dropped
-
-    def __post_init__(self):
-        object.__setattr__(self, "input_size", tuple(self.input_size))  # JSON and YAML bring lists
-        if len(self.input_size) != 2 or any(size < 1 or size % self.patch_size for size in self.input_size):
-            raise ValueError(
-                f"input_size {self.input_size} must be (R_t, R_xy), each a multiple of patch_size {self.patch_size}: "
-                "change --latent_resolution_t, --latent_resolution_xy or --model"
-            )
-        if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}: "
-                "change --model"
-            )
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes is {self.num_classes}, expected at least 1: change --num_classes")
-        if not 0 <= self.class_dropout_prob <= 1:
-            raise ValueError(
-                f"class_dropout_prob is {self.class_dropout_prob}, expected 0 to 1: change --class_dropout_prob"
-            )
 
 
 def timestep_sinusoids(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
@@ -293,24 +260,3 @@ class SiT(nn.Module, Pretrained):
 def sit_logs(path: Path) -> list[Path]:
     """Where the log.txt of an authors' checkpoint may be."""
     return [path.with_name("log.txt"), path.parent.with_name("log.txt")]
-
-
-
-# Parameters in the comments: trained ones, for planes of the released sizes (32 and 16, 8 channels) and one class.
-SIT_SIZES = {
-    "SiT-S/2": {"depth": 12, "hidden_size": 384, "num_heads": 6, "patch_size": 2},  # 33.2M
-    "SiT-S/4": {"depth": 12, "hidden_size": 384, "num_heads": 6, "patch_size": 4},  # 33.5M
-    "SiT-S/8": {"depth": 12, "hidden_size": 384, "num_heads": 6, "patch_size": 8},  # 34.8M
-    "SiT-B/2": {"depth": 12, "hidden_size": 768, "num_heads": 12, "patch_size": 2},  # 132.2M
-    "SiT-B/4": {"depth": 12, "hidden_size": 768, "num_heads": 12, "patch_size": 4},  # 132.8M
-    "SiT-B/8": {"depth": 12, "hidden_size": 768, "num_heads": 12, "patch_size": 8},  # 135.4M
-    "SiT-L/2": {"depth": 24, "hidden_size": 1024, "num_heads": 16, "patch_size": 2},  # 461.4M
-    "SiT-L/4": {"depth": 24, "hidden_size": 1024, "num_heads": 16, "patch_size": 4},  # 462.2M
-    "SiT-L/8": {"depth": 24, "hidden_size": 1024, "num_heads": 16, "patch_size": 8},  # 465.7M
-    "SiT-XL/2": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 2},  # 679.4M
-    "SiT-XL/4": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 4},  # 680.3M
-    "SiT-XL/8": {"depth": 28, "hidden_size": 1152, "num_heads": 16, "patch_size": 8},  # 684.3M
-    # Not published: for trials, and data sets of a few hundred videos.
-    "SiT-XS/2": {"depth": 6, "hidden_size": 128, "num_heads": 2, "patch_size": 2},  # 2.0M
-    "SiT-XS/4": {"depth": 6, "hidden_size": 128, "num_heads": 2, "patch_size": 4},  # 2.1M
-}

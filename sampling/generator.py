@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
 
 class Generator(NamedTuple):
     """A trained model and its sampling settings, as sample.py uses them."""

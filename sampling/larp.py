@@ -1,38 +1,16 @@
-"""LARP's generator as sample.py samples from it: its flags, and the Generator that they make. By class, or by frames
-(frame prediction)."""
+"""LARP's generator as sample.py samples from it, by class or by frames (frame prediction): the Generator that the flags
+make."""
 import argparse
 
 import torch
 from torch import Tensor
 
-from common.cli import Parser, check_carried
+from common.cli import check_carried
 from common.rng import sample_generators
 from eval.metrics import psnr_frame
-from sampling.generator import PRECISIONS, Generator, check_class_label
+from sampling.generator import Generator, check_class_label
 from training.codes import hold_last
-from training.flags import add_code_draws
 from training.load import load_larp_ar, load_larp_tokenizer, weights_sha256
-
-
-def add_larp_sampling(parser: Parser) -> list[argparse.Action]:
-    """Add the flags of LARP alone, and return them."""
-    group = parser.add_argument_group("LARP sampling")
-    add = group.add_argument
-    return [
-        add("--ar_model", metavar="PATH", help="the generator: folder or hub id of config.json and model.safetensors, "
-            "a checkpoint or a folder of them, or a file of the authors' trainer"),
-        add("--tokenizer", metavar="PATH", help="the tokenizer whose codes it was trained on, likewise"),
-        add("--version", default="sd", metavar="sd|ema_DECAY", help="which weights of the generator's checkpoint"),
-        add("--tokenizer_version", default="sd", metavar="sd|ema_DECAY", help="which weights of the tokenizer's"),
-        add("--cfg_interval", type=int, default=-1, help="guide only the first CFG_INTERVAL + 2 codes; -1: all"),
-        *add_code_draws(group),
-        add("--tokenizer_dtype", choices=PRECISIONS, help="weights of the tokenizer (default: as published, float16 "
-            "for classes, which is slow on a CPU; float32 for frame prediction)"),
-        add("--frame_prediction", "--fp", dest="frame_prediction", action="store_true",
-            help="continue the first frames of real clips"),
-        add("--num_cond_frames", type=int, help="how many are given; our checkpoints carry it"),
-        add("--det", action="store_true", help="the best codes of the frames given; else they are drawn, as published"),
-    ]
 
 
 def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:

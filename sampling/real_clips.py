@@ -3,10 +3,13 @@
 Real clip i gives sample i its label or first frames, and its features enter the FVD with those of sample i.
 """
 import json
+import os
 import random
+from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +18,53 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import DamagedFile, read_json
-from common.files import write_whole
-from data.clips import ClipDataset, ClipKey
+from common.files import manifest_sha256, write_whole
+from data.clips import ClipDataset, ClipKey, open_quarantine
+from data.lists import VideoFile, check_class_names, check_labels, list_csv, list_folder
 from data.loader import make_loader
+from eval.protocols import LARP_RESIZE, Protocol
 from eval.reconstruction import length
+from sampling.generator import Generator
+from training.setup import make_clips
 
 REMAKE = "delete it, and it is made again"
+
+
+class RealVideos(NamedTuple):
+    """The videos that samples are compared with, or whose clips they continue."""
+
+    name: str  # the folder in DATA_ROOT, or the lists
+    files: list[VideoFile]
+    clips: ClipDataset
+    manifest: str  # SHA-256 of the files' paths
+    split_seed: int | None  # draws LARP's segments; None: clips are drawn from the seed of the samples
+
+
+def open_real(args: Namespace, generator: Generator, protocol: Protocol, device: torch.device) -> RealVideos:
+    """The real videos that the flags name. Raises ValueError where their labels are not those of the model."""
+    name = args.dataset_csv or args.video_name
+    if args.dataset_csv:
+        files = list_csv(name, want_labels=generator.num_labels > 0)
+        root = os.path.commonpath([file.path for file in files])
+    else:
+        files, root = list_folder(Path(args.data_root) / name), args.data_root
+    manifest = manifest_sha256([file.path for file in files], root)
+    by_segments = protocol.name.startswith("larp")
+    rule = "larp" if protocol.resize == LARP_RESIZE else "coordtok"
+    quarantine = open_quarantine(Path(args.output_dir), args.decode_timeout)
+    clips = make_clips(args, files, generator.num_frames, generator.size, rule, device, quarantine, damaged="skip",
+                       short="repeat" if by_segments else "pad")
+    if generator.num_labels:
+        check_labels(files, generator.num_labels, name, trained=True)
+        check_class_names(files, generator.class_names, name)
+    return RealVideos(name, files, clips, manifest, args.dataset_split_seed if by_segments else None)
+
+
+def find_clips(videos: RealVideos, total: int, folder: Path) -> list[ClipKey]:
+    """The real clips of samples 0, 1, ..., up to `total` of them. folder: of the samples, see `segments`."""
+    if videos.split_seed is None:
+        return drawn_clips(videos.clips, total)
+    return segments(videos.clips, total, videos.split_seed, folder)
 
 
 def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:

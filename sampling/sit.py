@@ -1,5 +1,5 @@
-"""SiT on CoordTok's planes as sample.py samples from it: its flags, and the Generator that they make. Validation during
-training samples by `sample_planes` too."""
+"""SiT on CoordTok's planes as sample.py samples from it: the Generator that the flags make. Validation during training
+samples by `sample_planes` too."""
 import argparse
 import math
 from collections.abc import Callable, Sequence
@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.cli import Parser, word_or_none
 from common.rng import Stream, generator, sample_generators
 from models.interpolant import (
     ADAPTIVE,
-    DIFFUSION_FORMS,
     FIXED_GRID,
-    LAST_STEPS,
     SDE_METHODS,
     draw_noise,
     noise_stream,
@@ -23,34 +20,10 @@ from models.interpolant import (
 from models.layers import compile_blocks
 from models.sit import SiT
 from models.triplane import Planes
-from sampling.generator import PRECISIONS, Generator, check_class_label
+from sampling.arguments import PRECISIONS
+from sampling.generator import Generator, check_class_label
 from training.load import TrainedSiT, load_coordtok, load_sit, weights_sha256
 from training.optim import Precision
-
-
-def add_sit_sampling(parser: Parser) -> list[argparse.Action]:
-    """Add the flags of SiT alone, and return them."""
-    add = parser.add_argument_group("SiT sampling").add_argument
-    return [
-        add("--mode", choices=["ODE", "SDE"], default="SDE", help="probability flow, or diffusion"),
-        add("--sampling_method", help="ODE: torchdiffeq's (default: dopri5); SDE: Euler (default) or Heun"),
-        add("--num_sampling_steps", type=int, default=250, help="time points; adaptive methods choose"),
-        add("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
-            help="times that are guided; 0 is noise"),
-        add("--compile", action="store_true", help="torch.compile the network"),
-        add("--slices", type=int, default=1, help="equal sequences that a clip's patches are decoded in"),
-        add("--atol", type=float, default=1e-6, help="ODE: absolute tolerance"),
-        add("--rtol", type=float, default=1e-3, help="ODE: relative tolerance"),
-        add("--coupled", action="store_true",
-            help="ODE: adaptive steps shared by a batch; quicker, but samples then depend on batches"),
-        add("--reverse", action="store_true",
-            help="ODE: start from the noise that the reverse flow takes real clips to"),
-        add("--likelihood", action="store_true", help="ODE: the density of the samples' latents too"),
-        add("--diffusion_form", choices=DIFFUSION_FORMS, default="sigma", help="SDE: D(t)"),
-        add("--diffusion_norm", type=float, default=1.0, help="SDE: scale of D(t)"),
-        add("--last_step", type=word_or_none, choices=LAST_STEPS, default="Mean", help="SDE"),
-        add("--last_step_size", type=float, default=0.04, help="SDE"),
-    ]
 
 
 def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:

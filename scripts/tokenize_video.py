@@ -17,41 +17,10 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs as a script from any folder
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from einops import rearrange  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from common import distributed  # noqa: E402
-from common.cli import Parser, one_line_errors  # noqa: E402
-from common.console import print_main  # noqa: E402
-from common.files import write_whole  # noqa: E402
-from data.stream import (  # noqa: E402
-    StreamWriter,
-    blend,
-    extract_audio,
-    fade,
-    join_tiles,
-    look,
-    read_stream,
-    starts,
-    windows,
-)
-from data.tokens import TokenReader, TokenWriter  # noqa: E402
-from data.video import resize_crop, resize_frames, to_bytes  # noqa: E402
-from eval.metrics import psnr_frame, ssim_frame  # noqa: E402
-from models.coordtok import CoordTok  # noqa: E402
-from models.larp_tokenizer import LARPTokenizer  # noqa: E402
-from models.pretrained import weights_sha256  # noqa: E402
-from training.checkpoint import kind_of  # noqa: E402
-from training.flags import CLIP_FLAGS, FIELDS, add_coordtok  # noqa: E402
-from training.load import load_coordtok, load_larp_tokenizer  # noqa: E402
-from training.optim import Precision  # noqa: E402
-
-PLANES = ("xy", "yt", "xt")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any folder
+from common.cli import Parser, one_line_errors
+from models.configs import CoordTokConfig
+from training.flags import add_flags, config_flags
 
 
 def parse_args():
@@ -73,8 +42,45 @@ def parse_args():
     parser.add_argument("--crf", type=int, default=5, help="of x264 in the mp4 written: 0 is lossless, 51 the worst")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32", help="of the tokenizer")
-    add_coordtok(parser)
+    add_flags(parser, CoordTokConfig, everyday=False)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistake in a flag are answered at once
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from common import distributed
+from common.console import print_main
+from common.files import write_whole
+from data.stream import (
+    StreamWriter,
+    blend,
+    extract_audio,
+    fade,
+    join_tiles,
+    look,
+    read_stream,
+    starts,
+    windows,
+)
+from data.tokens import TokenReader, TokenWriter
+from data.video import resize_crop, resize_frames, to_bytes
+from eval.metrics import psnr_frame, ssim_frame
+from models.coordtok import CoordTok
+from models.larp_tokenizer import LARPTokenizer
+from models.pretrained import weights_sha256
+from training.checkpoint import kind_of
+from training.load import load_coordtok, load_larp_tokenizer
+from training.optim import Precision
+
+PLANES = ("xy", "yt", "xt")
 
 
 class Codec:
@@ -220,7 +226,8 @@ def encode(args, device: torch.device) -> None:
             "tokenizer_sha256": weights_sha256(codec.tokenizer), "num_frames": count, "fps": str(info.fps),
             "size": codec.size, "fit": args.fit, "window": codec.window, "overlap": codec.overlap,
             "tile_overlap": codec.tile_overlap, "precision": args.precision,
-            "architecture": {name: getattr(args, name) for name in (*FIELDS, *CLIP_FLAGS) if hasattr(args, name)},
+            "architecture": {name: getattr(args, name) for name, _ in config_flags(CoordTokConfig)
+                             if hasattr(args, name)},
         })
     values *= len(starts(count, codec.window, codec.overlap))
     bits = codec.bits / (2 if args.half and codec.is_coordtok else 1)

@@ -7,7 +7,8 @@ Every entry script runs at a tiny size on the CPU, with one thread a process and
 numbers of metrics.jsonl and report.json as hexadecimal floats, and SHA-256 of the weights, of the samples' pixels and
 of the arrays in the chunk files. FOLDER gets record.json and a checkpoint of each kind. `compare` resumes, samples and
 evaluates those old checkpoints. To keep them small, a large tensor is kept as its shape, mean and deviation, and filled
-with numbers that follow from its name; all else is as the trainer wrote it.
+with numbers that follow from its name; all else is as the trainer wrote it. Values that the code of today adds to a row
+(a new metric in a report) have nothing recorded to be compared with: `compare` takes the recorded ones alone.
 
 This file imports nothing of the project and knows it by its command lines and its files alone, so that it works
 unchanged when all modules have moved. It needs no network. Bits depend on the versions of torch and of the decoders and
@@ -287,7 +288,7 @@ class Guard:
             return
         try:
             self.rows[name] = make()
-            lines = [] if self.recorded is None else differences(self.recorded.get(name, {}), self.rows[name])
+            lines = [] if self.recorded is None else differences(self.recorded[name], self.rows[name])
         except Exception as error:  # whatever a row meets, the others are compared too
             if self.recorded is None:
                 raise
@@ -388,14 +389,15 @@ class Guard:
 
 
 def differences(then: dict, now: dict) -> list[str]:
-    """What differs, value by value: the first steps come first, as both are in the order of the runs."""
+    """Which recorded values differ or are missing. The first steps come first, as the values are in the order of the
+    runs. Values that only `now` has are new, and are left out."""
 
     def shown(value) -> str:
         is_float = isinstance(value, str) and value.lstrip("-").startswith(("0x", "nan", "inf"))
         return repr(float.fromhex(value)) if is_float else str(value)[:16]
 
-    return [f"{name} is {shown(now.get(name, 'missing'))}, recorded was {shown(then.get(name, 'nothing'))}"
-            for name in [*then, *(name for name in now if name not in then)] if then.get(name) != now.get(name)]
+    return [f"{name} is {shown(now.get(name, 'missing'))}, recorded was {shown(then[name])}"
+            for name in then if then[name] != now.get(name)]
 
 
 def main() -> None:

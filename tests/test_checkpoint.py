@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from common.errors import DamagedFile
 from eval.i3d import I3D
 from models import checkpoint_files
+from models.configs import LARPTokenizerConfig
 from models.pretrained import WeightsError, read_released
 from training import checkpoint
-from training.flags import larp_config
+from training.flags import merge
 from training.optim import adamw
 
 
@@ -239,7 +240,7 @@ def test_values_of_a_wrong_type_are_damage(tmp_path, name, value, found):
 def test_what_a_nested_dict_lacks_names_the_file(tmp_path):
     path = checkpoint.save(tmp_path, 1, {**state(1), "config": {"bottleneck": {"args": {}}}})
     with pytest.raises(DamagedFile, match=f"{path} has no 'regularizer'"):
-        larp_config(Namespace(codebook_size=64), checkpoint.load(path)["config"], "the run")
+        merge(LARPTokenizerConfig, Namespace(codebook_size=64), checkpoint.load(path)["config"], "the run")
 
 
 class Foreign:

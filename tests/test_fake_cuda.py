@@ -18,12 +18,13 @@ import train_coordtok
 import train_larp_tokenizer
 import train_sit
 from models import decode_kernels
+from models.configs import SIT_SIZES
 from models.coordtok import CoordTok
 from models.decoding import Draws, KVCache, Sampling, decode_fused
 from models.discriminator import Discriminator
 from models.larp_ar import SIZES, LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
-from models.sit import SIT_SIZES, SiT
+from models.sit import SiT
 from scripts.benchmarks import cost
 from training import checkpoint
 from training.log import NonFiniteGuard, RunLog

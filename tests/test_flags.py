@@ -13,16 +13,16 @@ import train_larp_tokenizer
 import train_sit
 from common.cli import RANGE_OF, Parser, one_line_errors, word_or_none
 from eval import eval_coordtok, eval_larp_tokenizer, fvd
-from models.coordtok import CoordTokConfig
+from models.configs import CoordTokConfig, LARPTokenizerConfig
 from models.larp_tokenizer import LARPTokenizer
-from training.flags import add_coordtok, add_larp_tokenizer, add_run, coordtok_config, larp_config
+from training.flags import add_flags, add_run, merge
 
 SCRIPTS = (train_coordtok, train_sit, train_larp_tokenizer, train_ar, sample, eval_coordtok, eval_larp_tokenizer, fvd)
 
 
 def parse(*argv):
     parser = Parser("test")
-    add_coordtok(parser)
+    add_flags(parser, CoordTokConfig)
     parser.add_argument("--path_type", default="Linear")
     return parser.parse_args(list(argv))
 
@@ -142,7 +142,7 @@ def test_published_names_are_aliases_everywhere(tmp_path, monkeypatch, dest, nam
 @pytest.mark.parametrize(("flags", "error"), [
     ("", "which model to sample from? Give either --sit_model or --ar_model"),
     ("--sit_model a --ar_model b", "which model to sample from? Give either --sit_model or --ar_model"),
-    ("--ar_model a --mode ODE", "--mode is of --sit_model alone: leave it out"),
+    ("--ar_model a --mode ODE", "--mode can be used with --sit_model alone: leave it out"),
     ("--sit_model a --dataset_csv b --video_name c", "--dataset_csv is a list, --video_name a folder of real videos"),
 ])
 def test_flags_of_sampling_that_exclude_each_other(flags, error, monkeypatch, capsys):
@@ -190,13 +190,13 @@ def test_null_is_none_or_an_error(tmp_path, capsys, null):
 def test_no_prior_in_a_file(tmp_path, word):
     (tmp_path / "run.yaml").write_text(f"prior_model: {word}\n")
     parser = Parser("test")
-    add_larp_tokenizer(parser)
+    add_flags(parser, LARPTokenizerConfig)
     args = parser.parse_args(["--config", str(tmp_path / "run.yaml")])
-    config = larp_config(args)
+    config = merge(LARPTokenizerConfig, args)
     assert config == {"prior_model": {"name": None}}
-    assert larp_config(args, {"prior_model": {"name": "none"}}, "x.pt")["prior_model"]["name"] is None, "the same"
+    assert merge(LARPTokenizerConfig, args, {"prior_model": {"name": "none"}}, "x.pt")["prior_model"]["name"] == "none"
     with pytest.raises(ValueError, match="--prior_model None was given, but x.pt has gptc-S"):
-        larp_config(args, {"prior_model": {"name": "gptc-S"}}, "x.pt")
+        merge(LARPTokenizerConfig, args, {"prior_model": {"name": "gptc-S"}}, "x.pt")
     sizes = {f"{side}_{name}": 16 // 8 ** (name != "hidden_size") for side in ("encoder", "decoder")
              for name in ("hidden_size", "num_heads", "depth")}
     assert LARPTokenizer(**config, **sizes).prior_model is None
@@ -222,17 +222,17 @@ def test_a_run_stays_in_its_folder(capsys, name):
 
 
 def test_defaults_are_the_published_model():
-    assert CoordTokConfig(**coordtok_config(parse())) == CoordTokConfig()
+    assert CoordTokConfig(**merge(CoordTokConfig, parse())) == CoordTokConfig()
 
 
 def test_a_checkpoint_carries_the_architecture():
     carried = dataclasses.asdict(CoordTokConfig(enc_num_layers=3, video_shape=(16, 64, 64)))
-    assert coordtok_config(parse(), carried, "x.pt") == carried
-    assert coordtok_config(parse("--enc_num_layers", "3", "--num_frames", "16"), carried, "x.pt") == carried
+    assert merge(CoordTokConfig, parse(), carried, "x.pt") == carried
+    assert merge(CoordTokConfig, parse("--enc_num_layers", "3", "--num_frames", "16"), carried, "x.pt") == carried
     with pytest.raises(ValueError, match="--enc_num_layers 4 was given, but x.pt has 3"):
-        coordtok_config(parse("--enc_num_layers", "4"), carried, "x.pt")
+        merge(CoordTokConfig, parse("--enc_num_layers", "4"), carried, "x.pt")
     with pytest.raises(ValueError, match="--img_size 128 was given, but x.pt has 64"):
-        coordtok_config(parse("--img_size", "128"), carried, "x.pt")
+        merge(CoordTokConfig, parse("--img_size", "128"), carried, "x.pt")
 
 
 def test_errors_end_in_one_line(capsys):

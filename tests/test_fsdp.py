@@ -111,8 +111,8 @@ def test_mistakes_get_one_line(arguments, plain, sharded, monkeypatch, capsys, t
         return mistake(monkeypatch, capsys, train_ar, *arguments(*flags))
 
     assert "--precision fp16 needs its loss scaled" in error(tmp_path, "--fsdp", "--precision", "fp16")
-    assert "was saved with --fsdp: go on likewise" in error(sharded.parent, "--resume")
-    assert "was saved without --fsdp: go on likewise" in error(plain.parent, "--resume", "--fsdp")
+    assert "was saved with --fsdp: continue it in the same way" in error(sharded.parent, "--resume")
+    assert "was saved without --fsdp: continue it in the same way" in error(plain.parent, "--resume", "--fsdp")
     assert "already holds step_0000004: continue it" in error(sharded.parent, "--fsdp")
     lacking = error(sharded.parent, "--resume", "--fsdp", "--ema_decays", 0.5)
     assert "step_0000004 has no ema/0.5/abs_pe, one of" in lacking

@@ -14,6 +14,7 @@ import train_larp_tokenizer
 import train_sit
 from common.rng import sample_generators
 from data.patch_sampling import random_frames
+from models.configs import SIT_SIZES
 from models.coordtok import CoordTok, coordtok_loss
 from models.discriminator import Discriminator
 from models.gan import discriminator_loss, frozen, generator_loss, r1_penalty
@@ -23,7 +24,7 @@ from models.larp_tokenizer import LARPTokenizer
 from models.layers import compile_blocks
 from models.lpips import Perceptual
 from models.patches import gather_patches
-from models.sit import SIT_SIZES, SiT
+from models.sit import SiT
 from models.triplane import Planes
 from scripts.benchmarks.common import SMALL_AR, SMALL_COORDTOK, SMALL_DISC, SMALL_LARP
 from training.optim import Precision, adamw, update

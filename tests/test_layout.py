@@ -1,5 +1,6 @@
 """Imports go one way: scripts > sampling > training > eval > data, models > common."""
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,29 @@ def test_every_module_has_one_home():
     """No two packages have a module of one name, but for the generators, which are models and are sampled from."""
     names = [Path(file).stem for file in FILES if not file.startswith("scripts/") and Path(file).stem != "__init__"]
     assert {name for name in names if names.count(name) > 1} <= {"sit"}
+
+
+SCRIPTS = ("train_coordtok.py", "train_sit.py", "train_larp_tokenizer.py", "train_ar.py", "sample.py")
+
+
+def windows(source: str, lines: int = 6) -> dict[str, int]:
+    """{code: number of its first line} for each run of lines in a script's functions, without comments and blank
+    lines. `parse_args` is left out: it is a list of calls."""
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    kept = {line for node in functions if node.name != "parse_args" for line in range(node.lineno, node.end_lineno + 1)}
+    code = [(number, " ".join(line.split("#")[0].split())) for number, line in enumerate(source.splitlines(), 1)]
+    code = [(number, line) for number, line in code if number in kept and line]
+    return {"\n".join(line for _, line in code[i : i + lines]): code[i][0] for i in range(len(code) - lines + 1)}
+
+
+@pytest.mark.parametrize(("one", "other"), [*itertools.combinations(SCRIPTS, 2)])
+def test_no_six_lines_stand_in_two_entry_scripts(one, other):
+    here, there = (windows((ROOT / script).read_text()) for script in (one, other))
+    same = [f"{one}:{here[code]} and {other}:{there[code]} are equal:\n{code}" for code in here.keys() & there.keys()]
+    assert not same, "\n".join(same)
+
+
+def test_equal_lines_are_found():
+    block = "".join(f"    x{i} = f({i})\n" for i in range(6))
+    one, other = windows(f"def main():\n{block}"), windows(f"def main():\n    y = 1\n{block.replace(' = ', '  =  ')}")
+    assert one.keys() & other.keys()

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.quantizer import Bottleneck, BottleneckArgs, GumbelMax, RegularizerConfig, VectorQuantizer, VQArgs, uniform
+from models.configs import BottleneckArgs, RegularizerConfig, VQArgs
+from models.quantizer import Bottleneck, GumbelMax, VectorQuantizer, uniform
 
 NEAREST = {"stochastic": False, "l2_normalized": False}
 

@@ -19,9 +19,10 @@ import train_sit
 from common.cli import Parser
 from data.cache import RowCache
 from eval import i3d
+from models.configs import CoordTokConfig
 from models.coordtok import CoordTok
 from training import checkpoint, clip_cache, setup
-from training.flags import add_coordtok, coordtok_config
+from training.flags import add_flags, merge
 from training.log import StopSignal
 from training.validation import HeldOut, SampleCheck, Validation
 
@@ -51,8 +52,8 @@ def flags(data, tmp_path_factory) -> Callable[[str, Path], list]:
     """The flags of a script's run in a folder. CoordTok's is its second step, with LPIPS's dropout."""
     given = tmp_path_factory.mktemp("given")
     parser = Parser("")
-    add_coordtok(parser)
-    tokenizer = CoordTok(**coordtok_config(parser.parse_known_args(list(map(str, COORDTOK)))[0]))
+    add_flags(parser, CoordTokConfig)
+    tokenizer = CoordTok(**merge(CoordTokConfig, parser.parse_known_args(list(map(str, COORDTOK)))[0]))
     state = {"kind": "coordtok", "config": tokenizer.config.__dict__, "model": tokenizer.state_dict()}
     coordtok = checkpoint.save(given, 1, state)
     tiny_larp(input_size=32, frame_num=12, bottleneck_token_num=12).save_pretrained(given / "larp")

@@ -18,10 +18,11 @@ from data.clips import ClipDataset
 from data.lists import list_folder
 from data.video import probe, to_bytes
 from eval.i3d import I3D
+from models.configs import SIT_SIZES
 from models.coordtok import CoordTok
 from models.interpolant import Interpolant
 from models.pretrained import WeightsError
-from models.sit import SIT_SIZES, SiT
+from models.sit import SiT
 from models.triplane import Planes
 from sampling.real_clips import drawn_clips, real_batches
 from sampling.store import chunk_indices

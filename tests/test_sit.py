@@ -4,8 +4,9 @@ import pickle
 import pytest
 import torch
 
+from models.configs import SIT_SIZES
 from models.layers import set_checkpointing
-from models.sit import SIT_SIZES, SiT, SiTConfig, timestep_sinusoids
+from models.sit import SiT, SiTConfig, timestep_sinusoids
 from models.triplane import Planes
 
 TINY = {"input_size": (8, 4), "in_channels": 2, "hidden_size": 16, "depth": 2, "num_heads": 2}

@@ -227,6 +227,7 @@ def test_every_choice_of_the_architecture_has_a_flag():
     assert config == {
         "n_layer": 3, "dim": 768, "n_head": 12, "n_kv_head": 4, "ffn_dim_multiplier": 1.5, "use_fixed_pe": True,
         "drop_path_rate": 0.1, "attn_dropout_p": 0.2, "vocab_size": 64, "max_seq_len": 6, "cls_token_num": 1,
+        "frame_prediction": False,
     }
     assert frames == 0
     config, frames = larp_ar_config(parser.parse_args(["--fp", "--num_cond_frames", "3"]), tokenizer)

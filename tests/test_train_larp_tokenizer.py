@@ -17,9 +17,10 @@ import train_larp_tokenizer
 from common.cli import Parser
 from data.augment import draw_flips
 from eval import eval_larp_tokenizer
+from models.configs import LARPTokenizerConfig
 from models.larp_tokenizer import LARPTokenizer
 from training import checkpoint
-from training.flags import add_larp_tokenizer, larp_config
+from training.flags import add_flags, merge
 from training.load import load_larp_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -298,10 +299,10 @@ def test_evaluation_of_what_is_not_there(monkeypatch, capsys, tmp_path):
 def test_every_option_of_the_released_config_has_a_flag():
     """But for names that can have one value only, and the colour channels."""
     parser = Parser("test")
-    add_larp_tokenizer(parser)
-    assert larp_config(parser.parse_args([])) == {}
+    add_flags(parser, LARPTokenizerConfig)
+    assert merge(LARPTokenizerConfig, parser.parse_args([])) == {}
     flags = "--norm layer --prior_l2_normalized false --no_dropout true --learned_decoder_latent_pe True".split()
-    config = larp_config(parser.parse_args([*flags, "--stochastic_temperature", "-0.05"]))
+    config = merge(LARPTokenizerConfig, parser.parse_args([*flags, "--stochastic_temperature", "-0.05"]))
     assert config == {
         "bottleneck": {"args": {"norm": "layer", "regularizer": {"args": {"stochastic_temperature": -0.05}}}},
         "prior_model": {"no_dropout": True, "args": {"l2_normalized": False}},

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import logged, run_here
 
+import models.configs
 import models.prior
 import models.quantizer
 import train_ar
@@ -101,7 +102,7 @@ class Case:
         self.monkeypatch.setattr(setup, lists, lambda *_: self.files)
         self.monkeypatch.setattr(setup, "make_loader", Loader)
         if script is train_sit:  # statistics have a loader of their own
-            self.monkeypatch.setattr(script, "make_loader", Loader)
+            self.monkeypatch.setattr(script.latents, "make_loader", Loader)
         common = ["--device", "cpu", "--precision", "fp32", "--log_every", 1, "--num_val", 0, "--save_dir", self.folder,
                   "--exp_name", "run"]
         run_here(self.monkeypatch, script, *flags, *common)
@@ -147,8 +148,8 @@ def test_sit(case, monkeypatch):
     case = case("sit")
     first, rules, tag = case.first_step_file(), case.rules, case.tag
     case.start_filled(train_sit.SiT)
-    monkeypatch.setitem(train_sit.SIT_SIZES, "SiT-L/2", rules.SIT)
-    measure, loss, steps = train_sit.measure, train_sit.Interpolant.loss, iter(range(case.steps))
+    monkeypatch.setitem(models.configs.SIT_SIZES, "SiT-L/2", rules.SIT)
+    measure, loss, steps = train_sit.latents.measure, train_sit.Interpolant.loss, iter(range(case.steps))
 
     def measured_as_released(*args):
         """Their variance divides by the number of values, ours by one less."""
@@ -162,7 +163,7 @@ def test_sit(case, monkeypatch):
         noise = Planes(*(rules.noise(f"{tag}noise{step}.{i}", plane.shape) for i, plane in enumerate(noise)))
         return loss(self, model, planes, t, noise, **rest)
 
-    monkeypatch.setattr(train_sit, "measure", measured_as_released)
+    monkeypatch.setattr(train_sit.latents, "measure", measured_as_released)
     monkeypatch.setattr(train_sit.Interpolant, "loss", loss_of_given_draws)
     flags = [*rules.COORDTOK_FLAGS, "--first_model_ckpt", first, "--num_iters", case.steps, "--global_batch_size",
              case.batch]

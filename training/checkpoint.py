@@ -176,6 +176,15 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
             raise ValueError(f"it holds {shapes} for a parameter that needs {expected}")
 
 
+def resume(parts: dict[str, Any], state: State | None, best: float = 0.0) -> tuple[int, list[dict] | None, float, Any]:
+    """Load the parts from the checkpoint that a run continues, if there is one. Returns its step, its random number
+    generators, its best score and its data; without a checkpoint 0, None, `best` and None."""
+    if state is None:
+        return 0, None, best, None
+    restore(parts, state)
+    return state["step"], state["rng"], state.get("best", best), state["data"]
+
+
 def find(folder: Path, resume: str | None, kind: str) -> dict | None:
     """What a run in `folder` starts from: None (anew), the newest whole checkpoint (`auto`), or the one at a path.
     kind: that the script writes and goes on from."""

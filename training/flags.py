@@ -1,285 +1,412 @@
-"""Flags the entry scripts share. configargparse reads the command line, then VT_* variables, then --config FILE."""
+"""The flags that entry scripts share, and the way from a model's configuration to its flags and back.
+
+Nothing here needs torch. A flag whose help is `Rare` is shown by --help_all alone.
+"""
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
-from common.cli import Parser, check_carried, is_none, run_name, str2bool, word_or_none
-from models.coordtok import CoordTokConfig
-from models.discriminator import DiscriminatorConfig
-from models.larp_ar import SIZES, LARPGeneratorConfig
-from models.larp_tokenizer import LARPTokenizerConfig
+from common.cli import Parser, Rare, add_perceptual, check_carried, is_none, run_name, str2bool, word_or_none
+from eval.protocols import PROTOCOLS
+from models.configs import (
+    GAN_LOSSES,
+    LOSS_WEIGHT_NAMES,
+    PATH_NAMES,
+    PREDICTIONS,
+    SIT_SIZES,
+    SIZES,
+    CoordTokConfig,
+    LARPGeneratorConfig,
+    LARPTokenizerConfig,
+    Setting,
+)
 
-
-def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> None:
-    """Flags of a run: where it writes, how it resumes, precision and speed."""
-    run = parser.add_argument_group("run")
-    run.add_argument("--save_dir", "--results_dir", "--out_path", dest="save_dir", default=save_dir,
-                     help="folder of runs")
-    run.add_argument("--exp_name", "--name", dest="exp_name", type=run_name, default=exp_name,
-                     help="name of this run's folder")
-    run.add_argument("--resume", "--ckpt", dest="resume", nargs="?", const="auto", metavar="auto|CKPT",
-                     help="go on from the newest whole checkpoint of this run, or from the one named")
-    run.add_argument("--keep_checkpoints", type=int, default=3, help="how many of the newest checkpoints to keep")
-    run.add_argument("--seed", "--global_seed", "--manualSeed", dest="seed", type=int, default=0,
-                     help="seeds weights and all draws")
-    run.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="log to wandb too")
-    speed = parser.add_argument_group("speed")
-    speed.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    speed.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
-                       help="autocast; auto is bf16 on a GPU that has it, else fp32")
-    speed.add_argument("--allow_tf32", action="store_true", help="let float32 matrix products use TF32")
-    speed.add_argument("--compile", action="store_true", help="torch.compile the blocks of the model")
-    speed.add_argument("--gradient_checkpointing", action="store_true", help="recompute blocks in the backward pass")
-    speed.add_argument("-j", "--num_workers", type=int, default=num_workers, help="loader workers of each process")
-    speed.add_argument("--prefetch_factor", type=int, default=2, help="micro-batches each worker prepares ahead")
+Group = argparse._ArgumentGroup
 
 
-def add_data(parser: Parser) -> None:
+# --- data ---
+def add_data(parser: Parser) -> Group:
+    """Add the flags of a folder of videos and return their group."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data_root", default="/data", help="folder that holds the data set's folder")
-    data.add_argument("--video_name", default="UCF-101_train", help="the data set's folder: CLASS/VIDEO files")
-    data.add_argument("--resize", choices=["auto", "worker", "device"], default="auto",
-                      help="where frames are resized; auto is the device on a GPU, the loader's workers on a CPU")
-    data.add_argument("--decode_timeout", type=float, default=60.0, help="seconds after which a file counts as damaged")
+    data.add_argument("--data_root", default="/data", metavar="DIR", help="Folder that holds the data set's folder")
+    data.add_argument("--video_name", default="UCF-101_train", help="Folder of the data set, with files CLASS/VIDEO")
+    data.add_argument("--resize", choices=["auto", "worker", "device"], default="auto", help=Rare(
+        "Where frames are resized: on the device, or by the loader's workers. auto: on the device if it is a GPU"))
+    data.add_argument("--decode_timeout", type=float, default=60.0,
+                      help=Rare("Seconds of decoding after which a file counts as damaged"))
+    return data
 
 
-def add_lists(parser: Parser, csv_file: str) -> argparse._ArgumentGroup:
-    """Flags of lists of videos, in place of a folder. Returns their group."""
-    lists = parser.add_argument_group("lists of videos")
-    lists.add_argument("--csv_file", default=csv_file,
-                       help="lists to train on; null128.csv: random clips. --video_name names a folder instead")
-    lists.add_argument("--val_csv", help="lists to validate on (default: CSV_FILE with _val for _train)")
-    lists.add_argument("--flip", action="store_true", help="mirror half of the clips (the published models do not)")
-    return lists
+def add_lists(data: Group, csv_file: str) -> None:
+    """Add the flags of lists of videos, which take the place of a folder."""
+    data.add_argument("--csv_file", default=csv_file, metavar="LIST", help="Lists of videos to train on, in place of "
+                      "--video_name; null128.csv: random clips")
+    data.add_argument("--val_csv", metavar="LIST", help="Lists to validate on (default: CSV_FILE with _val for _train)")
+    data.add_argument("--flip", action="store_true", help="Mirror half of the clips; the published models do not")
 
 
+def add_clip_cache(data: Group) -> None:
+    data.add_argument("--cache_clips", action="store_true",
+                      help="Store the resized frames of every video once, and train from them")
+    data.add_argument("--cache_dir", default="data/cache", metavar="DIR", help=Rare("Folder of the clip caches"))
+
+
+def add_window_cache(data: Group, name: str) -> None:
+    """Add the flags of a cache of `name`: the "codes" or "latents" that a frozen tokenizer makes of each video."""
+    data.add_argument(f"--cache_{name}", type=int, default=0, metavar="K", help=f"Encode K windows of every video "
+                      f"once, and train from the stored {name}; 0 encodes clips as they come")
+    data.add_argument("--cache_dir", default="data/cache", metavar="DIR", help=Rare(f"Folder of the caches of {name}"))
+
+
+# --- training ---
 def add_training(parser: Parser, batch_size: int, lr: float, num_iters: int | None = None, epochs: int | None = None,
-                 warmup_epoch: float | None = None) -> argparse._ArgumentGroup:
-    """Flags of the training loop, which has a length of `num_iters` steps, or of `epochs`. warmup_epoch: epochs of
-    warm-up; None is a constant learning rate. Returns their group, for what one script has alone."""
+                 warmup_epoch: float | None = None) -> Group:
+    """Add the flags of the training loop and return their group, to which a script adds its own.
+
+    The length of the training is `num_iters` steps or `epochs`. warmup_epoch: epochs of warm-up; None means that the
+    learning rate is constant.
+    """
     train = parser.add_argument_group("training")
     train.add_argument("--batch_size", "--num_views", "--global_batch_size", "-b", dest="batch_size", type=int,
-                       default=batch_size, help="clips a step, over all processes")
-    train.add_argument("--accum_iter", type=int, default=1, help="micro-batches a step; the update does not change")
+                       default=batch_size, help="Clips per step, over all processes")
+    train.add_argument("--accum_iter", type=int, default=1,
+                       help="Micro-batches per step; they do not change the update")
     if epochs is not None:
         train.add_argument("--max_epoch", "--epochs", dest="max_epoch", type=int, default=epochs,
-                           help="passes over the videos")
+                           help="Passes over the videos")
     train.add_argument("--num_iters", type=int, default=num_iters,
-                       help="steps" if epochs is None else "steps, instead of --max_epoch")
+                       help="Steps of training" if epochs is None else "Steps of training, instead of --max_epoch")
     train.add_argument("--lr", type=float, default=lr,
-                       help="learning rate, constant" if warmup_epoch is None else "highest learning rate")
+                       help="Learning rate, constant" if warmup_epoch is None else "Highest learning rate")
     if warmup_epoch is not None:
-        train.add_argument("--warmup_epoch", type=float, default=warmup_epoch, help="epochs of linear warm-up")
-        train.add_argument("--min_lr_mult", type=float, default=0.01, help="first and last learning rate, as a share")
-        train.add_argument("--ema_decays", type=float, nargs="*", default=[],
-                           help="moving averages of the weights to keep")
+        train.add_argument("--warmup_epoch", type=float, default=warmup_epoch, help="Epochs of linear warm-up")
+        train.add_argument("--min_lr_mult", type=float, default=0.01,
+                           help=Rare("First and last learning rate, as a share of the highest"))
+        train.add_argument("--ema_decays", type=float, nargs="*", default=[], metavar="X",
+                           help="Decays of the moving averages of the weights that are kept")
     train.add_argument("--clip_grad", "--clip_grad_max_norm", dest="clip_grad", type=float, default=0.0,
-                       help="largest gradient norm; 0 is no clipping")
+                       help=Rare("Largest norm of the gradients; 0 turns clipping off"))
     return train
 
 
-def add_logging(parser: Parser, log_every: int, save_every: float) -> argparse._ArgumentGroup:
-    """Flags of what a run writes. save_every: an int is in steps, a float in epochs. Returns their group."""
-    logs = parser.add_argument_group("logging")
-    logs.add_argument("--log_every", type=int, default=log_every, help="steps between lines of metrics.jsonl")
+def add_logging(parser: Parser, log_every: int, save_every: float) -> Group:
+    """Add the flags of what a run writes and return their group. save_every: an int counts steps, a float epochs."""
+    logs = parser.add_argument_group("logging and validation")
+    logs.add_argument("--log_every", type=int, default=log_every, help="Steps between lines of metrics.jsonl")
     logs.add_argument("--save_every", "--steps_til_save", "--ckpt_every", dest="save_every", type=type(save_every),
                       default=save_every, help=f"{unit(save_every)} between checkpoints")
     return logs
 
 
-def add_validation(logs: argparse._ArgumentGroup, eval_every: float, num_val: int | None, batch_size: int) -> None:
-    """Flags of validation. eval_every: an int is in steps, a float in epochs. num_val: None is a clip of each video."""
+def add_validation(logs: Group, eval_every: float, num_val: int | None, batch_size: int) -> None:
+    """Add the flags of validation. eval_every: an int counts steps, a float epochs. num_val: None takes a clip of each
+    video."""
     logs.add_argument("--eval_every", "--steps_til_summary", dest="eval_every", type=type(eval_every),
                       default=eval_every, help=f"{unit(eval_every)} between validations")
-    logs.add_argument("--val_name", help="folder to validate on (default: VIDEO_NAME's _test, if there is one)")
+    logs.add_argument("--val_name", help=Rare("Folder to validate on (default: VIDEO_NAME with _test in place of "
+                      "_train, if it exists)"))
     every = " (default: one of each video)" if num_val is None else ""
-    logs.add_argument("--num_val", type=int, default=num_val, help=f"validation clips{every}; 0: no validation")
+    logs.add_argument("--num_val", type=int, default=num_val,
+                      help=f"Clips to validate on; 0: no validation{every}")
     logs.add_argument("--val_batch_size", type=int, default=batch_size,
-                      help="validation clips at once in each process")
+                      help=Rare("Clips that each process validates at once"))
 
 
 def unit(every: float) -> str:
-    return "epochs" if isinstance(every, float) else "steps"
+    return "Epochs" if isinstance(every, float) else "Steps"
 
 
-def add_clip_cache(parser: Parser) -> None:
-    cache = parser.add_argument_group("clip cache")
-    cache.add_argument("--cache_clips", action="store_true",
-                       help="decode, resize and crop every video once, and train from these frames of 8 bits")
-    cache.add_argument("--cache_dir", default="data/cache", help="folder of clip caches")
+def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> None:
+    """Add the flags of a run: where it writes, how it resumes, precision and speed."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--save_dir", "--results_dir", "--out_path", dest="save_dir", metavar="DIR", default=save_dir,
+                     help="Folder of all runs")
+    run.add_argument("--exp_name", "--name", dest="exp_name", type=run_name, default=exp_name,
+                     help="Name of this run's folder")
+    run.add_argument("--resume", "--ckpt", dest="resume", nargs="?", const="auto", metavar="auto|CKPT",
+                     help="Continue from the newest checkpoint, or from the one named")
+    run.add_argument("--keep_checkpoints", type=int, default=3, help=Rare("Number of newest checkpoints to keep"))
+    run.add_argument("--seed", "--global_seed", "--manualSeed", dest="seed", type=int, default=0,
+                     help="Seed of the initial weights and of everything drawn in training")
+    run.add_argument("--wandb", choices=["disabled", "offline", "online"], default="disabled",
+                     help=Rare("Log to Weights & Biases too"))
+    speed = parser.add_argument_group("speed")
+    add_device(speed, num_workers)
+    speed.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
+                       help="Autocast; auto: bf16 on a GPU that has it, otherwise fp32")
+    add_tf32(speed)
+    speed.add_argument("--compile", action="store_true", help="Compile the model's blocks by torch.compile")
+    speed.add_argument("--gradient_checkpointing", action="store_true",
+                       help="Save memory: recompute each block in the backward pass")
+    speed.add_argument("--prefetch_factor", type=int, default=2,
+                       help=Rare("Micro-batches that each worker prepares ahead"))
 
 
-def add_window_cache(group: argparse._ArgumentGroup, name: str) -> None:
-    """Flags of a cache of what a frozen tokenizer makes of each video: its `name` ("codes", "latents")."""
-    group.add_argument(f"--cache_{name}", type=int, default=0, metavar="K",
-                       help=f"train from the {name} of K windows of every video, encoded once; 0: encode as they come")
-    group.add_argument("--cache_dir", default="data/cache", help=f"folder of caches of {name}")
+def add_device(group: Group, num_workers: int) -> None:
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="Where to compute")
+    group.add_argument("--num_workers", "-j", dest="num_workers", type=int, default=num_workers,
+                       help="Loader workers of each process")
 
 
-def add_code_draws(group: argparse._ArgumentGroup) -> list[argparse.Action]:
-    """Flags of how a sample's codes are drawn."""
+def add_tf32(group: Group) -> None:
+    group.add_argument("--allow_tf32", action="store_true", help="Let float32 matrix products use TF32")
+
+
+def add_code_draws(group: Group) -> list[argparse.Action]:
+    """Add the flags of how the codes of a sample are drawn, and return them."""
     return [
-        group.add_argument("--temperature", type=float, default=1.0, help="of the draws of a sample's codes"),
-        group.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest codes; 0: all"),
-        group.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest codes up to this "
-                           "probability"),
+        group.add_argument("--temperature", type=float, default=1.0, help="Temperature of the draws of codes"),
+        group.add_argument("--top_k", type=int, default=0, help="Draw from the k likeliest codes; 0 draws from all"),
+        group.add_argument("--top_p", type=float, default=1.0,
+                           help="Draw from the likeliest codes, up to this probability"),
     ]
 
 
-FIELDS = {field.name: field.default for field in dataclasses.fields(CoordTokConfig) if field.name != "video_shape"}
+# --- evaluation ---
+def add_i3d(group: Group) -> None:
+    group.add_argument("--i3d_weights", metavar="PATH",
+                       help=Rare("Weights of I3D (default: those in the cache, downloaded on first use)"))
+    group.add_argument("--i3d_eps", type=float, default=1e-3,
+                       help=Rare("Epsilon of I3D's batch norms; the older PyTorch port has 1e-5"))
 
 
-CLIP_FLAGS = {"num_frames": CoordTokConfig.video_shape[0], "img_size": CoordTokConfig.video_shape[1]}
+def add_motion(group: Group, what: str) -> None:
+    group.add_argument("--motion", type=int, default=256, help=Rare(
+        f"Number of {what}, evenly spaced, whose warping error, flicker, frozen frames and seams are measured; 0 turns "
+        "this off. Optical flow takes a CPU 0.2 s for 16 frames"))
 
 
-def add_coordtok(parser: Parser) -> None:
-    """CoordTok's architecture. Not given, a flag takes the checkpoint's value where there is one, else its default."""
-    group = parser.add_argument_group("CoordTok architecture", "our checkpoints carry it: leave out, or give the same")
-    for name, default in {**CLIP_FLAGS, **FIELDS}.items():
-        group.add_argument(f"--{name}", type=type(default), default=argparse.SUPPRESS, help=f"(default: {default})")
-    group.add_argument("--enc_patch_type", choices=["transformer"], default="transformer", help=argparse.SUPPRESS)
+def add_evaluation(parser: Parser, protocol: str, batch_size: int = 8) -> None:
+    """Add the flags of `eval.evaluate.evaluate`. protocol: the default."""
+    group = parser.add_argument_group("evaluation")
+    names = [name for name, known in PROTOCOLS.items() if "reconstruction" in known.description]
+    group.add_argument("--protocol", choices=names, default=protocol, help="How the numbers are made")
+    group.add_argument("--num_clips", type=int, help="Number of clips (default: the protocol's)")
+    group.add_argument("--batch_size", type=int, default=batch_size, help="Clips that each process handles at once")
+    group.add_argument("--seed", type=int, default=0, help="Seed of the clips' first frames")
+    group.add_argument("--output_dir", metavar="DIR", help="Folder of the report (default: results/eval/PROTOCOL)")
+    group.add_argument("--no_fvd", action="store_true", help="Leave out rFVD")
+    add_i3d(group)
+    add_perceptual(group)
+    add_motion(group, "clips")
+    group.add_argument("--vmaf", action="store_true", help=Rare("Measure the VMAF of those clips too"))
+    add_device(group, num_workers=4)
 
 
-def coordtok_config(args: argparse.Namespace, carried: dict | None = None, source: str = "") -> dict:
-    """CoordTok's configuration from the flags given and, if there is one, the configuration a checkpoint carries.
+# --- configurations ---
+class Flag(NamedTuple):
+    """The flag of a value in a configuration."""
 
-    Raises ValueError naming both values where a flag and the checkpoint differ.
-    """
-    config = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
-    frames, size = (getattr(args, name, None) for name in CLIP_FLAGS)
-    if carried:
-        held = {**carried, "num_frames": carried["video_shape"][0], "img_size": carried["video_shape"][1]}
-        for name in [*FIELDS, *CLIP_FLAGS]:
-            if hasattr(args, name):
-                check_carried(name, getattr(args, name), held[name], source)
-        return dict(carried)
-    frames, size = frames or CLIP_FLAGS["num_frames"], size or CLIP_FLAGS["img_size"]
-    return {**config, "video_shape": (frames, size, size)}
+    path: tuple[str, ...]  # keys that lead to the value, as in config.json
+    kind: Any  # type hint
+    default: Any  # dataclasses.MISSING where there is none
+    setting: Setting
 
 
-def options(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], type, Any]]:
-    """(path, type, default) of each value in a configuration of nested dataclasses."""
-    default = kind()
-    for name, hint in get_type_hints(kind).items():
+def config_flags(config: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Flag]]:
+    """(name, flag) for each field made by `setting`, also in nested configurations."""
+    hints = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        hint, here = hints[field.name], (*path, field.name)
         if dataclasses.is_dataclass(hint):
-            yield from options(hint, (*path, name))
+            yield from config_flags(hint, here)
+        for setting in field.metadata.get("settings", ()):
+            default = field.default
+            if isinstance(default, tuple):
+                hint, default = int, default[setting.part][0]
+            yield setting.name or field.name, Flag(here, hint, default, setting)
+
+
+def add_flags(parser: Parser, config: type, everyday: bool = True) -> Group:
+    """Add a group of flags, one for each setting of a configuration, and return it. A flag that is not given is absent
+    from the arguments, so that a checkpoint's value or the default is taken.
+
+    everyday: whether --help shows the everyday settings. If not, only --help_all does.
+    """
+    group = parser.add_argument_group(f"architecture of {config.__name__.removesuffix('Config')}",
+                                      "Leave these out with a checkpoint of this project, which carries them.")
+    for name, (_, hint, default, setting) in config_flags(config):
+        if hint is bool:
+            kind = str2bool
+        elif hint == str | None:
+            kind = word_or_none
         else:
-            yield (*path, name), hint, getattr(default, name)
+            kind = next(kind for kind in (int, float, str) if kind in (hint, *get_args(hint)))
+        text = setting.help if default in (None, dataclasses.MISSING) else f"{setting.help} (default: {default})"
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar="BOOL" if hint is bool else None,
+                           help=text if setting.everyday and everyday else Rare(text))
+    if config is CoordTokConfig:  # a published flag that has one possible value
+        group.add_argument("--enc_patch_type", choices=["transformer"], default=argparse.SUPPRESS,
+                           help=Rare("Kind of the layers that tubelets pass first"))
+    return group
 
 
-# Flags of the LARP tokenizer: {name: (path in config.json, type, default)}. A flag has the last name of its path, where
-# that says enough; names that can have but one value have none.
-LARP_RENAMED = {("prior_model", "name"): "prior_model", ("prior_model", "args", "l2_normalized"): "prior_l2_normalized"}
-
-
-LARP_FLAGS = {
-    LARP_RENAMED.get(path, path[-1]): (path, hint, default)
-    for path, hint, default in options(LARPTokenizerConfig)
-    if path in LARP_RENAMED or not path[-1].endswith(("name", "in_channels"))
-}
-
-
-DISC_FLAGS = {  # the discriminator sees the clips that the tokenizer sees
-    name: default for (name,), _, default in options(DiscriminatorConfig)
-    if name not in ("input_size", "frame_num", "in_channels")
-}
-
-
-def add_larp_tokenizer(parser: Parser) -> None:
-    """The LARP tokenizer's architecture, and its discriminator's. Not given, a flag takes the checkpoint's value where
-    there is one, else its default."""
-    group = parser.add_argument_group("LARP tokenizer", "our checkpoints carry it: leave out, or give the same")
-    for name, (_, hint, default) in LARP_FLAGS.items():
-        kind = {bool: str2bool, int: int, float: float, str | None: word_or_none}.get(hint, str)
-        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"(default: {default})")
-    group = parser.add_argument_group("LARP discriminator", "likewise")
-    for name, default in DISC_FLAGS.items():
-        group.add_argument(f"--disc_{name}", type=int, default=argparse.SUPPRESS, help=f"(default: {default})")
-
-
-def larp_config(args: argparse.Namespace, carried: dict | None = None, source: str = "") -> dict:
-    """The tokenizer's configuration, nested as in config.json, from the flags given and, if there is one, the
-    configuration a checkpoint carries. Raises ValueError naming both values where a flag and the checkpoint differ."""
-    config = {} if carried is None else carried
-    for name, (path, _, _) in LARP_FLAGS.items():
+def merge(config: type, args: argparse.Namespace, carried: dict | None = None, source: str = "") -> dict:
+    """A configuration's values by key, nested as in config.json: the flags given, and all that the checkpoint `source`
+    carries, if there is one. Raises ValueError, naming both values, where a flag and the checkpoint differ."""
+    merged = carried or {}
+    for name, flag in config_flags(config):
         if not hasattr(args, name):
             continue
-        given, inner = getattr(args, name), config
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {}) if carried is None else inner[key]
-        if carried is not None and not (given is None and is_none(inner[path[-1]])):
-            check_carried(name, given, inner[path[-1]], source)
-        inner[path[-1]] = given
-    return config
+        given, inner = getattr(args, name), merged
+        *outer, key = flag.path
+        for outer_key in outer:
+            inner = inner[outer_key] if carried else inner.setdefault(outer_key, {})
+        part = flag.setting.part
+        if carried:
+            held = inner[key] if part == slice(None) else inner[key][part][0]
+            if not (given is None and is_none(held)):
+                check_carried(name, given, held, source)
+        elif part == slice(None):
+            inner[key] = given
+        else:
+            items = list(inner.get(key, config.__dataclass_fields__[key].default))
+            items[part] = [given] * len(items[part])
+            inner[key] = tuple(items)
+    return merged
 
 
-def disc_config(args: argparse.Namespace, tokenizer: LARPTokenizerConfig, carried: dict | None = None,
-                source: str = "") -> dict:
-    """The discriminator's configuration, likewise."""
-    given = {name: getattr(args, f"disc_{name}") for name in DISC_FLAGS if hasattr(args, f"disc_{name}")}
-    if carried is None:
-        clip = {name: getattr(tokenizer, name) for name in ("input_size", "frame_num", "in_channels")}
-        return given | clip
-    for name, value in given.items():
-        check_carried(f"disc_{name}", value, carried[name], source)
-    return carried
+# --- CoordTok ---
+def add_coordtok_steps(train: Group) -> None:
+    """Add the flags of the two steps in which CoordTok is trained."""
+    train.add_argument("--point_per_vid", type=int, default=1024, help="Patches of each clip that are decoded")
+    train.add_argument("--is_second_step", action="store_true", help="Step 2: whole frames and a perceptual loss")
+    train.add_argument("--first_step_ckpt", metavar="CKPT", help="Checkpoint of step 1, of this project or the authors")
+    train.add_argument("--lpips_loss_scale", type=float, default=1.0, help="Weight of the perceptual loss in step 2")
+    add_perceptual(train)
+    train.add_argument("--lpips_dropout", action="store_true",
+                       help=Rare("Keep LPIPS's own dropout of 0.5 on in training, as the released code does"))
+    train.add_argument("--check", action="store_true", help=Rare("Only check that what step 2 needs is there, before "
+                       "step 1 has made its checkpoint"))
+    train.add_argument("--world_size", type=int, help=Rare("Ignored: torchrun sets it"))
 
 
-AR_MODEL = "llama-abs-LP"
-
-
-AR_FLAGS = {  # {name: (type, default)}; the tokenizer says how many codes there are, the task what they continue
-    name: (hint, getattr(LARPGeneratorConfig(**SIZES[AR_MODEL]), name))
-    for name, hint in get_type_hints(LARPGeneratorConfig).items()
-    if name not in ("vocab_size", "max_seq_len", "cls_token_num", "frame_prediction", "model_type", "rope_base",
-                    "max_batch_size")
+# --- SiT ---
+SIT_FLAGS: dict[str, dict[str, Any]] = {  # the options of each flag
+    "model": {"choices": SIT_SIZES, "default": "SiT-L/2", "help": "Size and patch size of the model"},
+    "num_classes": {"type": int, "default": 1, "help": "Number of classes of the videos; 1 trains without classes"},
+    "class_dropout_prob": {"type": float, "default": 0.0,
+                           "help": "Share of labels that are hidden in training, which guidance needs"},
+    "path_type": {"choices": PATH_NAMES, "default": "Linear", "help": "Interpolant between noise and data"},
+    "prediction": {"choices": PREDICTIONS, "default": "velocity", "help": "What the model predicts"},
+    "sample_eps": {"type": float, "default": None,
+                   "help": "Margin of the times in sampling (default: by path and prediction)"},
 }
+
+
+def add_sit(group: Group, carried: bool) -> None:
+    """Add the flags of a SiT. carried: checkpoints of this project carry the values, so a flag that is not given is
+    absent from the arguments, and only --help_all shows it."""
+    for name, options in SIT_FLAGS.items():
+        options = {"metavar": "MODEL", **options} if name == "model" else options
+        if carried:
+            default = "" if options["default"] is None else f" (default: {options['default']})"
+            options = {**options, "default": argparse.SUPPRESS, "help": Rare(options["help"] + default)}
+        group.add_argument(f"--{name}", **options)
+    if not carried:
+        group.add_argument("--loss_weight", type=word_or_none, choices=LOSS_WEIGHT_NAMES,
+                           help=Rare("Weighting of the loss over time, for score and noise predictions"))
+        group.add_argument("--train_eps", type=float,
+                           help=Rare("Margin of the times in training (default: by path and prediction)"))
+
+
+def add_sit_samples(logs: Group) -> None:
+    """Add the flags of the samples that the training of a SiT makes."""
+    logs.add_argument("--sample_every", type=int, default=10000, help="Steps between sample sheets and their FVD")
+    logs.add_argument("--num_val", type=int, default=64, help="Number of these samples; 0 turns them off")
+    logs.add_argument("--val_sampling_steps", type=int, default=50, help=Rare("Time points of the SDE in sampling"))
+    logs.add_argument("--val_cfg_scale", type=float, default=1.0, help=Rare("Scale of the guidance in sampling"))
+    logs.add_argument("--val_batch_size", type=int, default=8, help=Rare("Samples that each process makes at once"))
+
+
+# --- LARP's tokenizer ---
+def add_larp_losses(parser: Parser) -> None:
+    """Add the flags of the loss terms that train a LARP tokenizer, and of its discriminator's training."""
+    loss = parser.add_argument_group("losses")
+    loss.add_argument("--pixel_weight", type=float, default=1.0, help="Weight of the L1 loss")
+    loss.add_argument("--perceptual_weight", type=float, default=1.0, help="Weight of the perceptual loss")
+    add_perceptual(loss)
+    loss.add_argument("--loss_q_weight", type=float, default=0.1, help="Weight of the quantiser's loss")
+    loss.add_argument("--loss_q_warmup_from", type=float, default=1.0,
+                      help=Rare("Factor of that weight at the first step, from which it goes to 1"))
+    loss.add_argument("--loss_q_warmup_epoch", type=float, default=1.0, help=Rare("Epochs until the factor is 1"))
+    loss.add_argument("--loss_latent_ce_weight", type=float, default=0.06, help="Weight of the prior's loss")
+    loss.add_argument("--temperature_to", type=float,
+                      help=Rare("Anneal the temperature of drawn codes to this value (default: keep it)"))
+    loss.add_argument("--temperature_epoch", type=float, default=1.0, help=Rare("Epochs of that annealing, linear"))
+    gan = parser.add_argument_group("adversarial loss")
+    gan.add_argument("--disc_weight", type=float, default=0.3,
+                     help="Weight of the adversarial loss; 0: no discriminator")
+    gan.add_argument("--disc_loss", choices=GAN_LOSSES, default="ns_smooth",
+                     help=Rare("Non-saturating with or without smoothed labels, or hinge"))
+    gan.add_argument("--disc_start", type=float, default=0.0, help=Rare("Epochs before it starts"))
+    gan.add_argument("--disc_lr", type=float, default=3e-5, help="Highest learning rate of the discriminator")
+    gan.add_argument("--d_update_freq", type=int, default=5, help="Steps between updates of the discriminator")
+    gan.add_argument("--lecam_weight", type=float, default=0.001, help="Weight of the LeCam regularisation")
+    gan.add_argument("--r1_weight", type=float, default=0.0, help=Rare("Weight of the R1 gradient penalty"))
+
+
+# --- LARP's generator ---
+AR_MODEL = "llama-abs-LP"
 
 
 NUM_COND_FRAMES = 5
 
 
 def add_larp_ar(parser: Parser) -> None:
-    """Architecture and task of LARP's generator. Not given, a flag takes the checkpoint's value where there is one,
-    else its default."""
-    group = parser.add_argument_group("LARP generator", "our checkpoints carry it: leave out, or give the same")
-    group.add_argument("--model", choices=SIZES, default=argparse.SUPPRESS, help=f"size (default: {AR_MODEL})")
-    for name, (hint, default) in AR_FLAGS.items():
-        kind = str2bool if hint is bool else next(kind for kind in (int, float) if kind in (hint, *get_args(hint)))
-        default = "that of --model" if name in SIZES[AR_MODEL] else default
-        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"(default: {default})")
+    """Add the flags of LARP's generator: its size, its task, and its architecture. A flag that is not given is absent
+    from the arguments, so that a checkpoint's value or the default is taken."""
+    group = add_flags(parser, LARPGeneratorConfig)
+    group.add_argument("--model", choices=SIZES, metavar="MODEL", default=argparse.SUPPRESS,
+                       help=f"Size of the model (default: {AR_MODEL})")
     group.add_argument("--frame_prediction", "--fp", dest="frame_prediction", action="store_true",
-                       default=argparse.SUPPRESS, help="continue the first frames of a clip, instead of a class label")
+                       default=argparse.SUPPRESS, help="Continue the first frames of a clip, instead of a class label")
     group.add_argument("--num_cond_frames", type=int, default=argparse.SUPPRESS,
-                       help=f"how many frames frame prediction is given (default: {NUM_COND_FRAMES})")
+                       help=f"Number of first frames that are given (default: {NUM_COND_FRAMES})")
+
+
+def add_larp_samples(logs: Group) -> None:
+    """Add the flags of the samples that the training of LARP's generator makes."""
+    logs.add_argument("--sample_every", type=float, default=30.0, help="Epochs between sample sheets and their FVD, "
+                      "made with the last average of EMA_DECAYS")
+    logs.add_argument("--num_samples", type=int, default=32,
+                      help="Number of these samples, which take the labels or frames of the first validation clips")
+    logs.add_argument("--sample_batch_size", type=int, default=32,
+                      help=Rare("Samples that each process makes at once"))
+    logs.add_argument("--cfg_scale", type=float, default=1.0,
+                      help="Scale of the samples' guidance; 1 turns it off, 0 ignores the condition")
+    add_code_draws(logs)
 
 
 def larp_ar_config(args: argparse.Namespace, tokenizer: LARPTokenizerConfig, carried: dict | None = None,
                    source: str = "") -> tuple[dict, int]:
-    """The generator's configuration and the number of frames it is given (0: a class label), from the flags given, the
-    tokenizer and, if there is one, the checkpoint that goes on, which carries both. Raises ValueError naming both
-    values where a flag and the checkpoint differ."""
-    given = {name: getattr(args, name) for name in (*AR_FLAGS, "frame_prediction") if hasattr(args, name)}
+    """The generator's configuration, and the number of frames it is given (0: it is given a class label).
+
+    They follow from the flags given, the tokenizer and, if there is one, the state `carried` by the checkpoint
+    `source`. Raises ValueError, naming both values, where a flag and the checkpoint differ.
+    """
     size = SIZES[getattr(args, "model", AR_MODEL)]
-    frames = getattr(args, "num_cond_frames", None)
+    frames, frame_prediction = getattr(args, "num_cond_frames", None), hasattr(args, "frame_prediction")
     if carried is not None:
-        config, held = carried["config"], carried["num_cond_frames"]
-        for name, value in ((size if hasattr(args, "model") else {}) | given).items():
-            flag = name if name in given else f"model {args.model}, {name}"
-            check_carried(flag, value, config[name], source)
+        config, held = merge(LARPGeneratorConfig, args, carried["config"], source), carried["num_cond_frames"]
+        for name, value in size.items() if hasattr(args, "model") else ():
+            if not hasattr(args, name):
+                check_carried(f"model {args.model}, {name}", value, config[name], source)
+        if frame_prediction:
+            check_carried("frame_prediction", True, config["frame_prediction"], source)
         if frames is not None:
             check_carried("num_cond_frames", frames, held, source)
         return config, held
-    num_codes, frame_prediction = tokenizer.bottleneck_token_num, "frame_prediction" in given
     if frames is not None and not frame_prediction:
         raise ValueError(f"--num_cond_frames {frames} is for --frame_prediction: add that, or leave it out")
     frames = (NUM_COND_FRAMES if frames is None else frames) if frame_prediction else 0
     if frame_prediction and not 0 < frames < tokenizer.frame_num:
         raise ValueError(f"--num_cond_frames is {frames}, but the tokenizer's clips have {tokenizer.frame_num} frames: "
                          f"give 1 to {tokenizer.frame_num - 1}")
+    num_codes = tokenizer.bottleneck_token_num
     return {
-        **size, **given, "vocab_size": tokenizer.bottleneck.args.regularizer.args.codebook_size,
+        **size, **merge(LARPGeneratorConfig, args), "frame_prediction": frame_prediction,
+        "vocab_size": tokenizer.bottleneck.args.regularizer.args.codebook_size,
         "max_seq_len": num_codes, "cls_token_num": num_codes + 1 if frame_prediction else 1,
     }, frames
-

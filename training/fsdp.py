@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -37,9 +36,11 @@ def shard(model: LARPGenerator, device: torch.device, precision: str) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def between_gathers(model: LARPGenerator) -> list[nn.Module]:
-    """The modules to compile: gathering weights, which the layers around them do, cannot be traced."""
-    return [module for layer in model.layers for module in (layer.attention, layer.feed_forward)]
+def compile_blocks(model: LARPGenerator) -> None:
+    """Compile the modules inside the layers: the layers themselves gather weights, which cannot be traced."""
+    for layer in model.layers:
+        for module in (layer.attention, layer.feed_forward):
+            module.compile(dynamic=False)
 
 
 def unsharded(model: LARPGenerator) -> LARPGenerator:

@@ -3,7 +3,7 @@
 WindowCache, what a frozen tokenizer makes of a few windows of every video, serves codes too.
 """
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from common import distributed
 from common.distributed import to_device
-from data.clips import ClipDataset
-from data.loader import GlobalBatchSampler
+from data.clips import ClipDataset, ClipKey
+from data.loader import GlobalBatchSampler, make_loader
 from models.coordtok import CoordTokConfig
 from models.triplane import Planes
 from training.window_cache import WindowCache
@@ -67,6 +67,28 @@ def measure(batches: Iterator[Planes], channels: int, device: torch.device) -> L
     mean = total / count
     std = ((squares - count * mean.square()) / (count - 1)).clamp_min(1e-12).sqrt()  # a dead channel becomes 0, not NaN
     return LatentStats(Planes(*mean.float()), Planes(*std.float()))
+
+
+def of_videos(videos: list[int], source: "LatentCache | ClipDataset", encode: Encode, batch_size: int,
+              num_workers: int) -> Iterator[Planes]:
+    """Latents of this process's share of some videos, in batches, for `measure`: of the first cached window of each, or
+    of a clip of each that is encoded now."""
+    mine = videos[distributed.rank() :: distributed.world_size()]
+    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    if isinstance(source, LatentCache):
+        return (source.read(np.array(batch) * source.views) for batch in batches)
+    keys = [[ClipKey(video, video) for video in batch] for batch in batches]
+    loader = make_loader(source, keys, min(num_workers, len(keys)))
+    return (encode(batch) for batch in loader if len(batch["position"]))  # empty if all clips are damaged
+
+
+def draw_step(seed: int, step: int, batch_size: int, shapes: Sequence[tuple[int, ...]],
+              device: torch.device) -> tuple[Planes, Tensor]:
+    """What a training step draws for its whole batch, on every process alike: noise (B, *shape) for each plane, and
+    (2, B) uniform numbers in [0, 1), for times and for hidden labels."""
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+    noise = Planes(*(torch.randn(batch_size, *shape, generator=generator, device=device) for shape in shapes))
+    return noise, torch.rand(2, batch_size, generator=generator, device=device)
 
 
 def plane_shapes(config: CoordTokConfig) -> Planes:

@@ -6,16 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.cli import Parser, check_carried
+from common.cli import check_carried
 from data.video import to_video
+from models.configs import SIT_SIZES
 from models.coordtok import CoordTok, CoordTokConfig, released_padding
 from models.hub import Pretrained, locate
 from models.interpolant import Interpolant
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
 from models.pretrained import read_sit_statistics, weights_sha256
-from models.sit import SIT_SIZES, SiT, sit_logs
-from training.flags import coordtok_config
+from models.sit import SiT, sit_logs
+from training.flags import SIT_FLAGS, merge
 from training.latents import LatentStats
 
 
@@ -23,7 +24,7 @@ def load_coordtok(path: str, args: argparse.Namespace) -> CoordTok:
     """CoordTok on the CPU, in evaluation mode, from whatever `Pretrained.read` takes. Ours carry their architecture; an
     authors' file takes it from the flags."""
     stored = CoordTok.read(path)
-    return CoordTok.from_stored(stored, coordtok_config(args, stored.config, path))
+    return CoordTok.from_stored(stored, merge(CoordTokConfig, args, stored.config, path))
 
 
 def load_larp_tokenizer(source: str, version: str = "sd") -> LARPTokenizer:
@@ -78,31 +79,20 @@ def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) ->
 
 # --- SiT ---
 
-# Given where a checkpoint does not carry them: the authors' does not, ours does.
-SIT_FLAGS = {"model": "SiT-L/2", "num_classes": 1, "class_dropout_prob": 0.0, "path_type": "Linear",
-             "prediction": "velocity", "sample_eps": None}
-
-
-def add_sit(parser: Parser) -> None:
-    """Flags of a SiT to sample from."""
-    group = parser.add_argument_group("SiT", "what follows --sit_log, our checkpoints carry")
-    group.add_argument("--sit_model", "--sit_ckpt_path", dest="sit_model", metavar="CKPT",
-                       help="checkpoint, folder of them, run's folder, exported folder or hub id; or the authors' run "
-                       "folder or .pt file")
-    group.add_argument("--first_model_ckpt", metavar="CKPT", help="the CoordTok that it was trained on")
-    group.add_argument("--sit_ckpt_iter", type=int, default=600000, help="which checkpoint of the authors' run folder")
-    group.add_argument("--sit_log", metavar="PATH", help="log.txt of the authors' run (default: beside the checkpoint)")
-    kinds = {"model": str, "num_classes": int, "class_dropout_prob": float, "path_type": str, "prediction": str,
-             "sample_eps": float}
-    for name, default in SIT_FLAGS.items():
-        group.add_argument(f"--{name}", type=kinds[name], default=argparse.SUPPRESS, help=f"(default: {default})")
-
-
 class TrainedSiT(NamedTuple):
     model: SiT
     interpolant: Interpolant
     stats: LatentStats
     class_names: list[str]  # by label; empty where unknown
+
+
+def sit_config(args: argparse.Namespace, config: CoordTokConfig) -> dict:
+    """The configuration of a SiT on the planes of a CoordTok of this `config`, as the flags of `add_sit` say."""
+    return {
+        **SIT_SIZES[args.model], "input_size": (config.latent_resolution_t, config.latent_resolution_xy),
+        "in_channels": config.latent_n_features, "num_classes": args.num_classes,
+        "class_dropout_prob": args.class_dropout_prob,
+    }
 
 
 def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
@@ -126,15 +116,9 @@ def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
             raise ValueError(f"{path} was not trained on the tokenizer {args.first_model_ckpt}: --first_model_ckpt was "
                              f"{held['first_model_ckpt']} then")
     else:
-        flags = argparse.Namespace(**{**SIT_FLAGS, **given})
-        config = tokenizer.config
-        if flags.model not in SIT_SIZES:
-            raise ValueError(f"--model is {flags.model}, expected one of {', '.join(SIT_SIZES)}")
-        sit = SiT.from_stored(stored, {
-            **SIT_SIZES[flags.model], "input_size": (config.latent_resolution_t, config.latent_resolution_xy),
-            "in_channels": config.latent_n_features, "num_classes": flags.num_classes,
-            "class_dropout_prob": flags.class_dropout_prob,
-        })
+        defaults = {name: options["default"] for name, options in SIT_FLAGS.items()}
+        flags = argparse.Namespace(**{**defaults, **given})
+        sit = SiT.from_stored(stored, sit_config(flags, tokenizer.config))
         interpolant = Interpolant(flags.path_type, flags.prediction, sample_eps=flags.sample_eps)
     statistics = facts.get("statistics")
     if args.sit_log or (stored.config is None and statistics is None):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import distributed
@@ -61,6 +61,11 @@ def start_log(args: Namespace, folder: Path, start: int, total: int, what: str) 
     processes = distributed.world_size()
     print_main(f"{what}; {processes} processes x {args.batch_size // processes} clips; step {start} of {total}")
     return RunLog(folder, vars(args), start, total, args.batch_size, args.wandb)
+
+
+def count_parameters(model: nn.Module) -> str:
+    """The number of a model's parameters, as text."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
 
 
 def due(step: int, every: int, last: int) -> bool:

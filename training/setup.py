@@ -96,6 +96,13 @@ def train_sampler(args: Namespace, num_files: int, num_iters: int, start: int, o
     )
 
 
+def micro_rows(args: Namespace, micro: int) -> slice:
+    """The rows of the global batch that are micro-batch number `micro` of this process."""
+    size = args.batch_size // (distributed.world_size() * args.accum_iter)
+    first = (distributed.rank() * args.accum_iter + micro) * size
+    return slice(first, first + size)
+
+
 def train_loader(args: Namespace, clips: ClipDataset, sampler: GlobalBatchSampler, device: torch.device) -> Loader:
     """Loads the sampler's micro-batches, in page-locked memory where the device is a GPU."""
     return make_loader(clips, sampler, args.num_workers, args.prefetch_factor, pin_memory=device.type == "cuda")

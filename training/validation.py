@@ -180,6 +180,25 @@ def held_out_keys(num_files: int, num_clips: int | None, seed: int) -> list[Clip
     return [ClipKey(position, int(index)) for position, index in enumerate(order)]
 
 
+def make_held_out(
+    args: Namespace, files: Sequence[VideoFile], clips: ClipDataset, encode: Encode, num_cond_frames: int,
+    device: torch.device,
+) -> tuple[HeldOut, "SampleCheck | None", list[str]]:
+    """What the training of LARP's generator is validated by: the held-out codes, the samples (None where the flags ask
+    for none), and the samples' captions. Sample i takes the label of held-out clip i, or continues its first frames.
+
+    clips: of `files`, which are the videos to validate on.
+    """
+    keys = held_out_keys(len(files), args.num_val, args.seed)
+    held_out = HeldOut(clips, keys, encode, args.val_batch_size, args.num_workers, device)
+    keys = keys[: args.num_samples]
+    given = f": {num_cond_frames} frames given" if num_cond_frames else ""
+    captions, check = [caption(files[key.index]) + given for key in keys], None
+    if keys:
+        check = SampleCheck(clips, keys, args.sample_batch_size, args.num_workers, device, num_cond_frames > 0)
+    return held_out, check, captions
+
+
 def caption(file: VideoFile) -> str:
     """A sample's line on the contact sheet: the class of the clip whose label it takes, or that it continues."""
     return Path(file.path).parent.name or f"class {file.label}"

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import torch
 
+from models.configs import SIT_SIZES
 from models.coordtok import CoordTok, CoordTokConfig
 from models.discriminator import Discriminator, DiscriminatorConfig
 from models.larp_ar import SIZES, LARPGenerator, LARPGeneratorConfig
 from models.larp_tokenizer import LARPTokenizer, LARPTokenizerConfig
 from models.prior import PRIOR_SIZES
-from models.sit import SIT_SIZES, SiT, SiTConfig
+from models.sit import SiT, SiTConfig
 from scripts.benchmarks import flops
 
 UCF101_TRAIN = 9_537

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from common.rng import sample_generators
+from models.configs import SIT_SIZES
 from models.coordtok import CoordTok
 from models.discriminator import Discriminator
 from models.interpolant import draw_noise
 from models.larp_ar import SIZES, LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
-from models.sit import SIT_SIZES, SiT
+from models.sit import SiT
 from scripts.benchmarks.common import (
     SMALL_AR,
     SMALL_COORDTOK,

@@ -22,9 +22,10 @@ from data.clips import ClipDataset
 from data.demo import DemoConfig, make_demo
 from data.lists import list_folder
 from data.loader import GlobalBatchSampler, make_loader
+from models.configs import SIT_SIZES
 from models.coordtok import CoordTok
 from models.interpolant import Interpolant, draw_noise, noise_stream
-from models.sit import SIT_SIZES, SiT
+from models.sit import SiT
 from models.triplane import Planes
 from scripts.benchmarks.common import SMALL_COORDTOK, add_record, alternate, device_name, record, wait
 from training.latents import LatentCache, LatentStats, batches_from_cache, batches_from_video, measure

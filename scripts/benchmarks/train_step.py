@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.rng import sample_generators
 from data.patch_sampling import random_frames, random_patches
+from models.configs import SIT_SIZES
 from models.coordtok import CoordTok, coordtok_loss
 from models.discriminator import Discriminator
 from models.gan import discriminator_loss, frozen, generator_loss
@@ -34,7 +35,7 @@ from models.larp_tokenizer import LARPTokenizer
 from models.layers import compile_blocks, set_checkpointing
 from models.lpips import Perceptual
 from models.patches import gather_patches
-from models.sit import SIT_SIZES, SiT
+from models.sit import SiT
 from scripts.benchmarks import flops
 from scripts.benchmarks.common import (
     SMALL_AR,
