@@ -26,22 +26,22 @@ from training.flags import add_flags, config_flags
 def parse_args():
     parser = Parser(__doc__)
     parser.add_argument("action", choices=["encode", "decode", "compare"])
-    parser.add_argument("input", type=Path, help="video file, or file of tokens")
-    parser.add_argument("--out", type=Path, help="file to write; of chosen frames a folder (default: beside the input)")
-    parser.add_argument("--tokenizer", help="the tokenizer (decode's default: the one that encoded)")
-    parser.add_argument("--version", default="sd", metavar="sd|ema_DECAY", help="which weights of a LARP checkpoint")
+    parser.add_argument("input", type=Path, help="Video file, or file of tokens")
+    parser.add_argument("--out", type=Path, help="File to write; of chosen frames a folder (default: beside the input)")
+    parser.add_argument("--tokenizer", help="The tokenizer (decode's default: the one that encoded)")
+    parser.add_argument("--version", default="sd", metavar="sd|ema_DECAY", help="Which weights of a LARP checkpoint")
     parser.add_argument("--fit", choices=["crop", "resize", "tile"], default="resize",
-                        help="how frames come to the tokenizer's size: the central square, the whole frame squeezed, "
+                        help="How frames come to the tokenizer's size: the central square, the whole frame squeezed, "
                         "or tiles at full resolution")
-    parser.add_argument("--overlap", type=int, help="frames, and pixels of tiles, that fade into the next (default: an "
+    parser.add_argument("--overlap", type=int, help="Frames, and pixels of tiles, that fade into the next (default: an "
                         "eighth of a clip, and of a tile)")
-    parser.add_argument("--frames", type=int, nargs="+", help="decode these alone, to PNG files; CoordTok decodes only "
+    parser.add_argument("--frames", type=int, nargs="+", help="Decode these alone, to PNG files; CoordTok decodes only "
                         "their patches")
-    parser.add_argument("--batch_size", type=int, default=8, help="tiles at once")
-    parser.add_argument("--half", action="store_true", help="keep CoordTok's planes as float16, half the size")
-    parser.add_argument("--crf", type=int, default=5, help="of x264 in the mp4 written: 0 is lossless, 51 the worst")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
-    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32", help="of the tokenizer")
+    parser.add_argument("--batch_size", type=int, default=8, help="Tiles at once")
+    parser.add_argument("--half", action="store_true", help="Keep CoordTok's planes as float16, half the size")
+    parser.add_argument("--crf", type=int, default=5, help="Quality of the mp4 written: 0 is lossless, 51 the worst")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="Where to compute")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32", help="Autocast of the tokenizer")
     add_flags(parser, CoordTokConfig, everyday=False)
     return parser.parse_args()
 
