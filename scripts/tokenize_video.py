@@ -41,7 +41,8 @@ def parse_args():
     parser.add_argument("--half", action="store_true", help="Keep CoordTok's planes as float16, half the size")
     parser.add_argument("--crf", type=int, default=5, help="Quality of the mp4 written: 0 is lossless, 51 the worst")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="Where to compute")
-    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32", help="Autocast of the tokenizer")
+    parser.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32",
+                        help="Autocast of the tokenizer")
     add_flags(parser, CoordTokConfig, everyday=False)
     return parser.parse_args()
 
