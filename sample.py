@@ -29,10 +29,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from common import distributed
-from common.console import print_main
+from common.console import Progress, print_main
 from data.video import to_bytes
 from eval.i3d import I3D
 from eval.motion import evenly_spaced_clips
@@ -79,7 +78,7 @@ def main():
     store = SampleStore(args.output_dir, {**settings, "manifest": manifest}, total)
     missing = distributed.broadcast(store.open(indices, args.replace) if distributed.is_main() else None)
     batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
-    batches = batches[distributed.rank() :: distributed.world_size()]
+    batches = distributed.of_rank(batches)
     print_main(f"samples {indices[0]} to {indices[-1]} of {total} in {store.folder}: {len(missing)} to make")
 
     keys, num_distinct, reals, clock = [], 0, itertools.repeat(([], None)), StageClock(device)
@@ -99,7 +98,7 @@ def main():
     # The next batch is made while a batch is written.
     moving = evenly_spaced_clips(total, args.motion)
     with BackgroundWriter(device) as writer, torch.no_grad():
-        for batch, (places, real) in zip(tqdm(batches, "batches", disable=not distributed.is_main()), reals):
+        for batch, (places, real) in zip(Progress(batches, "batches", disable=not distributed.is_main()), reals):
             clock.mark("waiting for real clips")
             # Where its clip is damaged, a model that continues real clips has nothing to start from.
             made = [batch[place] for place in places] if generator.needs_real else batch

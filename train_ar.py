@@ -52,10 +52,10 @@ from data.clips import open_quarantine
 from data.lists import check_classes, check_labels, class_names
 from models.larp_ar import LARPGenerator, code_loss
 from models.layers import compile_blocks, set_checkpointing
-from models.pretrained import build
+from models.pretrained import build, weights_sha256
 from training import checkpoint, fsdp
 from training.codes import CodeCache, batches_from_cache, batches_from_video, draw_drops, encode_video
-from training.load import check_tokenizer, load_larp_tokenizer, weights_sha256
+from training.load import check_tokenizer, load_larp_tokenizer
 from training.log import NonFiniteGuard, count_parameters, start_log
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
 from training.setup import make_clips, start_run, train_loader, train_sampler, training_files

@@ -44,11 +44,12 @@ from data.clips import ClipKey, open_quarantine
 from data.lists import class_names
 from models.interpolant import Interpolant, check_sde
 from models.layers import compile_blocks, set_checkpointing
+from models.pretrained import weights_sha256
 from models.sit import SiT
 from models.triplane import Planes
 from sampling.sit import sample_labels, sample_planes
 from training import checkpoint, latents
-from training.load import TrainedSiT, check_tokenizer, coordtok_clips, load_coordtok, sit_config, weights_sha256
+from training.load import TrainedSiT, check_tokenizer, coordtok_clips, load_coordtok, sit_config
 from training.log import NonFiniteGuard, count_parameters, start_log
 from training.optim import EMA, Precision, adamw, update
 from training.setup import make_clips, micro_rows, start_run, train_loader, train_sampler, training_files

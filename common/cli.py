@@ -48,15 +48,16 @@ RANGES = {
         "query_init_std", "overlap", "crf", "frames",
     ),
     "(0, inf)": (
-        "eval_every", "sample_every", "save_every", "decode_timeout", "i3d_eps", "atol", "rtol", "temperature_to",
-        "entropy_loss_temperature", "mix_ss_peak_steps_ratio", "latent_ce_temperature", "latent_pe_scale_factor",
-        "ffn_dim_multiplier", "norm_eps",
+        "eval_every", "sample_every", "save_every", "decode_timeout", "i3d_eps", "bpp", "bitrates", "atol", "rtol",
+        "temperature_to", "entropy_loss_temperature", "mix_ss_peak_steps_ratio", "latent_ce_temperature",
+        "latent_pe_scale_factor", "ffn_dim_multiplier", "norm_eps",
     ),
     "[0, 1)": (
         "betas", "ema_decay", "ema_decays", "last_step_size", "class_dropout_prob", "token_dropout_p", "attn_dropout_p",
         "resid_dropout_p", "ffn_dropout_p", "drop_path_rate",
     ),
     "[0, 1]": ("min_lr_mult", "guidance_interval", "top_p", "mix_ss_max_ratio"),
+    "[8, 32]": ("plane_bits",),
     "[0, 0.5)": ("train_eps", "sample_eps"),
     "[0, 4294967295]": ("seed", "dataset_split_seed"),  # what numpy and torch take, also times a million
     "[-1, inf)": ("cfg_interval",),
@@ -121,7 +122,7 @@ class HelpAll(argparse.Action):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows a flag by its first name. Its default, choices and other names follow its help text."""
 
-    KINDS = {int: "N", float: "X"}
+    KINDS: dict[Any, str] = {int: "N", float: "X"}
 
     def __init__(self, prog: str, **options):
         columns = shutil.get_terminal_size().columns - 2
@@ -138,13 +139,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return action.dest
-        names = action.option_strings[:1]
+        names = [action.option_strings[0]]
         if action.nargs != 0:
             names.append(self._format_args(action, self._get_default_metavar_for_optional(action)))
         return " ".join(names)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        notes, text, default = [], action.help, action.default
+        notes: list[str] = []
+        text, default = action.help or "", action.default
         if action.choices:
             notes.append(", ".join(map(str, action.choices)))
         values = default if isinstance(default, (list, tuple)) else [default]

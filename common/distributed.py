@@ -5,8 +5,9 @@ import datetime
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import follow
+
+Item = TypeVar("Item")
 
 
 def setup(device: str = "auto", timeout_minutes: int = 30, group: bool = False) -> torch.device:
@@ -39,7 +42,7 @@ def setup(device: str = "auto", timeout_minutes: int = 30, group: bool = False) 
     follow()
     if (launched or group) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes), **alone)
     return torch.device(device)
 
@@ -61,6 +64,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def of_rank(items: Sequence[Item]) -> list[Item]:
+    """This process's share of `items`: every world_size-th, from its rank on."""
+    return list(items[rank() :: world_size()])
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))  # a CPU tensor, so gloo: dist.barrier would choose a GPU by itself
@@ -71,6 +79,13 @@ def wait_until(done: Callable[[], bool]) -> None:
     disk appear on other nodes with a delay."""
     while not done():
         time.sleep(1)
+
+
+def fitting_workers(most: int) -> int:
+    """The default number of loader workers of a process: `most`, or fewer where its share of the cores is smaller, as
+    more would only wait for one another (torch warns of them)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def all_sum(tensor: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-
 # --- files ---
+REMAKE = "delete it, and it is made again"  # advice for files that the code itself keeps
+
+
 class MendableError(RuntimeError):
     """An error that a user can mend; its text is one line that says how."""
 
@@ -156,7 +158,12 @@ def follow() -> None:
 
     # The interpreter ends a thread that is inside the store's C++ code by aborting the process: the thread ends first.
     over, thread = threading.Event(), threading.Thread(target=watch, daemon=True, name="follow")
-    atexit.register(lambda: (over.set(), thread.join(EXIT_SECONDS)))
+
+    def end_thread() -> None:
+        over.set()
+        thread.join(EXIT_SECONDS)
+
+    atexit.register(end_thread)
     thread.start()
 
 

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 # Errors that are about the path itself, not about a disk, a permission or a limit.
 PATH_ERRORS = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO}
@@ -26,7 +27,7 @@ def of_system(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def write_whole(path: str | Path, mode: str = "wb", **options) -> Iterator:
+def atomic_write(path: str | Path, mode: str = "wb", **options) -> Iterator:
     """Write a file atomically: it replaces `path` when the block ends without an error. Until then it is written beside
     it, under a hidden name of this host and process. Raises OSError as `writing` does."""
     path = Path(path)
@@ -79,14 +80,14 @@ class _Recorder:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove the files that killed processes left in `write_whole`. Those still being written are locked, and stay."""
+    """Remove the files that killed processes left in `atomic_write`. Those still being written are locked, and stay."""
     for path in folder.glob("*.partial"):
         with contextlib.suppress(OSError), open(path, "rb+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
 
-_held: dict[str, object] = {}  # lock files of this process, open until it ends
+_held: dict[str, IO] = {}  # lock files of this process, open until it ends
 
 
 def claim(path: Path, used: str) -> None:

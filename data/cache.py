@@ -10,13 +10,13 @@ import zlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from common.errors import reading
-from common.files import remove_partials, write_whole
-
-REMAKE = "delete it, and it will be made again"
+from common.errors import REMAKE, reading
+from common.files import atomic_write, remove_partials
 
 
 class ShardCache:
@@ -41,7 +41,7 @@ class ShardCache:
         self.folder = Path(folder) / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "key.json").exists():
-            with write_whole(self.folder / "key.json") as file:
+            with atomic_write(self.folder / "key.json") as file:
                 file.write(text.encode())
         remove_partials(self.folder)
 
@@ -69,8 +69,8 @@ class ShardCache:
 
     def _save(self, shard: int, content: np.ndarray) -> None:
         content = np.ascontiguousarray(content)
-        path = self.folder / f"shard_{shard:06d}.{zlib.crc32(content):08x}.npy"
-        with write_whole(path) as file:
+        path = self.folder / f"shard_{shard:06d}.{zlib.crc32(content.data):08x}.npy"
+        with atomic_write(path) as file:
             np.save(file, content)
 
     def _files(self) -> dict[int, Path]:
@@ -84,7 +84,9 @@ def check(shard: Path) -> None:
             raise ValueError("its content is not what its checksum says")
 
 
-def open_shard(path: Path, dtype: np.dtype, shape: tuple[int | None, ...], mode: str = "r") -> np.ndarray:
+def open_shard(
+    path: Path, dtype: DTypeLike, shape: tuple[int | None, ...], mode: Literal["r", "c"] = "r"
+) -> np.ndarray:
     """A shard's array, memory-mapped. shape: the expected one; None fits any size. Raises DamagedFile."""
     with reading(path, "a shard of a cache", REMAKE):
         array = np.load(path, mmap_mode=mode)
@@ -200,4 +202,4 @@ if __name__ == "__main__":
             check(shard)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"{len(shards)} shards match their checksums")
+    print(f"{len(shards)} shard{'s' * (len(shards) > 1)} verified")

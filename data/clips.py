@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from common import distributed
 from common.errors import shown
-from common.files import write_whole
+from common.files import atomic_write
 from common.rng import Stream, generator
 from data.cache import ClipCache
 from data.lists import VideoFile
@@ -48,7 +48,7 @@ class Quarantine:
     def __init__(self, path: str | Path | None = None):
         self.path = Path(path) if path else None
         self._reasons: dict[str, str] = {}
-        self._version = None
+        self._version: tuple[int, int] | None = None
 
     def __contains__(self, video: str) -> bool:
         return not self.read().get(video, self.PARTIAL).startswith(self.PARTIAL)
@@ -81,9 +81,9 @@ class Quarantine:
         avoided = [video for video in self.read() if video in self]
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
             mended = {video for video, good in zip(avoided, pool.map(opens, avoided)) if good}
-        if mended:
+        if mended and self.path:
             log.warning("%d of %d videos in %s can be read again", len(mended), len(avoided), self.path)
-            with write_whole(self.path, "w", errors="surrogateescape") as file:
+            with atomic_write(self.path, "w", errors="surrogateescape") as file:
                 file.write("".join(f"{escaped(video)}\t{reason}\n" for video, reason in self.read().items()
                                    if video not in mended))
 
@@ -128,7 +128,7 @@ class ClipKey(NamedTuple):
     start: the first frame; None leaves it to the data set's window rule."""
 
     position: int
-    index: int | None = None
+    index: int | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     start: int | None = None
 
 
@@ -232,8 +232,8 @@ class ClipDataset(Dataset):
             return window_frames(available, by_rule if start is None else start, self.num_frames, self.stride)
 
         length = self.cache.length(index) if self.cache else 0
-        indices = choose(length) if length else ()
-        if len(indices):
+        indices = choose(length) if length else np.empty(0, np.int64)
+        if self.cache and len(indices):
             frames = torch.from_numpy(self.cache.read(index, indices))
         else:
             frames, indices = read_chosen(file.path, choose, self.timeout)

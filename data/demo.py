@@ -24,9 +24,9 @@ import cv2
 import imageio_ffmpeg
 import numpy as np
 import skimage.data
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder, data/ included
+from common.console import Progress  # noqa: E402
 from common.errors import ArgumentParser, read_json  # noqa: E402
 
 # Direction in which the camera moves: right, down (in view widths and heights), zoom in (log), clockwise turn
@@ -146,7 +146,7 @@ def make_demo(root: str | os.PathLike, config: DemoConfig | None = None, replace
     jobs = list(product(config.classes, config.groups, range(1, config.clips + 1)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice: OpenCV and ffmpeg run outside the interpreter
         done = pool.map(partial(write_clip, part, config), *zip(*jobs))
-        list(tqdm(done, "demo videos", total=len(jobs), disable=None))
+        list(Progress(done, "demo videos", total=len(jobs)))
     (part / "demo.json").write_text(json.dumps(settings, indent=1) + "\n")
     # Renamed when complete, so that a folder UCF-101 is never half a set.
     shutil.rmtree(folder, ignore_errors=True)

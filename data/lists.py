@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import reading
+from common.errors import reading, shown
 from common.files import manifest_sha256
 from data.metadata import REPOSITORY, UCF_NAME, VIDEO_SUFFIXES, walk_videos
 from data.video import NULL, VideoError, file_size
@@ -35,7 +35,7 @@ def list_folder(root: str | Path) -> list[VideoFile]:
         raise FileNotFoundError(f"no videos under {root.absolute()}: looked there and in its class folders for "
                                 f"{', '.join(VIDEO_SUFFIXES)} files (--data_root, --video_name)")
     names = [_class_name(Path(path), root) for path in paths]
-    labels = {name: label for label, name in enumerate(sorted(set(names) - {None}))}
+    labels: dict[str | None, int] = {name: label for label, name in enumerate(sorted({name for name in names if name}))}
     return [VideoFile(path, labels.get(name, -1)) for path, name in zip(paths, names)]
 
 
@@ -84,7 +84,7 @@ def _read_csv(path: Path, label_column: str | None) -> list[VideoFile]:
           path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file):
         reader = csv.DictReader(file, strict=True)
         columns = reader.fieldnames or []
-        if lacking := {"path", label_column} - {None, *columns}:
+        if lacking := {"path", label_column or "path"} - {*columns}:
             raise ValueError(f"it has columns {', '.join(columns) or 'none'}, without {' and '.join(sorted(lacking))}")
         files = []
         for row in reader:
@@ -95,6 +95,25 @@ def _read_csv(path: Path, label_column: str | None) -> list[VideoFile]:
         if not files:
             raise ValueError("it has no rows")
     return files
+
+
+def list_videos(source: str) -> list[VideoFile]:
+    """Videos of a folder, of a csv list, or of a text file with one path a line; sorted by path. Of an output folder of
+    sample.py these are the samples alone, without the given clips beside them."""
+    if (samples := Path(source, "sampled_videos")).is_dir():
+        return list_folder(samples)
+    if Path(source).is_dir():
+        return list_folder(source)
+    if source.endswith(".csv") or "+" in source and not Path(source).is_file():
+        return list_csv(source)
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source}: no such folder or list of videos")
+    text = Path(source).read_text(encoding="utf-8-sig", errors="surrogateescape")
+    paths = sorted(line for line in text.split("\n") if line.strip())
+    if not any(map(os.path.isfile, paths)):
+        raise ValueError(f"{shown(source)} cannot be read as a list of videos: none of its {len(paths)} lines is the "
+                         "path of a file; give a folder, a csv list, or a text file with one path a line")
+    return [VideoFile(path) for path in paths]
 
 
 def class_names(files: Sequence[VideoFile]) -> list[str]:

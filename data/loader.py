@@ -9,24 +9,25 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from common.rng import Stream, generator
 from data.clips import ClipDataset, ClipKey
-from data.shared_memory import ship
+from data.shared_memory import Packed, ship
 
 
-def collate(samples: list[dict]) -> dict:
+def collate(samples: list[dict]) -> dict | Packed:
     """A batch: frames (B, T, h, w, 3), or a list of clips where sizes differ; n_frames, label, position (B,) long;
     path, start lists; index (B, N, 3) long where patches are drawn; skipped: (path, reason) of each sample left out."""
     good = [sample for sample in samples if "error" not in sample]
     frames = [sample["frames"] for sample in good]
-    batch = {name: torch.tensor([sample[name] for sample in good], dtype=torch.long)
-             for name in ("n_frames", "label", "position")}
+    batch: dict[str, Any] = {name: torch.tensor([sample[name] for sample in good], dtype=torch.long)
+                             for name in ("n_frames", "label", "position")}
     batch |= {name: [sample[name] for sample in good] for name in ("path", "start")}
     if good and "index" in good[0]:
         batch["index"] = torch.stack([sample["index"] for sample in good])
@@ -34,7 +35,7 @@ def collate(samples: list[dict]) -> dict:
     return deliver(batch, frames, alike=len({clip.shape for clip in frames}) == 1)
 
 
-def deliver(batch: dict, frames: list[torch.Tensor], alike: bool) -> dict:
+def deliver(batch: dict, frames: list[torch.Tensor], alike: bool) -> dict | Packed:
     """The batch with its frames, stacked if they are `alike` in shape. A worker sends them through shared memory."""
     if get_worker_info() and hasattr(os, "memfd_create"):  # on Linux
         return ship(batch, frames, alike)
@@ -94,7 +95,9 @@ class GlobalBatchSampler(Sampler):
 class Loader(DataLoader):
     """A DataLoader whose failures are OSErrors of one line. Its workers start with the first iteration."""
 
-    def __iter__(self) -> Iterator:
+    dataset: Any  # a ClipDataset, where the loader is of make_loader
+
+    def __iter__(self) -> Iterator:  # type: ignore[override]  # torch's type is its own iterator
         raise_file_limit()
         batches = reason = None
         # A half-built iterator of torch's prints errors when it is freed. So Ctrl-C waits until it is built, and a new
@@ -146,7 +149,7 @@ def raise_file_limit(wanted: int = 2**16) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def make_loader(dataset: ClipDataset, batches: Sampler, num_workers: int, prefetch_factor: int = 2,
+def make_loader(dataset: ClipDataset, batches: Iterable[list[ClipKey]], num_workers: int, prefetch_factor: int = 2,
                 pin_memory: bool = False) -> Loader:
     """A loader of the batches of keys that `batches` yields, with single-threaded worker processes."""
     return Loader(

@@ -167,7 +167,8 @@ def ucf101(root: Path, out: Path, split: int = 1) -> None:
 
 def read_annotations(files: Iterable[Path]) -> tuple[dict[str, dict[str, str]], Counter]:
     """Kinetics annotations as {"train": {file name: action}, "val": {...}}; rows of other splits are only counted."""
-    actions, others = {"train": {}, "val": {}}, Counter()
+    actions: dict[str, dict[str, str]] = {"train": {}, "val": {}}
+    others: Counter = Counter()
     for file in files:
         # -sig: some copies begin with a byte order mark
         with (reading(file, "annotations of Kinetics", "give the csv files as Kinetics-600 ships them"),
@@ -230,7 +231,7 @@ def main() -> None:
         command.add_argument("--out", type=Path, default=REPOSITORY / "data/metadata", help="folder of the lists")
     args = vars(parser.parse_args())
     try:
-        {"ucf101": ucf101, "k600": k600}[args.pop("command")](**args)
+        (ucf101 if args.pop("command") == "ucf101" else k600)(**args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.errors import DamagedFile, reading
-from common.files import write_whole
+from common.files import atomic_write
 
 DTYPES = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "F16": torch.float16, "F32": torch.float32}
 FORMAT = "1"
@@ -57,7 +57,7 @@ class TokenWriter:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with write_whole(path) as target:
+        with atomic_write(path) as target:
             target.write(len(text).to_bytes(8, "little") + text)
             for file, *_ in self.parts.values():
                 file.seek(0)

@@ -84,7 +84,8 @@ def probe(path: str, timeout: float = TIMEOUT) -> VideoInfo:
 
     def look() -> VideoInfo:
         source = _open(path)
-        return VideoInfo(source.num_frames, *_frames(path, source, np.zeros(1, np.int64)).shape[1:3], source.fps)
+        height, width = _frames(path, source, np.zeros(1, np.int64)).shape[1:3]
+        return VideoInfo(source.num_frames, height, width, source.fps)
 
     return _bounded(look, path, timeout)
 
@@ -95,7 +96,7 @@ def read_frames(path: str, indices: Sequence[int], timeout: float = TIMEOUT) -> 
 
 
 def read_chosen(
-    path: str, choose: Callable[[int], Sequence[int]], timeout: float = TIMEOUT
+    path: str, choose: Callable[[int], Sequence[int] | np.ndarray], timeout: float = TIMEOUT
 ) -> tuple[Tensor, np.ndarray]:
     """`read_frames` of indices `choose(num_frames)`, opening the file once. Returns the frames and their indices."""
 
@@ -142,7 +143,7 @@ def persist(function: Callable, path: str):
                 log.warning("%s: %s; trying again for %g s", path, _reason(error), PATIENCE)
             if time.monotonic() - start >= PATIENCE:
                 raise StorageError(f"{path} cannot be read: {_reason(error)}, for {PATIENCE:g} s. It does not count as "
-                                   "damaged: see to the disk, rights, limits or memory, and run again") from None
+                                   "damaged: check the disk, permissions, limits and memory, and run again") from None
         time.sleep(wait)
         wait = min(2 * wait, 8)
 
@@ -190,7 +191,7 @@ def _limited(function: Callable, path: str, timeout: float):
     decord releases the interpreter lock, so the caller can go on when decord hangs, and a daemon thread does not keep
     the process from ending.
     """
-    future = Future()
+    future: Future = Future()
 
     def work(future: Future) -> None:
         try:
@@ -304,8 +305,7 @@ def _read_ffmpeg(path: str, indices: np.ndarray) -> Tensor:
     done = _ffmpeg(path, "-vf", f"select=between(n\\,{first}\\,{last})", "-frames:v", str(last - first + 1),
                    "-f", "image2pipe", "-c:v", "ppm", "-")
     frames, data = [], memoryview(done.stdout)
-    while data:
-        header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", data)
+    while header := re.match(rb"P6\s(\d+)\s(\d+)\s255\s", data):
         width, height = int(header[1]), int(header[2])
         end = header.end() + 3 * width * height
         frames.append(np.frombuffer(data[header.end() : end], np.uint8).reshape(height, width, 3))
@@ -417,11 +417,23 @@ def to_bytes(video: Tensor) -> Tensor:
     return video.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
-    """Write an mp4 (H.264) atomically. video: (3, T, H, W) float in [0, 1] (see `to_bytes`), or uint8. Raises OSError.
+def run_ffmpeg(arguments: Sequence, data: bytes) -> bytes:
+    """What ffmpeg writes to stdout when it reads `data` from stdin. Raises OSError with the first line of its errors.
 
     ffmpeg is called directly: imageio forks the whole process for it, 20 to 90 ms with the interpreter lock held, and
     accepts a file that ffmpeg could not finish. In its own session ffmpeg does not get Ctrl-C.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, arguments)]
+    done = subprocess.run(command, input=data, capture_output=True, start_new_session=True)
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().split("\n")[0]
+        raise OSError(reason or f"ffmpeg ended with status {done.returncode}")
+    return done.stdout
+
+
+def write_video(path: str | Path, video: Tensor, fps: float = 25, crf: int = 5) -> None:
+    """Write an mp4 (H.264) atomically. video: (3, T, H, W) float in [0, 1] (see `to_bytes`), or uint8. crf: how much
+    may be lost, from 0, which loses only what YUV loses; ffmpeg's default is 23. Raises OSError.
     """
     path = Path(path)
     video = video if video.dtype == torch.uint8 else to_bytes(video.detach())
@@ -430,14 +442,10 @@ def write_video(path: str | Path, video: Tensor, fps: float = 25) -> None:
     pixels = "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p"  # yuv420p halves the colour planes
     part = path.absolute()  # ffmpeg reads "c:d/x" as protocol c
     part = part.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    command = [
-        imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error",
-        "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
-        "-vcodec", "libx264", "-crf", "5", "-pix_fmt", pixels, part,
-    ]
-    done = subprocess.run(command, input=frames.tobytes(), capture_output=True, start_new_session=True)
-    if done.returncode:
+    try:
+        run_ffmpeg(["-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps, "-i", "-",
+                    "-vcodec", "libx264", "-crf", crf, "-pix_fmt", pixels, part], frames.tobytes())
+    except OSError as error:
         part.unlink(missing_ok=True)
-        reason = done.stderr.decode(errors="replace").strip().split("\n")[0]
-        raise OSError(f"{path} cannot be written: {reason or f'ffmpeg ended with status {done.returncode}'}")
+        raise OSError(f"{path} cannot be written: {error}") from None
     os.replace(part, path)

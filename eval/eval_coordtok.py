@@ -22,6 +22,8 @@ def parse_args():
     model.add_argument("--slices", type=int, default=1,
                        help="Decode a clip's patches in so many sequences of equal length")
     model.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32", help="Autocast of the model")
+    model.add_argument("--plane_bits", type=int, metavar="8|16|32", help="Store each value of the planes in so many "
+                       "bits before it is decoded (default: as it is computed)")
     flags.add_data(parser)
     flags.add_evaluation(parser, protocol="coordtok_rfvd10k_128f")
     flags.add_flags(parser, CoordTokConfig, everyday=False)
@@ -36,7 +38,9 @@ import torch
 from common import distributed
 from data.lists import list_folder
 from eval.evaluate import evaluate
-from training.load import load_coordtok, weights_sha256
+from models.pretrained import weights_sha256
+from models.triplane import stored
+from training.load import load_coordtok
 from training.optim import Precision
 
 
@@ -46,15 +50,17 @@ def main():
     tokenizer = load_coordtok(args.tokenizer, args).to(device).eval()
     precision = Precision(args.precision, device)
 
-    def reconstruct(video: torch.Tensor, _: list[int]) -> torch.Tensor:
+    def reconstruct(video: torch.Tensor, _: list[int]) -> tuple[torch.Tensor, int]:
         with precision.autocast():
-            return tokenizer.render(tokenizer.encode(video), slices=args.slices)
+            planes, bits = stored(tokenizer.encode(video), args.plane_bits)
+            return tokenizer.render(planes, slices=args.slices).clamp(0, 1), bits
 
     evaluate(
         reconstruct, list_folder(Path(args.data_root) / args.video_name), args, device,
         num_frames=tokenizer.config.video_shape[0], size=tokenizer.config.video_shape[1],
-        model=f"{args.tokenizer} {weights_sha256(tokenizer)[:12]}",
-        settings={"precision": precision.name, "slices": args.slices, "padding": tokenizer.config.padding},
+        model=f"CoordTok: {args.tokenizer} {weights_sha256(tokenizer)[:12]}",
+        settings={"precision": precision.name, "slices": args.slices, "padding": tokenizer.config.padding,
+                  "plane_bits": args.plane_bits or "as computed"},
         dataset=args.video_name, patch=tokenizer.config.patch,
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any folder
 from common.cli import Parser, Rare, one_line_errors
+from models.pretrained import weights_sha256
 from training import flags
 
 AMP = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -50,7 +51,7 @@ from common import distributed
 from common.rng import sample_generators
 from data.lists import list_csv, list_folder
 from eval.evaluate import evaluate
-from training.load import load_larp_tokenizer, weights_sha256
+from training.load import load_larp_tokenizer
 from training.optim import Precision
 from training.validation import CodeStats
 
@@ -70,14 +71,14 @@ def main():
     precision = Precision(AMP[args.amp_dtype] if args.use_amp else "fp32", device)
     codes = CodeStats(config.bottleneck.args.regularizer.args.codebook_size, device)
 
-    def reconstruct(video: Tensor, positions: list[int]) -> Tensor:
+    def reconstruct(video: Tensor, positions: list[int]) -> tuple[Tensor, float]:
         video = torch.cat([video, video[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         generators = None if args.det else sample_generators(args.seed, positions, device)
         with precision.autocast():
             found = tokenizer.encode(video, deterministic=args.det, generator=generators)
             output = tokenizer.decode(found, video.shape[2])
         codes.add(found)
-        return output[:, :, :num_frames]
+        return output[:, :, :num_frames].clamp(0, 1), config.bits
 
     if args.video_name:
         dataset, files = args.video_name, list_folder(Path(args.data_root) / args.video_name)
@@ -85,7 +86,7 @@ def main():
         dataset, files = args.dataset_csv, list_csv(args.dataset_csv)
     evaluate(
         reconstruct, files, args, device, num_frames, config.input_size,
-        model=f"{args.tokenizer} {args.version} {weights_sha256(tokenizer)[:12]}",
+        model=f"LARP tokenizer: {args.tokenizer} {args.version} {weights_sha256(tokenizer)[:12]}",
         settings={"precision": precision.name, "deterministic": args.det, "repeated_frames": missing},
         dataset=dataset, more=codes.summary, patch=config.patch,
     )

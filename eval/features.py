@@ -56,36 +56,31 @@ def _mmd(x: Tensor, y: Tensor) -> float:
     return (others(kernel(x, x)) + others(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """(precision, recall): the share of generated features that lie in the ball of any real one, and the share of real
-    features that lie in the ball of any generated one.
+def ball_metrics(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> dict[str, float]:
+    """{"precision", "recall", "density", "coverage"}, from one pass over the distances within and between the sets.
 
-    A feature's ball reaches to its k-th nearest other feature of the same set, and includes its surface. real, fake:
-    (N, dim), more than k. Source: "Improved precision and recall" (arXiv 1904.06991), with its k.
+    A feature's ball reaches to its k-th nearest other feature of the same set, and includes its surface.
+    precision: share of generated features in the ball of any real one; recall: share of real features in the ball of
+    any generated one ("Improved precision and recall", arXiv 1904.06991, with its k = 3). density: how many balls of
+    real features a generated one lies in on average, divided by k, which is 1 for equal distributions; coverage: share
+    of real balls that hold any generated feature ("Reliable fidelity and diversity metrics", arXiv 2002.09797, with
+    its k = 5). real, fake: (N, dim), one or more; nan where no ball has a k-th neighbour.
     """
-    real, fake = _prepared(real, k + 1), _prepared(fake, k + 1)
-    real_radii, fake_radii = _squared_radii(real, k), _squared_radii(fake, k)
-    found, recalled = torch.zeros(len(fake), dtype=torch.bool), 0
+    real, fake = _prepared(real, 1), _prepared(fake, 1)
+    real_radii, wide_radii = _squared_radii(real, (k, k_density))
+    (fake_radii,) = _squared_radii(fake, (k,))
+    found, recalled, inside, covered = torch.zeros(len(fake), dtype=torch.bool), 0, 0, 0
     for rows, distances in _squared_distances(real, fake):
         found |= (distances <= real_radii[rows, None]).any(dim=0)
         recalled += (distances <= fake_radii).any(dim=1).sum().item()
-    return found.double().mean().item(), recalled / len(real)
-
-
-def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
-    """(density, coverage): how many balls of real features a generated one lies in on average, divided by k, which is
-    1 for equal distributions; and the share of real balls that hold any generated feature.
-
-    Balls are as in `precision_recall`. real: (N, dim), more than k. fake: (N, dim), one or more. Source: "Reliable
-    fidelity and diversity metrics" (arXiv 2002.09797), with its k.
-    """
-    real, fake = _prepared(real, k + 1), _prepared(fake, 1)
-    radii, inside, covered = _squared_radii(real, k), 0, 0
-    for rows, distances in _squared_distances(real, fake):
-        within = distances <= radii[rows, None]
-        inside += within.sum().item()
-        covered += within.any(dim=1).sum().item()
-    return inside / (k * len(fake)), covered / len(real)
+        counts = (distances <= wide_radii[rows, None]).sum(dim=1)
+        inside += counts.sum().item()
+        covered += (counts > 0).sum().item()
+    results = {"precision": found.double().mean().item(), "recall": recalled / len(real),
+               "density": inside / (k_density * len(fake)), "coverage": covered / len(real)}
+    few = {"precision": len(real) <= k or len(fake) <= k, "density": len(real) <= k_density}
+    few |= {"recall": few["precision"], "coverage": few["density"]}
+    return {name: math.nan if few[name] else value for name, value in results.items()}
 
 
 def _prepared(features: Tensor, fewest: int) -> Tensor:
@@ -98,28 +93,27 @@ def _prepared(features: Tensor, fewest: int) -> Tensor:
 def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of rows of the squared distances (len(a), len(b)), with their places. Features that differ by no more than
     rounding are at distance 0."""
-    a_norms, b_norms = a.square().sum(1), b.square().sum(1)
+    a_norms, b_norms = a.square().sum(1, keepdim=True), b.square().sum(1, keepdim=True)
+    left, right = torch.cat([a, a_norms, torch.ones_like(a_norms)], 1), torch.cat([-2 * b, torch.ones_like(b_norms),
+                                                                                   b_norms], 1)
     for start in range(0, len(a), step := max(1, BLOCK // len(b))):
         rows = slice(start, start + step)
-        norms = a_norms[rows, None] + b_norms
-        distances = torch.addmm(norms, a[rows], b.T, alpha=-2)
-        yield rows, distances.masked_fill_(distances < 1e-12 * norms, 0)
+        distances = left[rows] @ right.T
+        yield rows, distances.masked_fill_(distances < 2e-12 * a_norms[rows], 0)
 
 
-def _squared_radii(x: Tensor, k: int) -> Tensor:
-    """(N,) squared distances to the k-th nearest other feature, wider by a little more than rounding errors."""
-    radii = []
+def _squared_radii(x: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
+    """For each k of ks, (N,) squared distances to the k-th nearest other feature, wider by a little more than rounding
+    errors; nan where there are not as many."""
+    nearest, most = [], min(max(ks), len(x) - 1)
     for rows, distances in _squared_distances(x, x):
         distances[torch.arange(len(distances)), torch.arange(len(x))[rows]] = math.inf
-        radii.append(distances.kthvalue(k, dim=1).values)
-    return torch.cat(radii) * (1 + 1e-9)
+        nearest.append(distances.topk(most, dim=1, largest=False).values)
+    nearest = torch.cat(nearest) * (1 + 1e-9)
+    return [nearest[:, k - 1] if k <= most else torch.full((len(x),), math.nan, dtype=x.dtype) for k in ks]
 
 
 def feature_metrics(real: Tensor, fake: Tensor, seed: int = 0) -> dict[str, float]:
     """{"kvd", "precision", "recall", "density", "coverage"} of real and generated features (N, dim), as
     FEATURE_METRICS_RECORD defines them. nan where a set is too small for one."""
-    fewest, results = min(len(real), len(fake)), {}
-    results["kvd"] = kvd(real, fake, seed) if fewest > 1 else math.nan
-    results["precision"], results["recall"] = precision_recall(real, fake) if fewest > 3 else (math.nan, math.nan)
-    results["density"], results["coverage"] = density_coverage(real, fake) if fewest > 5 else (math.nan, math.nan)
-    return results
+    return {"kvd": kvd(real, fake, seed) if min(len(real), len(fake)) > 1 else math.nan, **ball_metrics(real, fake)}

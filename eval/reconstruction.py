@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from common.console import Progress
 from data.clips import ClipKey, Quarantine
 from data.lists import VideoFile
+from data.loader import Loader
 from data.video import VideoError, probe
-from eval import fvd
+from eval.fvd import fvd_scores
 from eval.metrics import mse_clip, psnr_clip, psnr_frame, ssim_frame
 from eval.motion import motion_rows, motion_summary
 from eval.protocols import Protocol
@@ -48,12 +48,12 @@ def protocol_clips(
     files = list(files)
     if protocol.short_videos == "discarded":
         with ThreadPoolExecutor(8) as pool:  # decoding runs outside the interpreter lock
-            lengths = pool.map(lambda file: length(file, quarantine, timeout), files)
-            lengths = list(tqdm(lengths, "lengths", len(files), False))
+            found = pool.map(lambda file: length(file, quarantine, timeout), files)
+            lengths = list(Progress(found, "lengths", len(files)))
         files = [file for file, frames in zip(files, lengths) if frames >= num_frames]
         if not files:
             raise ValueError(f"no video has {num_frames} frames: {protocol.name} discards shorter ones")
-        wanted = num_clips or protocol.num_real
+        wanted = num_clips or protocol.num_real or len(files)
         return files, [ClipKey(i, i % len(files)) for i in range(wanted)]
     wanted = min(num_clips or len(files), len(files))
     return files, [ClipKey(i, i * len(files) // wanted) for i in range(wanted)]
@@ -71,7 +71,7 @@ def length(file: VideoFile, quarantine: Quarantine, timeout: float) -> int:
 @torch.inference_mode()
 def reconstruct_rows(
     reconstruct: Callable[[Tensor, list[int]], Tensor],
-    loader: DataLoader,
+    loader: Loader,
     device: torch.device,
     i3d: nn.Module | None = None,
     i3d_resize: str = "square",
@@ -80,6 +80,7 @@ def reconstruct_rows(
     motion_of: Container[int] = (),
     patch: Sequence[int] | None = None,
     vmaf: bool = False,
+    known: dict[int, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
     """Compare clips with their reconstructions.
 
@@ -88,11 +89,13 @@ def reconstruct_rows(
     loader: batches of clips (data.loader.make_loader) whose `position` is that index.
     motion_of: indices of the clips whose motion is measured (`eval.motion`), since optical flow is slow. patch:
         (t, h, w) of the tokenizer's blocks. vmaf: measure those clips' VMAF too.
+    known: logits of real clips by index, used and added to: several tokenizers need them once.
     Returns ({index (n,), metric (n,), real and fake I3D logits (n, 400)}, the first batch's (input, reconstruction)
     pairs), on the CPU.
     """
-    rows, examples = [], []
-    for batch in tqdm(loader, desc=progress, disable=progress is None):
+    rows: list[dict[str, Tensor]] = []
+    examples: list[tuple[Tensor, Tensor]] = []
+    for batch in Progress(loader, desc=progress, disable=progress is None):
         if not len(batch["position"]):
             continue  # all its clips were damaged
         video = loader.dataset.to_video(batch, device)
@@ -102,7 +105,13 @@ def reconstruct_rows(
         if perceptual is not None:
             row[perceptual.name] = perceptual(video, output)
         if i3d is not None:
-            row["real"], row["fake"] = i3d(torch.cat([video, output]), resize=i3d_resize).chunk(2)
+            indices = batch["position"].tolist()
+            if known and all(index in known for index in indices):
+                row["real"], row["fake"] = torch.stack([known[i] for i in indices]), i3d(output, resize=i3d_resize)
+            else:
+                row["real"], row["fake"] = i3d(torch.cat([video, output]), resize=i3d_resize).chunk(2)
+            if known is not None:
+                known |= zip(indices, row["real"].cpu())
         if motion_of:
             chosen = [index in motion_of for index in batch["position"].tolist()]
             row |= motion_rows(output, chosen, video, patch, vmaf)
@@ -126,13 +135,13 @@ def merge(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
-    """Means of the metrics over clips, and rFVD with the other results of `eval.fvd.report`. divisor: of the
+    """Means of the metrics over clips, and rFVD with the other results of `eval.fvd.fvd_scores`. divisor: of the
     covariance, "N" or "N-1".
 
     A clip without any error has an infinite PSNR. Such clips are left out of the mean and counted as NAME_infinite.
     """
-    means = {"clips": len(rows["index"])}
-    for name in (*CLIP_METRICS, "lpips", "stlpips"):
+    means: dict[str, float] = {"clips": len(rows["index"])}
+    for name in ("bits_per_pixel", *CLIP_METRICS, "lpips", "stlpips"):
         if name in rows:
             values = rows[name].double()
             finite = values[values.isfinite()]
@@ -141,6 +150,6 @@ def summary(rows: dict[str, Tensor], divisor: str) -> dict[str, float]:
                 means[f"{name}_infinite"] = len(values) - len(finite)
     means |= motion_summary(rows)
     if "real" in rows:
-        for name, value in fvd.report(rows["real"], rows["fake"], divisor).items():
+        for name, value in fvd_scores(rows["real"], rows["fake"], divisor).items():
             means[f"r{name}" if name.startswith(("fvd", "kvd")) else name] = value
     return means

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common import distributed
-from common.files import git_revision, write_whole
+from common.files import atomic_write, git_revision
 from eval.features import FEATURE_METRICS_RECORD
 from eval.i3d import I3D
 from eval.motion import MOTION_RECORD
@@ -111,25 +111,24 @@ def comparable(a: dict[str, Any], b: dict[str, Any], ignore: tuple[str, ...] = (
 
 
 def write_record(path: str | Path, record: dict[str, Any], results: dict[str, Any]) -> None:
-    """Save the numbers with their record as JSON, atomically, and the SHA-256 of both for `read_record`.
-    """
+    """Save the numbers with their record as JSON, atomically, with a SHA-256 of both that `read_record` checks."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"results": as_json(results), "record": record}
-    with write_whole(path, "w") as file:
+    with atomic_write(path, "w") as file:
         text = json.dumps({**content, "sha256": content_sha256(content)}, indent=1, allow_nan=False)
         file.write(text + "\n")
 
 
 def as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: such a number becomes null, and NAME_note beside it says why."""
+    """The values for JSON, which has no NaN or infinity: such a number becomes null, and NAME_note says why."""
     notes = {f"{name}_note": why_not_finite(name, value) for name, value in values.items()
              if isinstance(value, float) and not math.isfinite(value)}
     return nulls(values) | notes
 
 
 def nulls(value: Any) -> Any:
-    """The same value with null for every number that is not finite: JSON has no others."""
+    """The value with null for every number that is not finite, since JSON has no such numbers."""
     if isinstance(value, dict):
         return {name: nulls(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

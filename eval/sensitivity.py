@@ -8,9 +8,9 @@ every metric of this project. It prints one table and writes it to DIR as sensit
 """
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
-from tqdm import tqdm
 
 from common.cli import Parser, one_line_errors
-from common.files import git_revision, manifest_sha256, write_whole
+from common.console import Progress
+from common.files import atomic_write, git_revision, manifest_sha256
 from common.rng import sample_generators
 from data.clips import ClipDataset, ClipKey
 from data.lists import list_folder
@@ -54,8 +54,11 @@ LEGEND = {
 
 def blur(clip: Tensor, sigma: float, _: torch.Generator) -> Tensor:
     """Gaussian blur of each frame. sigma: in pixels."""
-    radius = min(math.ceil(3 * sigma), min(clip.shape[2:]) - 1)
-    return gaussian_blur(clip.transpose(0, 1), 2 * radius + 1, sigma).transpose(0, 1)
+    length = 2 * min(math.ceil(3 * sigma), min(clip.shape[2:]) - 1) + 1
+    frames = clip.transpose(0, 1)
+    for kernel in ([length, 1], [1, length]):  # rows and columns in turn, as torchvision's kernel is a square
+        frames = gaussian_blur(frames, kernel, sigma)
+    return frames.transpose(0, 1)
 
 
 def noise(clip: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
@@ -167,7 +170,7 @@ def blur_of_psnr(video: Tensor, wanted: float) -> tuple[Tensor, float]:
 class Yardstick:
     """Measures sets of clips against the clean one, what is needed of which is computed once."""
 
-    def __init__(self, real: Tensor, i3d: nn.Module, distances: dict[str, nn.Module], device: torch.device,
+    def __init__(self, real: Tensor, i3d: nn.Module, distances: Mapping[str, nn.Module], device: torch.device,
                  batch_size: int, with_vmaf: bool = False):
         self.real, self.i3d, self.distances, self.device = real, i3d, distances, device
         self.batch_size, self.with_vmaf = batch_size, with_vmaf
@@ -181,7 +184,7 @@ class Yardstick:
         """{metric: value} of corrupted clips, in the order of METRICS."""
         features = self._features(fake)
         both = [FeatureStats.from_features(side) for side in (self.features, features)]
-        found = {"fvd": frechet_distance(*both, "N-1"), **feature_metrics(self.features, features),
+        found = {"fvd": frechet_distance(both[0], both[1], "N-1"), **feature_metrics(self.features, features),
                  "psnr": psnr(self.real, fake)}
         clips = {"ssim": ssim_frame(self.real, fake)}
         for name, distance in self.distances.items():
@@ -201,8 +204,8 @@ class Yardstick:
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation, ties at their mean rank; nan where one side is constant."""
 
-    def ranks(values: Sequence[float]) -> np.ndarray:
-        values = np.asarray(values, np.float64)
+    def ranks(side: Sequence[float]) -> np.ndarray:
+        values = np.asarray(side, np.float64)
         return (values[:, None] > values).sum(1) + 0.5 * (values[:, None] == values).sum(1)
 
     x, y = (ranks(side) - ranks(side).mean() for side in (a, b))
@@ -220,12 +223,12 @@ def responses(rows: list[dict]) -> dict[str, dict[str, float]]:
     return found
 
 
-def card(real: Tensor, yardstick: Yardstick, seed: int = 0) -> list[dict]:
+def card(real: Tensor, yardstick: Yardstick, seed: int = 0) -> list[dict[str, Any]]:
     """A row {"corruption", "strength", each metric} for the clean clips, each corruption and strength, and a last few
     for the blur that has the PSNR of each local warp."""
     planned = [(name, strength) for name, known in CORRUPTIONS.items() for strength in known.strengths]
-    rows = [{"corruption": "none", "strength": 0.0, **yardstick.measure(real)}]
-    for name, strength in tqdm(planned, "corruptions"):
+    rows: list[dict[str, Any]] = [{"corruption": "none", "strength": 0.0, **yardstick.measure(real)}]
+    for name, strength in Progress(planned, "corruptions"):
         fake = corrupt(real, name, strength, seed)
         rows.append({"corruption": name, "strength": float(strength), **yardstick.measure(fake)})
     for row in [row for row in rows if row["corruption"] == "local_warp"]:
@@ -293,7 +296,7 @@ def picture(path: Path, rows: list[dict], ranks: dict[str, dict[str, float]]) ->
                 x = left + width * i + 7 + step * k
                 draw.rectangle((x, bottom - bar, x + step - 3, bottom), colour)
             draw.line((left + width * i + 4, bottom + 1, left + width * (i + 1) - 4, bottom + 1), "#999999")
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         image.quantize(16).save(file, format="PNG", optimize=True)
 
 
@@ -368,14 +371,14 @@ def main(argv: list[str] | None = None) -> None:
         "clip_start": "videos drawn without replacement, first frame uniform over the video, both from the seed",
         "seed": args.seed, "extractor_sha256": i3d.weights_sha256, "i3d_eps": i3d.eps, "i3d_resize": "square",
         "divisor": "N-1", **{name: distance.description for name, distance in distances.items()}, **missing,
-        "corruptions": {name: f"{known.unit}: {known.function.__doc__.split(chr(10))[0]}"
+        "corruptions": {name: f"{known.unit}: {(known.function.__doc__ or '').split(chr(10))[0]}"
                         for name, known in CORRUPTIONS.items()},
         "metrics": LEGEND, "feature_metrics": FEATURE_METRICS_RECORD, "motion_metrics": MOTION_RECORD,
         "git_revision": git_revision(),
     }
     text = markdown(rows, ranks, missing)
     write_record(folder / "sensitivity.json", nulls(record), {"rows": rows, "spearman": ranks})
-    with write_whole(folder / "sensitivity.md", "w") as file:
+    with atomic_write(folder / "sensitivity.md", "w") as file:
         file.write(text)
     picture(folder / "sensitivity.png", rows, ranks)
     print(text)

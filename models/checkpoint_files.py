@@ -21,7 +21,7 @@ NAME = re.compile(r"step_(\d+)(\.pt)?")  # of a file, or of a folder where the s
 
 
 def step_of(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+    return int(NAME.sub(r"\1", path.name))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -64,7 +64,7 @@ def load(path: str | Path, mmap: bool = False) -> dict:
         reason = found(file, error)
         if of_system(error):
             raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or reason}") from error
-        raise DamagedFile(f"{path} cannot be read as a checkpoint: {reason}; give another, or take it away") from error
+        raise DamagedFile(f"{path} cannot be read as a checkpoint: {reason}; give another, or move it away") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if state["format"] != FORMAT:

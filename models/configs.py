@@ -365,7 +365,8 @@ class LARPTokenizerConfig:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Number of encoder patches along t, h, w."""
-        return self.frame_num // self.temporal_patch_size, *[self.input_size // self.patch_size] * 2
+        side = self.input_size // self.patch_size
+        return self.frame_num // self.temporal_patch_size, side, side
 
     @property
     def patch(self) -> tuple[int, int, int]:
@@ -375,7 +376,13 @@ class LARPTokenizerConfig:
     @property
     def decoder_grid(self) -> tuple[int, int, int]:
         """Number of decoder patches along t, h, w."""
-        return self.frame_num // self.decoder_temporal_patch_size, *[self.input_size // self.decoder_patch_size] * 2
+        side = self.input_size // self.decoder_patch_size
+        return self.frame_num // self.decoder_temporal_patch_size, side, side
+
+    @property
+    def bits(self) -> float:
+        """Bits of a clip's codes: 1,024 times 13 for the released model."""
+        return self.bottleneck_token_num * math.log2(self.bottleneck.args.regularizer.args.codebook_size)
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,10 @@ class VideoEncoder(nn.Module):
 
     def __init__(self, config: CoordTokConfig):
         super().__init__()
-        dim, size = config.enc_embed_dim, (config.enc_patch_size_t, *[config.enc_patch_size_xy] * 2)
+        dim, side = config.enc_embed_dim, config.enc_patch_size_xy
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.pos_emb = nn.Parameter(torch.randn(1, math.prod(config.num_tubelets), dim))
-        self.patch_embed = patch_embedding(TubeletEmbedding(3, dim, size))
+        self.patch_embed = patch_embedding(TubeletEmbedding(3, dim, (config.enc_patch_size_t, side, side)))
         self.layers = Blocks(
             vit_block(dim, config.enc_num_heads, qkv_bias=False, eps=1e-5) for _ in range(config.enc_patch_num_layers)
         )
@@ -356,7 +356,8 @@ def coordtok_loss(
     pred, target: (B, N, p_t * p * p * 3) patches in [-1, 1]. index: (B, N, 3) long, which patches these are; with
     `perceptual` they make up whole frames, in any order (see `assemble_frames`).
     Returns the loss (B,), to be summed over the global batch, and its parts as detached means: mse (of a value), lpips
-    (of a frame).
+    (of a frame). The released code sums over a micro-batch and averages over processes, so that the scale of its loss
+    depends on their number; Adam does not see the difference.
     """
     loss = mse = patch_loss(pred, target)
     logs = {"mse": mse.detach().mean()}

@@ -10,6 +10,8 @@ from models.layers import Blocks, TubeletEmbedding, sincos_3d, vit_block
 
 
 class Discriminator(nn.Module):
+    pos_embed: Tensor
+
     def __init__(self, **config):
         super().__init__()
         self.config = c = DiscriminatorConfig(**config)

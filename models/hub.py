@@ -13,7 +13,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from common.cli import check_carried
-from common.files import write_whole
+from common.files import atomic_write
 from models.checkpoint_files import (
     EXPORTED,
     FACTS,
@@ -160,14 +160,14 @@ def write_pretrained(
     if kind in EXPORTED:
         content = {"config.json": {"kind": kind, "config": config, **dict.fromkeys(EXPORTED[kind]), **facts}}
     folder.mkdir(parents=True, exist_ok=True)
-    with write_whole(folder / "model.safetensors") as file:
+    with atomic_write(folder / "model.safetensors") as file:
         file.write(serialize({name: tensor.contiguous() for name, tensor in weights.items()}, {"format": "pt"}))
     for name, value in content.items():
-        with write_whole(folder / name, "w") as file:
+        with atomic_write(folder / name, "w") as file:
             file.write(json.dumps(value, indent=2, default=as_plain) + "\n")
     names = ["model.safetensors", *content]
     if kind in CARDS:
-        with write_whole(folder / "README.md", "w") as file:
+        with atomic_write(folder / "README.md", "w") as file:
             file.write(model_card(kind, config, weights, facts))
         names.append("README.md")
     return [folder / name for name in names]

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
-from tqdm import tqdm
 
+from common.console import Progress
 from models.configs import LAST_STEPS, PREDICTIONS
 from models.triplane import Planes
 
@@ -173,7 +173,8 @@ class Interpolant:
         """Whether a formula divides by 0 at an end of [0, 1]."""
         return self.path == "VP" or self.prediction != "velocity"
 
-    def _interval(self, eps: float) -> tuple[float, float]:
+    def _interval(self, eps: float | None) -> tuple[float, float]:
+        assert eps is not None  # set in __post_init__
         return (0.0 if self.path == "VP" else eps), 1 - eps
 
     def interpolate(self, x1: Planes, x0: Planes, t: Tensor) -> tuple[Planes, Planes]:
@@ -292,7 +293,8 @@ class Interpolant:
                 velocity = self._velocity(model, x, t, _take(model_kwargs, rows))
                 signs = Planes(*(plane[rows] for plane in probe))
                 gradients = torch.autograd.grad(velocity, x, signs)
-            divergence = sum((g * e).flatten(1).sum(dim=1) for g, e in zip(gradients, signs))
+            xy, yt, xt = ((g * e).flatten(1).sum(dim=1) for g, e in zip(gradients, signs))
+            divergence = xy + yt + xt
             return *(plane.detach() for plane in velocity), divergence
 
         start = (*planes, planes.xy.new_zeros(len(planes.xy)))
@@ -316,7 +318,8 @@ class Interpolant:
         progress: bool = False,
         **model_kwargs,
     ) -> Planes:
-        """Solve dx = (v + D s) dt + sqrt(2 D) dW from noise to data; velocity v and score s from one network call.
+        """Solve dx = (v + D s) dt + sqrt(2 D) dW from noise to data. Velocity v and score s come from one network call;
+        the released code makes two.
 
         noise: (B, C, R, R) each, float32 or float64. num_steps: time points, so num_steps - 1 solver steps.
         method: "Euler" (Maruyama), one network call a step, or "Heun", two. diffusion_form, diffusion_norm: D(t).
@@ -356,7 +359,7 @@ class Interpolant:
             velocity, score = fields(x, time, c)
             return velocity.map(lambda v, s: v + diffusion * s, score)
 
-        for step in tqdm(range(num_steps - 1), desc=f"SDE {method}", disable=not progress):
+        for step in Progress(range(num_steps - 1), desc=f"SDE {method}", disable=not progress):
             time = low + step * dt
             _, diffusion = coefficients(time)
             scale = math.sqrt(2 * diffusion * dt)
@@ -402,7 +405,7 @@ class Interpolant:
             options.setdefault("step_t", times[-1:])
         together = coupled or method in INDEPENDENT
         solved = []
-        with tqdm(desc=f"ODE {method}", unit="call", disable=not progress) as bar:
+        with Progress(desc=f"ODE {method}", unit="call", disable=not progress) as bar:
             for rows in [slice(None)] if together else [slice(i, i + 1) for i in range(len(state[0]))]:
 
                 def counted(t: Tensor, part: tuple[Tensor, ...], rows: slice = rows) -> tuple[Tensor, ...]:

@@ -48,11 +48,11 @@ class Attention(nn.Module):
         pass of one token attends to all of them, a longer one starts at position 0 and attends to itself alone."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads of q, k and v, T, head_dim)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        if cache is not None:
+        if cache is not None and window is not None:
             cache.index_copy_(3, window.position, torch.stack([k, v]))
             if x.shape[1] == 1:
                 k, v = cache.narrow(3, 0, window.length)
-        if window is not None and window.rows is not None:
+        if cache is not None and window is not None and window.rows is not None:
             y = attend_one(q, k, cache[1], window.rows)
         else:
             y = F.scaled_dot_product_attention(

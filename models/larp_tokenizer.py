@@ -23,7 +23,7 @@ from models.prior import Prior
 from models.quantizer import Bottleneck, Generators
 
 
-def parse_config(cls: type, data: Mapping[str, Any], where: str = "config") -> Any:
+def parse_config(cls: Any, data: Mapping[str, Any], where: str = "config") -> Any:
     """The dataclass `cls`, and those nested in it, from nested mappings. A key that is unknown, or a value of another
     type, is a ValueError. A nested None means that its `name` is None: `prior_model: null` is no prior."""
     if not isinstance(data, Mapping):
@@ -61,6 +61,12 @@ class LARPTokenizer(nn.Module, Pretrained):
     dicts as in the released config.json."""
 
     kind = "larp_tokenizer"
+
+    # Each is a learned parameter or a frozen table, as the configuration says.
+    encoder_patch_pe: Tensor
+    encoder_latent_query_embed: Tensor
+    decoder_latent_pe: Tensor
+    decoder_patch_query_embed: Tensor
 
     def __init__(self, **options):
         super().__init__()
@@ -139,7 +145,8 @@ class LARPTokenizer(nn.Module, Pretrained):
         return self.encoder(x)[:, -c.bottleneck_token_num :]  # (B, N, D), there is no final norm
 
     def decode_vectors(self, vectors: Tensor, num_frames: int | None = None) -> Tensor:
-        """vectors: (B, N, d) of codes. Returns (B, 3, num_frames, H, W), not clamped."""
+        """vectors: (B, N, d) of codes. Returns (B, 3, num_frames, H, W), not clamped. The released code unpatchifies
+        with the encoder's patch sizes, whatever the decoder's are; here the decoder's own sizes count."""
         c = self.config
         num_frames = c.frame_num if num_frames is None else num_frames
         self.check_frames(num_frames, c.decoder_temporal_patch_size)

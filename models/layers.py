@@ -1,6 +1,7 @@
 """Building blocks that several models share."""
 import itertools
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 def vit_block(dim: int, num_heads: int, qkv_bias: bool, eps: float, mlp_ratio: float = 4.0) -> Block:
     """timm's pre-norm ViT block with exact GELU. `eps` is explicit: timm's default changed from 1e-5 to 1e-6."""
-    return Block(dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=partial(nn.LayerNorm, eps=eps))
+    norm: Any = partial(nn.LayerNorm, eps=eps)  # timm types it as a class
+    return Block(dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm)
 
 
 class Blocks(nn.ModuleList):

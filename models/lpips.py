@@ -3,6 +3,7 @@ import hashlib
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import lpips
 import torch
@@ -74,7 +75,8 @@ class Perceptual(FrameDistance):
             source, generator = "RANDOM backbone", torch.Generator().manual_seed(0)
             for conv in (module for module in self.lpips.net.modules() if isinstance(module, nn.Conv2d)):
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=generator)
-                nn.init.zeros_(conv.bias)
+                if conv.bias is not None:
+                    nn.init.zeros_(conv.bias)
         else:
             state, path, source = backbone_state(net, weights)
             # lpips cuts torchvision's `features` into slices that keep the layers' numbers: slice2.5 is features.5.
@@ -100,7 +102,7 @@ class Distance(Fused):
     of five layers, and `lins`, a head for each layer.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Any):
         super().__init__()
         self.net, self.scaling_layer, self.lins = network.net, network.scaling_layer, network.lins
 
@@ -111,7 +113,8 @@ class Distance(Fused):
         with torch.autocast(pred.device.type, enabled=False):
             # F.normalize and not lpips.normalize_tensor, whose gradient is NaN where all features of a pixel are 0.
             units = [[F.normalize(x.float(), dim=1, eps=1e-10) for x in pair] for pair in layers]
-            return sum(lin((a - b).square()).mean(dim=(1, 2, 3)) for lin, (a, b) in zip(self.lins, units))
+            distances = [lin((a - b).square()).mean(dim=(1, 2, 3)) for lin, (a, b) in zip(self.lins, units)]
+            return sum(distances, torch.zeros_like(distances[0]))
 
 
 BACKBONES = {"vgg": VGG16_Weights.IMAGENET1K_V1, "alex": AlexNet_Weights.IMAGENET1K_V1}

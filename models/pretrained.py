@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from common.errors import DamagedFile, foreign_name, read_json, reading
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 class WeightsError(OSError):
     """Published weights that cannot be obtained. The message is one line: what was tried, and what to do."""
@@ -25,7 +27,7 @@ class WeightsError(OSError):
 
 # What the unpickler admits beside torch's own list (tensors, plain containers). Names with numpy.core are those of
 # numpy 1, numpy._core those of numpy 2.
-_ADMITTED = [
+_ADMITTED: list[Any] = [
     argparse.Namespace,
     # The configuration type inside LARP's trainer files: a dict that repeats its items as attributes. torch's
     # unpickler gives both to an OrderedDict.
@@ -144,7 +146,7 @@ def load_state(
     raise DamagedFile(f"{path}: {len(differences)} tensors do not fit this model: {first}{advice}")
 
 
-def build(kind: type[nn.Module], config: dict, path: str | Path | None) -> nn.Module:
+def build(kind: type[Model], config: dict, path: str | Path | None) -> Model:
     """kind(**config). path: the file that `config` is from, whose errors become DamagedFile; None: it is from flags."""
     if path is None:
         return kind(**config)

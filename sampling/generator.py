@@ -11,17 +11,17 @@ class Generator(NamedTuple):
     # (sample indices, labels of the paired real clips, and, if needs_real, those clips (B, 3, T, H, W)) -> videos
     # (B, 3, T, H, W), and values by name, (B, ...) each: label, nll in nats where it is known, ...
     generate: Callable[[list[int], list[int], Tensor | None], tuple[Tensor, dict[str, Tensor]]]
-    num_labels: int  # the labels that `generate` takes are below it; 0: it takes none
+    num_labels: int  # `generate` takes labels below this; 0: it takes none
     needs_real: bool  # whether `generate` takes real clips
     num_frames: int
     size: int
-    protocols: list[str]  # names of those that fit; the first is the default
-    settings: dict  # everything that the samples depend on, plain JSON values
+    protocols: list[str]  # names of the protocols that fit the model; the first is the default
+    settings: dict  # everything that the samples depend on, as plain JSON values
     model: str  # names the weights, for the record
-    row: dict  # further columns of the table of results
+    row: dict  # columns of the table of results that name the models
     class_names: list[str]  # by label; empty if unknown, or if there are no classes
     num_cond_frames: int = 0  # frames of the real clip that the model is given
-    patch: tuple[int, int, int] | None = None  # (t, h, w) of the blocks that the tokenizer's clips are made of
+    patch: tuple[int, int, int] | None = None  # (t, h, w) of the patches that the tokenizer decodes
 
 
 def check_class_label(label: int | None, num_classes: int) -> None:

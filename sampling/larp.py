@@ -8,9 +8,10 @@ from torch import Tensor
 from common.cli import check_carried
 from common.rng import sample_generators
 from eval.metrics import psnr_frame
+from models.pretrained import weights_sha256
 from sampling.generator import Generator, check_class_label
 from training.codes import hold_last
-from training.load import load_larp_ar, load_larp_tokenizer, weights_sha256
+from training.load import load_larp_ar, load_larp_tokenizer
 
 
 def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
@@ -32,7 +33,7 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
     if trained.tokenizer not in (None, tokenizer_sha256):
         raise ValueError(f"{args.ar_model} was trained on a tokenizer of SHA-256 {trained.tokenizer[:12]}, and "
                          f"--tokenizer {args.tokenizer} has {tokenizer_sha256[:12]}: give the one it was trained on")
-    # As published, weights are cast as a whole, without autocast: the generator's, and for classes the tokenizer's.
+    # As published, all weights are cast, without autocast: those of the generator and, for classes, of the tokenizer.
     dtype, tokenizer_dtype = args.dtype or "bfloat16", args.tokenizer_dtype or ("float32" if fp else "float16")
     model.to(device, getattr(torch, dtype))
     tokenizer.to(device, getattr(torch, tokenizer_dtype))
@@ -40,13 +41,13 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
 
     def generate(indices: list[int], labels: list[int], real: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         num = len(indices)
-        # Matrix products may round differently for another number of rows, and a draw can depend on the last bit. So a
-        # batch on a GPU is filled up to a fixed size, and on a CPU the tokenizer takes one clip at a time (the model
-        # itself takes care of it: see models.decoding.Linear).
+        # The rounding of matrix products depends on the number of rows, and the sampled code can depend on the last
+        # bit. So on a GPU a batch is filled up to a fixed size. On a CPU the tokenizer gets one clip at a time; the
+        # generator handles this itself (see models.decoding.Linear).
         place = list(range(num)) if device.type == "cpu" else [min(i, num - 1) for i in range(args.sample_batch_size)]
         parts = [slice(i, i + 1) for i in place] if device.type == "cpu" else [slice(None)]
         indices = [indices[i] for i in place]
-        if fp:
+        if real is not None:
             given = hold_last(real[place], num_cond)
             draws = None if args.det else sample_generators(args.seed, indices, device)
             known = [tokenizer.encode(given[part], args.det, draws and draws[part]) for part in parts]
@@ -57,7 +58,7 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         codes, nll = model.generate(cond, **draw, seeds=[(args.seed, i) for i in indices], return_nll=True)
         videos = torch.cat([tokenizer.decode(codes[part]) for part in parts])[:num].float()
         values = {"label": torch.full_like(nll, -1, dtype=torch.long) if fp else cond, "nll": nll}
-        if fp:
+        if real is not None:
             values["psnr_given"] = psnr_frame(real[:, :, :num_cond], videos[:, :, :num_cond].clamp(0, 1))
         return videos, {name: value[:num] for name, value in values.items()}
 
@@ -74,17 +75,18 @@ def larp_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         generate, num_labels=0 if fp or args.class_label is not None else config.num_classes, needs_real=fp,
         num_frames=num_frames, size=tokenizer.config.input_size,
         protocols=["larp_k600fp50k" if fp else "larp_gfvd10k"], settings=settings,
-        model=f"{args.ar_model} {args.version} {sha256[:12]}",
+        model=f"LARP generator{', frame prediction' * fp}: {args.ar_model} {args.version} {sha256[:12]}",
         row={"ar_model": args.ar_model, "tokenizer": args.tokenizer},
         class_names=trained.class_names, num_cond_frames=num_cond, patch=tokenizer.config.patch,
     )
 
 
 def larp_condition(args: argparse.Namespace, carried: int | None, fp: bool, num_frames: int) -> int:
-    """The number of frames that the model is given, 0 for a class-conditional one. ValueError where the flags do not
-    fit.
+    """The number of frames that the model is given; 0 if it is class-conditional. Raises ValueError if the flags do not
+    fit the model.
 
-    carried: the number in its checkpoint, if any. fp: whether the model predicts frames."""
+    carried: the number in its checkpoint, if any. fp: whether the model predicts frames. num_frames: of a clip.
+    """
     if not fp:
         if args.frame_prediction or args.num_cond_frames or args.det:
             raise ValueError(f"{args.ar_model} is class-conditional: leave --frame_prediction, --num_cond_frames and "
@@ -97,7 +99,7 @@ def larp_condition(args: argparse.Namespace, carried: int | None, fp: bool, num_
                          "published model's is 5)")
     if carried is not None and args.num_cond_frames is not None:
         check_carried("num_cond_frames", args.num_cond_frames, carried, args.ar_model)
-    num_cond = args.num_cond_frames or carried
+    num_cond = args.num_cond_frames or carried or 0
     if not 0 < num_cond < num_frames:
         raise ValueError(f"--num_cond_frames is {num_cond}, expected 1 to {num_frames - 1}")
     return num_cond

@@ -1,4 +1,4 @@
-"""The real clips that samples are paired with: which they are, and their batches.
+"""The real clips that samples are paired with: how they are chosen, and their batches.
 
 Real clip i gives sample i its label or first frames, and its features enter the FVD with those of sample i.
 """
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from tqdm import tqdm
 
-from common.errors import DamagedFile, read_json
-from common.files import manifest_sha256, write_whole
+from common.console import Progress
+from common.errors import REMAKE, DamagedFile, read_json
+from common.files import atomic_write, manifest_sha256
 from data.clips import ClipDataset, ClipKey, open_quarantine
 from data.lists import VideoFile, check_class_names, check_labels, list_csv, list_folder
 from data.loader import make_loader
@@ -26,8 +26,6 @@ from eval.protocols import LARP_RESIZE, Protocol
 from eval.reconstruction import length
 from sampling.generator import Generator
 from training.setup import make_clips
-
-REMAKE = "delete it, and it is made again"
 
 
 class RealVideos(NamedTuple):
@@ -68,8 +66,8 @@ def find_clips(videos: RealVideos, total: int, folder: Path) -> list[ClipKey]:
 
 
 def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
-    """The real clips of samples 0, 1, ..., up to `total` of them: of videos drawn without replacement from the seed,
-    without those too short, with uniform first frames, as `python -m eval.fvd` draws them.
+    """The real clips of samples 0, 1, ..., chosen as `python -m eval.fvd` does: videos drawn without replacement from
+    the seed, short ones left out, first frames uniform. There are fewer than `total` if the videos do not suffice.
 
     clips: with damaged="skip", so that no clip replaces a damaged one.
     """
@@ -84,16 +82,16 @@ def drawn_clips(clips: ClipDataset, total: int) -> list[ClipKey]:
                 break
     if not chosen:
         raise ValueError(f"none of {len(clips.files)} videos has {clips.num_frames} frames: choose another --data_root "
-                         "or --video_name, or go without with --no_fvd")
+                         "or --video_name, or leave FVD out with --no_fvd")
     return [ClipKey(video, video) for video in chosen[:total]]
 
 
 def segments(clips: ClipDataset, total: int, split_seed: int, folder: Path) -> list[ClipKey]:
-    """The real segments of samples 0 .. total - 1: drawn by random.Random(split_seed).sample from all non-overlapping
-    windows of the videos, in their order.
+    """The real segments of samples 0 .. total - 1, chosen as LARP does: random.Random(split_seed).sample draws them
+    from the list of all non-overlapping windows of the videos.
 
-    A video shorter than a window is one segment, with its last frame repeated. If there are fewer segments than `total`
-    they are reused in order. folder: keeps the lengths of the videos, so that shards agree on them.
+    A video shorter than a window is one segment, with its last frame repeated. If there are fewer segments than
+    `total`, they are used again in the same order. folder: keeps the lengths of the videos, so that shards agree.
     """
     window = clips.num_frames
     starts = [(video, start) for video, frames in enumerate(video_lengths(clips, folder)) if frames
@@ -105,7 +103,7 @@ def segments(clips: ClipDataset, total: int, split_seed: int, folder: Path) -> l
 
 
 def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
-    """Frames of each video, 0 where it cannot be decoded; kept in `folder`/lengths.json."""
+    """The number of frames of each video, 0 if it cannot be decoded. Kept in `folder`/lengths.json."""
     path = folder / "lengths.json"
     with FileLock(folder / ".lengths.lock"):
         known = read_json(path, "lengths of videos", REMAKE) if path.exists() else {}
@@ -114,8 +112,8 @@ def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
         if unknown := [file for file in clips.files if file.path not in known]:
             with ThreadPoolExecutor(8) as pool:
                 found = pool.map(lambda file: length(file, clips.quarantine, clips.timeout), unknown)
-                known |= zip((file.path for file in unknown), tqdm(found, "lengths", len(unknown), leave=False))
-            with write_whole(path, "w") as file:
+                known.update(zip((file.path for file in unknown), Progress(found, "lengths", len(unknown))))
+            with atomic_write(path, "w") as file:
                 file.write(json.dumps(known, indent=0) + "\n")
     return [known[file.path] for file in clips.files]
 
@@ -123,9 +121,10 @@ def video_lengths(clips: ClipDataset, folder: Path) -> list[int]:
 def real_batches(
     clips: ClipDataset, keys: list[ClipKey], batches: list[list[int]], num_workers: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor | None]]:
-    """For each batch of sample indices: the places in it that have a real clip, and those clips (n, 3, T, H, W).
+    """For each batch of sample indices: the places in the batch that have a real clip, and those clips (n, 3, T, H, W),
+    None if there are none.
 
-    keys: of the real clips 0, 1, ..., with distinct positions; samples beyond them have none.
+    keys: of real clips 0, 1, ..., with distinct positions. Samples beyond them have no real clip.
     """
     chosen = [[keys[i] for i in batch if i < len(keys)] for batch in batches]
     loader = make_loader(clips, chosen, min(num_workers, len(chosen)), pin_memory=device.type == "cuda")

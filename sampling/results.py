@@ -2,6 +2,7 @@
 import math
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from data.lists import class_names, find_lists
 from eval import fvd
 from eval.i3d import I3D
 from eval.motion import motion_rows, motion_summary
-from eval.pictures import contact_sheet
+from eval.pictures import contact_sheet, outline, strip_indices
 from eval.protocols import Protocol
 from eval.report import run_record
 from sampling.generator import Generator
@@ -39,7 +40,7 @@ def feature_rows(i3d: I3D, protocol: Protocol, videos: Tensor, real: Tensor | No
     """
     fake = clip_features(i3d, protocol, videos)
     found = torch.full_like(fake, math.nan)
-    if rows:
+    if real is not None and rows:
         found[rows] = clip_features(i3d, protocol, real[: len(rows)])
     return {"fake": fake, "real": found}
 
@@ -51,7 +52,7 @@ def motion_of_both(videos: Tensor, real: Tensor | None, rows: list[int], chosen:
     real, rows: as `feature_rows` takes them. chosen: which samples are measured. patch: the blocks they consist of.
     """
     beside = torch.zeros_like(videos)
-    if rows:
+    if real is not None and rows:
         beside[rows] = real[: len(rows)]
     chosen_real = [is_chosen and row in rows for row, is_chosen in enumerate(chosen)]
     found = motion_rows(beside, chosen_real, patch=patch)
@@ -68,12 +69,13 @@ def make_report(
     rows: the values of all samples, as `SampleStore.collect` returns them.
     """
     num_made, num_real = len(rows["index"]), 0
-    results = {name: float(rows[name].mean()) for name in ("nll", "bits_per_dim", "psnr_given") if name in rows}
+    means = ("nll", "bits_per_dim", "psnr_given")
+    results: dict[str, Any] = {name: float(rows[name].mean()) for name in means if name in rows}
     if i3d:
         real, fake = torch.from_numpy(rows["real"]), torch.from_numpy(rows["fake"])
         real = real[real.isfinite().all(1)]
         num_real = len(real)
-        results |= fvd.report(real, fake, protocol.divisor)
+        results |= fvd.fvd_scores(real, fake, protocol.divisor)
         results |= motion_summary({name: torch.from_numpy(value) for name, value in rows.items()})
     if num_made < store.total:
         print_main(f"{store.total - num_made} samples are left out: their clips cannot be decoded (quarantine.txt)")
@@ -102,8 +104,10 @@ def draw_sheet(store: SampleStore, generator: Generator, real_videos: RealVideos
     previews = store.previews()
     if not previews:
         return
-    names = generator.class_names or (class_names(real_videos.files) if generator.num_labels else [])
+    names = generator.class_names or (class_names(real_videos.files) if real_videos and generator.num_labels else [])
     label_of = dict(zip(rows["index"].tolist(), rows["label"].tolist()))
     named = {label: f": {name}" for label, name in enumerate(names)}  # the model may have more classes
     captions = [f"sample {i}{named.get(label_of[i], '')}" for i in previews]
-    contact_sheet(store.folder / "sheet.png", list(previews.values()), captions, ("real", "generated"), 16)
+    given = int((strip_indices(generator.num_frames, 8) < generator.num_cond_frames).sum())
+    clips = [[outline(video, given) for video in clip] for clip in previews.values()]
+    contact_sheet(store.folder / "sheet.png", clips, captions, ("real", "generated"), 16)

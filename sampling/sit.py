@@ -18,11 +18,12 @@ from models.interpolant import (
     noise_stream,
 )
 from models.layers import compile_blocks
+from models.pretrained import weights_sha256
 from models.sit import SiT
 from models.triplane import Planes
 from sampling.arguments import PRECISIONS
 from sampling.generator import Generator, check_class_label
-from training.load import TrainedSiT, load_coordtok, load_sit, weights_sha256
+from training.load import TrainedSiT, load_coordtok, load_sit
 from training.optim import Precision
 
 
@@ -67,7 +68,7 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
         values = {"label": y}
         with precision.autocast():
             start = None
-            if args.reverse:
+            if real is not None:
                 latents = trained.stats.standardise(tokenizer.encode(real))
                 start = interpolant.sample_ode(model, latents, reverse=True, y=y, **solver)
             planes = sample_planes(
@@ -91,7 +92,8 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
     return Generator(
         generate, num_labels=0, needs_real=args.reverse, num_frames=num_frames, size=size,
         protocols=protocols if num_frames <= 16 else protocols[::-1], settings=settings,
-        model=f"{args.sit_model} {sha256[:12]}", row={"sit_model": args.sit_model, "tokenizer": args.first_model_ckpt},
+        model=f"CoordTok-SiT: {args.sit_model} {sha256[:12]}",
+        row={"sit_model": args.sit_model, "tokenizer": args.first_model_ckpt},
         class_names=trained.class_names if num_classes > 1 else [], patch=tokenizer.config.patch,
     )
 
@@ -102,7 +104,7 @@ def sample_labels(indices: Sequence[int], num_classes: int, seed: int) -> list[i
 
 
 def guided(sit: SiT, cfg_scale: float, guidance_interval: tuple[float, float]) -> Callable[..., Planes]:
-    """The model that samplers call: with guidance, unless the scale is 1."""
+    """The model that samplers call: guided, unless the scale is 1."""
     return sit if cfg_scale == 1 else partial(sit.forward_with_cfg, cfg_scale=cfg_scale, interval=guidance_interval)
 
 
@@ -110,10 +112,10 @@ def sample_planes(
     trained: TrainedSiT, indices: Sequence[int], seed: int, labels: Tensor, mode: str = "SDE", cfg_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0), start: Planes | None = None, **sampler,
 ) -> Planes:
-    """Planes of the tokenizer for samples `indices`. Each is a function of (seed, index, label), whatever its batch.
+    """The tokenizer's planes of samples `indices`. A sample depends on (seed, index, label) alone, not on its batch.
 
-    labels: (B,) long, on the model's device. mode: "ODE" or "SDE". start: noise to start from, instead of noise drawn
-    from the indices. sampler: further arguments of Interpolant.sample_ode or sample_sde.
+    labels: (B,) long, on the model's device. mode: "ODE" or "SDE". start: noise to start from; None draws it from
+    (seed, index). sampler: further arguments of Interpolant.sample_ode or sample_sde.
     """
     sit, interpolant, stats = trained[:3]
     generators = sample_generators(seed, indices, labels.device)

@@ -1,5 +1,5 @@
-"""What sample.py writes: the folder of samples that shards and resumed runs share, the thread that writes it, and the
-table of results."""
+"""The output of sample.py: the folder of samples, which shards and resumed runs share, the thread that writes to it,
+and the table of results."""
 import csv
 import hashlib
 import json
@@ -7,10 +7,11 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from common.cli import config_diff
 from common.console import print_main
-from common.errors import DamagedFile, read_json, reading
-from common.files import claim, release, remove_partials, write_whole
+from common.errors import REMAKE, DamagedFile, read_json, reading
+from common.files import atomic_write, claim, release, remove_partials
 from data.video import write_video
+from eval.pictures import strip_indices
 from eval.report import read_record, write_record
-from sampling.real_clips import REMAKE
 
 NUM_PREVIEWS = 16  # samples on the contact sheet
 
@@ -34,10 +35,10 @@ NUM_WRITERS = 4  # videos that are encoded at once
 class SampleStore:
     """The folder of one set of samples 0 .. total - 1, filled by any number of shards in any order.
 
-    Each batch becomes one file in chunks/, written atomically after its videos. It holds values by name, one row for
-    each sample, among them `index` (n,); and `left_out`, the samples that could not be made. So a killed shard resumes
-    after its last complete batch, and the shard that finishes last reports. All shards must agree on `settings` (plain
-    JSON values), which settings.json holds.
+    Each batch becomes one file in chunks/, written atomically after its videos. It holds arrays by name with one row a
+    sample, among them `index` (n,), and `left_out`, the samples that could not be made. A killed shard resumes after
+    its last complete batch. The shard that finishes last writes the report. All shards must have equal `settings`
+    (plain JSON values), which settings.json holds.
     """
 
     def __init__(self, folder: str | Path, settings: dict, total: int):
@@ -52,9 +53,9 @@ class SampleStore:
         self.lock = FileLock(self.folder / ".lock")
 
     def open(self, indices: Sequence[int], replace: bool) -> list[int]:
-        """The samples of `indices` that are still to be made. With `replace` these are all, and samples of other
-        settings are removed. ValueError where the folder holds samples of other settings, or another process is making
-        some of these."""
+        """Start making samples `indices`. Returns those that are not made yet, or all with `replace`, which also
+        removes samples of other settings. Raises ValueError if the folder holds samples of other settings, or if
+        another process is making some of these."""
         path = self.folder / "settings.json"
         with self.lock:
             there = self.settings
@@ -69,7 +70,7 @@ class SampleStore:
                 raise ValueError(f"{self.folder} holds samples of other settings: {config_diff(there, self.settings)}; "
                                  "choose another --output_dir, or --replace them")
             self.claim(range(self.total) if there != self.settings else indices, indices)
-            with write_whole(path, "w") as file:
+            with atomic_write(path, "w") as file:
                 file.write(json.dumps(self.settings, indent=1) + "\n")
             for folder in (self.folder, self.chunks):
                 remove_partials(folder)
@@ -82,13 +83,13 @@ class SampleStore:
         return [index for index in indices if index not in done]
 
     def claim(self, touched: Sequence[int], made: Sequence[int]) -> None:
-        """Lock the samples `made` for this process until it ends. ValueError, naming the process, where another one has
-        locked some of those `touched`."""
+        """Lock samples `made` for this process until it ends. Raises ValueError, naming the other process, if one has
+        locked any of the samples `touched`, which this process will write or remove."""
         for path in self.folder.glob(".samples_*.lock"):
             first, last = map(int, path.stem.split("_")[1:])
             if first <= touched[-1] and touched[0] <= last:
                 claim(path, f"samples {first} to {last} in {self.folder} are being made")
-                release(path)  # by a process that has ended
+                release(path)  # its process has ended
         claim(self.folder / f".samples_{made[0]}_{made[-1]}.lock", f"{self.folder} is in use")
 
     def drop(self, indices: set[int] | None) -> None:
@@ -112,22 +113,25 @@ class SampleStore:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def done(self) -> dict[int, Path]:
-        """{index: path of its chunk}. ValueError for chunks of other settings, and for a sample in two chunks."""
-        found = {}
+        """{index: path of its chunk}. Raises ValueError for a chunk of other settings, or a sample in two chunks."""
+        found: dict[int, Path] = {}
         for path in sorted(self.chunks.glob("*.npz")):
             if path.name.split(".")[1] != self.run:
-                raise ValueError(f"{path} is of a run with other settings: take it away")
+                raise ValueError(f"{path} is of a run with other settings: move it away")
             for index in chunk_indices(path):
                 if index in found or not 0 <= index < self.total:
                     also = f"in {found[index]} too" if index in found else f"not one of 0 to {self.total - 1}"
-                    raise ValueError(f"{path} holds sample {index}, which is {also}: take one away, and run again")
+                    raise ValueError(f"{path} holds sample {index}, which is {also}: move one away, and run again")
                 found[index] = path
         return found
 
     def add(self, index: list[int], videos: Tensor, formats: Sequence[str], given: Tensor | None = None,
             left_out: Sequence[int] = (), **values: Tensor) -> None:
-        """Write one batch, of tensors on the CPU. videos: (B, 3, T, H, W) uint8. formats: of "mp4" and "png" (a folder
-        of frames, without loss). given: real clips to write too, as `videos`. values: (B, ...) each."""
+        """Write one batch; all tensors are on the CPU.
+
+        videos: (B, 3, T, H, W) uint8. formats: "mp4" and "png" (a folder of frames, lossless), any of them. given: real
+        clips to write too, shaped as `videos`. left_out: samples that could not be made. values: (B, ...) each.
+        """
         shown = {self.videos: videos} if given is None else {self.given: given, self.videos: videos}
 
         def write(folder: Path, i: int, video: Tensor) -> None:
@@ -139,12 +143,12 @@ class SampleStore:
         with ThreadPoolExecutor(NUM_WRITERS) as pool:  # a video's encoder is a process of its own
             for folder, clips in shown.items():
                 folder.mkdir(exist_ok=True)
-                list(pool.map(partial(write, folder), index, clips))  # a list: errors are raised
-        for i, *clips in zip(index, *shown.values()):
+                list(pool.map(partial(write, folder), index, clips))  # list() raises the errors of the threads
+        for i, *sides in zip(index, *shown.values()):
             if i < NUM_PREVIEWS:
-                frames = torch.linspace(0, clips[0].shape[1] - 1, min(8, clips[0].shape[1])).round().long()
-                with write_whole(self.chunks / f"preview_{i:02d}.npy") as file:
-                    np.save(file, torch.stack(clips)[:, :, frames].numpy())
+                frames = strip_indices(sides[0].shape[1], 8)
+                with atomic_write(self.chunks / f"preview_{i:02d}.npy") as file:
+                    np.save(file, torch.stack(sides)[:, :, frames].numpy())
         for name in {"nll", "fake", "finite"} & values.keys():
             good = values.pop(name) if name == "finite" else values[name].isfinite()
             if bad := [i for i, row in zip(index, good) if not row.all()]:
@@ -153,19 +157,19 @@ class SampleStore:
                                          "too large for --dtype; try float32")
         first, last = min([*index, *left_out]), max([*index, *left_out])
         path = self.chunks / f"{first:07d}-{last:07d}.{self.run}.npz"
-        values = {name: (value.float() if value.is_floating_point() else value).numpy()
-                  for name, value in values.items()}
-        with write_whole(path) as file:
-            np.savez(file, index=np.array(index, int), left_out=np.array(left_out, int), **values)
+        arrays: dict[str, Any] = {name: (value.float() if value.is_floating_point() else value).numpy()
+                                  for name, value in values.items()}
+        with atomic_write(path) as file:
+            np.savez(file, index=np.array(index, int), left_out=np.array(left_out, int), **arrays)
 
     def previews(self) -> dict[int, list[Tensor]]:
-        """A few frames (3, 8, H, W) in [0, 1] of each of the first samples, preceded by those of its real clip, if
-        written."""
+        """Up to eight frames (3, t, H, W) in [0, 1] of each of the first samples, by index. If real clips were written,
+        the sample's real clip comes first in its list."""
         paths = {i: self.chunks / f"preview_{i:02d}.npy" for i in range(min(NUM_PREVIEWS, self.total))}
         return {i: list(torch.from_numpy(load_array(path)) / 255) for i, path in paths.items() if path.exists()}
 
     def collect(self) -> dict[str, np.ndarray]:
-        """All rows, in the order of their indices."""
+        """All arrays, their rows in the order of the indices."""
         chunks = [load_chunk(path) for path in sorted(set(self.done().values()))]
         left_out = sum(len(chunk.pop("left_out")) for chunk in chunks)
         chunks = [chunk for chunk in chunks if len(chunk["index"])]
@@ -177,11 +181,11 @@ class SampleStore:
 
     def finish(self, make_report: Callable[[dict[str, np.ndarray]], tuple[dict, dict, dict | None]],
                table: Path) -> tuple[dict, dict] | None:
-        """Write the report if no sample is missing and no process has written it, and return (record, results).
-        Otherwise print what is missing and return None.
+        """If all samples are made, and not reported yet, write the report and return (record, results). Otherwise print
+        what is missing or reported, and return None.
 
-        make_report: rows -> (record, results, row of the table or None). report.json is written last, so that an
-        interrupted report is made again.
+        make_report: the arrays of `collect` -> (record, results, row of the table or None). report.json is written
+        last, so that an interrupted report is made again.
         """
         with self.lock:
             done = self.done()
@@ -205,7 +209,7 @@ class SampleStore:
 
 
 def chunk_indices(path: Path) -> list[int]:
-    """The samples in a chunk, made or left out; none for other files."""
+    """The samples in a chunk, made or left out; an empty list for other files."""
     if path.suffix != ".npz":
         return []
     chunk = load_chunk(path)
@@ -213,7 +217,7 @@ def chunk_indices(path: Path) -> list[int]:
 
 
 def load_chunk(path: Path) -> dict[str, np.ndarray]:
-    """A chunk's values by name. Raises DamagedFile: a chunk is a zip file, which holds checksums."""
+    """A chunk's arrays by name. Raises DamagedFile if it is damaged; as a zip file it holds checksums."""
     with reading(path, "a chunk of samples", REMAKE), np.load(path) as file:
         chunk = dict(file)
         for name in ("index", "left_out"):
@@ -230,10 +234,10 @@ def load_array(path: Path) -> np.ndarray:
 
 
 def write_frames(folder: Path, video: Tensor) -> None:
-    """folder/000.png, ... of a video (3, T, H, W) uint8."""
+    """Write a video (3, T, H, W) uint8 as folder/000.png, ..."""
     folder.mkdir(exist_ok=True)
     for i, frame in enumerate(video.permute(1, 2, 3, 0).numpy()):
-        with write_whole(folder / f"{i:03d}.png") as file:
+        with atomic_write(folder / f"{i:03d}.png") as file:
             Image.fromarray(frame).save(file, format="PNG")
 
 
@@ -245,19 +249,21 @@ class BackgroundWriter:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.pool, self.last, self.seconds = device, ThreadPoolExecutor(1), None, 0.0
+        self.device, self.pool, self.seconds = device, ThreadPoolExecutor(1), 0.0
+        self.last: Future | None = None
 
     def __enter__(self) -> "BackgroundWriter":
         return self
 
     def run(self, function: Callable, *args, **kwargs) -> None:
-        """Run function(*args, **kwargs) with tensors copied to the CPU. The thread waits for the copies, not the
-        caller."""
+        """Run function(*args, **kwargs) on the thread, with tensors copied to the CPU. The thread waits for the copies;
+        the caller does not."""
 
         def to_host(value):
             return value.to("cpu", non_blocking=True) if isinstance(value, Tensor) else value  # into pinned memory
 
-        args, kwargs = [to_host(value) for value in args], {name: to_host(value) for name, value in kwargs.items()}
+        args = tuple(to_host(value) for value in args)
+        kwargs = {name: to_host(value) for name, value in kwargs.items()}
         copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
 
         def work() -> None:
@@ -277,14 +283,14 @@ class BackgroundWriter:
             self.last.result()
 
 
-# The columns of LARP's own fvd_report.csv, then ours; any others follow.
+# First the columns of LARP's own fvd_report.csv, then ours. Other columns follow them.
 COLUMNS = ("ar_model", "tokenizer", "num_samples", "cfg_scale", "temperature", "top_k", "top_p", "dtype", "NLL_sampled",
            "fvd", "protocol", "report")
 
 
 def append_report(path: Path, row: dict) -> None:
-    """Add a row to a csv table, unless it has it; concurrent writers are safe. Rows are sorted by num_samples (most
-    first), then by fvd (lowest first); columns of all rows are kept."""
+    """Add a row to a csv table, unless it is there already. Several processes may do so at once. Rows are sorted by
+    num_samples (most first), then by fvd (lowest first). The table keeps the columns of all its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     row = {name: "" if value is None else str(value) for name, value in row.items()}
 
@@ -300,12 +306,12 @@ def append_report(path: Path, row: dict) -> None:
         rows = []
         if path.exists():
             rows = read_report(path)
-        names = dict.fromkeys(name for each in (*rows, row) for name in each)
-        names = [*(name for name in COLUMNS if name in names), *(name for name in names if name not in COLUMNS)]
+        used = dict.fromkeys(name for each in (*rows, row) for name in each)
+        names = [*(name for name in COLUMNS if name in used), *(name for name in used if name not in COLUMNS)]
         rows = [{name: as_text(each.get(name) or "") for name in names} for each in (*rows, row)]
         rows = [each for i, each in enumerate(rows) if each not in rows[:i]]
         rows.sort(key=lambda each: (-int(each["num_samples"] or 0), float(each["fvd"] or "inf")))
-        with write_whole(path, "w", newline="") as file:
+        with atomic_write(path, "w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)

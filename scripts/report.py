@@ -2,30 +2,38 @@
 
     python scripts/report.py results/NAME
 
-writes results/NAME/index.html, which needs no other file and no network. It holds each report.json of the evaluations
-and of sample.py, with pictures and a few clips from beside it, and each run's metrics.jsonl and last samples. Rows
-stand under one heading only where they were measured alike, whatever the model. What cannot be read is named.
+writes results/NAME/index.html, which needs no other file and no network: first clips and pictures of the evaluations
+and of sample.py, then the numbers of each report.json, then each run's curves and last samples. Rows stand under one
+heading only where they were measured alike, whatever the model. What cannot be read is named. The page's text and looks
+are in report.html.j2 beside this script.
 """
 import argparse
 import base64
 import dataclasses
+import io
 import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs as a script from any folder
+import jinja2  # noqa: E402
+import torch  # noqa: E402
+from matplotlib import rc_context  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from common.cli import one_line_errors  # noqa: E402
 from common.errors import ArgumentParser  # noqa: E402
-from common.files import write_whole  # noqa: E402
+from common.files import atomic_write  # noqa: E402
+from data.video import VideoError, probe, read_frames, write_video  # noqa: E402
 from eval.motion import METRICS  # noqa: E402
+from eval.pictures import outline  # noqa: E402
 from eval.protocols import Protocol  # noqa: E402
 from eval.report import FACTS, comparable, read_record  # noqa: E402
 
@@ -185,23 +193,15 @@ def alike(reports: list[Report]) -> list[list[Report]]:
     return groups
 
 
-def pictures_of_report(folder: Path) -> list[Path]:
-    return [*folder.glob("sheet.png"), *sorted(folder.glob("sampled_videos/*.mp4"))]
-
-
-def pictures_of_run(folder: Path) -> list[Path]:
-    """Of the last step that has any."""
-    paths = sorted([*folder.glob("samples/step_*.png"), *folder.glob("samples/step_*.mp4")])
-    last = paths[-1].name[: len("step_0000000")] if paths else ""
+def last_samples(folder: Path) -> list[Path]:
+    """The pictures and clips of the last step of a run that has any; a run that validates averages too has them in
+    folders of their own."""
+    paths = sorted([*folder.glob("samples/**/step_*.png"), *folder.glob("samples/**/step_*.mp4")])
+    last = max((path.name[: len("step_0000000")] for path in paths), default="")
     return [path for path in paths if path.name.startswith(last)]
 
 
 # --- the page ---
-
-def text(value: Any) -> str:
-    """Whatever stands in a file, escaped."""
-    return escape(str(value))
-
 
 def number(value: float | None, decimals: int) -> str:
     if value is None:
@@ -211,34 +211,25 @@ def number(value: float | None, decimals: int) -> str:
     return f"{value:,.{decimals}f}" if math.isfinite(value) else "∞"
 
 
-def details(title: str, content: dict) -> str:
-    content = json.dumps(content, indent=1, ensure_ascii=False)
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(content)}</pre></details>"
-
-
-def table(groups: list[list[Report]], root: Path) -> str:
-    """All reports; columns that none of them fills are left out."""
-    measured = {name for group in groups for report in group for name in report.results}
+def table(reports: list[Report], root: Path) -> dict[str, Any]:
+    """Columns that a report fills, and the groups of rows that may be compared, as the template takes them."""
+    measured = {name for report in reports for name in report.results}
     columns = {title: column for title, column in COLUMNS.items() if measured & set(column[0])}
-    html = ["<table><thead><tr>", *(f"<th>{title}</th>" for title in ("Model", "Clips", *columns)), "</tr></thead>"]
-    for group in groups:
+    groups = []
+    for group in alike(reports):
         record = group[0].record
         shared = {name: value for name, value in record.items() if name not in OF_THE_MODEL}
-        departs = "; ".join(record["deviations"])
-        html.append(
-            f'<tbody><tr class="protocol"><th colspan="{2 + len(columns)}" scope="rowgroup">'
-            f"<b>{escape(record['title'])}</b> {escape(record['description'])}"
-            f"<p>{text(record['dataset'])}, {text(record['num_frames'])} frames of {text(record['size'])}x"
-            f"{text(record['size'])}"
-            + (f". * Departs from the protocol: {escape(departs)}" if departs else "") + "</p>"
-            f"{details('Record: how all rows below were measured', shared)}</th></tr>"
-        )
-        html += [row(report, columns, root) for report in group]
-        html.append("</tbody>")
-    return "".join([*html, "</table>"])
+        groups.append({"record": record, "shared": shared, "rows": [row(report, columns, root) for report in group]})
+    return {"columns": list(columns), "groups": groups}
 
 
-def row(report: Report, columns: dict, root: Path) -> str:
+def model_name(report: Report) -> tuple[str, str]:
+    """(kind of model, its weights), as the record names them; ("", weights) in records that name no kind."""
+    kind, _, weights = report.record["model"].rpartition(": ")
+    return kind, weights
+
+
+def row(report: Report, columns: dict, root: Path) -> dict[str, Any]:
     results, record = report.results, report.record
     notes = {}
     if results.get("fvd_rank_deficient", results.get("rfvd_rank_deficient")):
@@ -250,86 +241,139 @@ def row(report: Report, columns: dict, root: Path) -> str:
         name, decimals = COLUMNS[title][0][0], COLUMNS[title][1]
         if results.get(f"{name}_real") is not None:
             notes[title] = f"real: {number(results[f'{name}_real'], decimals)}"
-    clips = text(record["num_generated"])
+    clips = str(record["num_generated"])
     if record["num_real"] != record["num_generated"]:
-        clips += f" against {text(record['num_real'])}"
-    own = {name: record[name] for name in OF_THE_MODEL}
-    cells = [f"<td><b>{escape(name_of(report.folder, root))}</b> <small>{escape(record['model'])}</small>"
-             f"{details('All numbers, settings', {'results': results, **own})}</td>",
-             f'<td data-name="Clips">{clips}</td>']
+        clips += f" against {record['num_real']}"
+    cells = [("Clips", clips, "")]
     for title, (names, decimals) in columns.items():
         name = next((name for name in names if name in results), "")
         value = results.get(name)
         if name and value is None:
             infinite = f"{name}_infinite" in results or str(results.get(f"{name}_note")).startswith("infinite")
             value = math.inf if infinite else math.nan
-        note = f" <small>{notes[title]}</small>" if title in notes and name else ""
-        cells.append(f'<td data-name="{title}">{number(value, decimals)}{note}</td>')
-    return f"<tr>{''.join(cells)}</tr>"
+        cells.append((title, number(value, decimals), notes.get(title, "") if name else ""))
+    own = {"results": results, **{name: record[name] for name in OF_THE_MODEL}}
+    kind, weights = model_name(report)
+    return {"kind": kind, "weights": weights, "folder": name_of(report.folder, root), "cells": cells, "own": own}
 
 
-def chart(title: str, curves: dict[str, list[tuple[int, float]]]) -> str:
-    """Curves over steps as inline SVG, logarithmic where they fall or rise tenfold; values alone where there is one
-    step."""
-    width, height = 320, 150
-    steps, values = zip(*(point for curve in curves.values() for point in curve))
-    logarithmic = min(values) > 0 and max(values) > 10 * min(values)
-    scale = math.log10 if logarithmic else float
-    low, high = scale(min(values)), scale(max(values))
-
-    def place(step: int, value: float) -> tuple[float, float]:
-        return (width * (step - min(steps)) / (max(steps) - min(steps) or 1),
-                height - height * (scale(value) - low) / (high - low or 1))
-
-    lines, legend = [], []
-    for i, (name, curve) in enumerate(curves.items()):
-        points = [place(*point) for point in curve]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        lines.append(f'<polyline class="c{i % 6}" stroke="currentColor" points="{path}"/>')
-        if len(points) <= 20:
-            lines += [f'<circle class="c{i % 6}" fill="currentColor" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
-                      for x, y in points]
-        legend.append(f'<span class="c{i % 6}">{escape(name)} <b>{curve[-1][1]:.4g}</b></span>')
-    legend = f"<figcaption>{' '.join(legend)}</figcaption>"
-    if min(steps) == max(steps):
-        return f"<figure><figcaption>{title}, step {text(steps[0])}</figcaption>{legend}</figure>"
-    kind = ", logarithmic" if logarithmic else ""
-    return (f"<figure><figcaption>{title}{kind}: {min(values):.4g} to {max(values):.4g}, "
-            f"step {text(min(steps))} to {text(max(steps))}</figcaption>"
-            f'<svg viewBox="-4 -4 {width + 8} {height + 8}" fill="none" stroke-width="1.5" role="img" '
-            f'aria-label="{title} over steps">{"".join(lines)}</svg>{legend}</figure>')
+INK = "#010203"  # stands for the page's own colour of text, dark or light
+COLORS = ("#2f7fd6", "#d9641e", "#2f9e55", "#a35be0", "#d1477f", "#1f9488")  # seen on white and on black
 
 
-def data_uri(path: Path) -> str:
-    kind = {".png": "image/png", ".mp4": "video/mp4"}[path.suffix]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+def draw(title: str, curves: dict[str, list[tuple[int, float]]]) -> Figure:
+    """Curves over steps, logarithmic where they fall or rise tenfold."""
+    with rc_context({"text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK,
+                     "ytick.color": INK, "axes.prop_cycle": f"cycler('color', {COLORS})", "text.parse_math": False}):
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        axes = figure.add_subplot()
+        for name, curve in curves.items():
+            steps, values = zip(*curve)
+            axes.plot(steps, values, marker="o" if len(curve) <= 20 else None, markersize=3, linewidth=1.4,
+                      label=f"{name[:40]}  {values[-1]:.4g}".lstrip("_"))
+        values = [value for curve in curves.values() for _, value in curve]
+        if min(values) > 0 and max(values) > 10 * min(values):
+            axes.set_yscale("log")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.25, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    return figure
 
 
-def pictures(paths: list[Path], root: Path, problems: list[str]) -> str:
-    """Sheets, and the first few clips that are small. Damaged ones are added to `problems`."""
-    html, videos = [], []
-    for path in paths:
-        caption = f"<figcaption>{escape(name_of(path, root))}</figcaption>"
+def chart(title: str, curves: dict[str, list[tuple[int, float]]]) -> dict[str, str]:
+    """{"uri": the curves as an SVG whose text has the page's colour, "alt": their last values}; no picture where there
+    is one step alone."""
+    last = [f"{name} {curve[-1][1]:.4g} at step {curve[-1][0]}" for name, curve in curves.items()]
+    alt = f"{title}: {', '.join(last)}"
+    if len({step for curve in curves.values() for step, _ in curve}) == 1:
+        return {"uri": "", "alt": alt}
+    file = io.StringIO()
+    draw(title, curves).savefig(file, format="svg", transparent=True)
+    style = "<style>svg{color:#1b1f24}@media(prefers-color-scheme:dark){svg{color:#e6e8eb}}</style>"
+    svg = file.getvalue().replace(INK, "currentColor").replace("<defs>", f"{style}<defs>", 1)
+    return {"uri": data_uri(svg.encode(), "image/svg+xml"), "alt": alt}
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+class Media:
+    """Pictures and clips as the template takes them. Those that cannot be read are added to `problems`."""
+
+    def __init__(self, root: Path, problems: list[str]):
+        self.root, self.problems = root, problems
+
+    def read(self, path: Path, kind: str, load: Callable[[Path], bytes], largest: float = math.inf) -> list[dict]:
         try:
-            if path.suffix == ".mp4" and len(videos) < NUM_VIDEOS and path.stat().st_size <= LARGEST_VIDEO:
-                videos.append(f'<figure><video src="{data_uri(path)}" controls loop muted playsinline></video>{caption}'
-                              "</figure>")
-            elif path.suffix == ".png":
-                with Image.open(path) as image:
-                    image.load()
-                html.append(f'<figure><img src="{data_uri(path)}" alt="contact sheet">{caption}</figure>')
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow fails
-            problems.append(f"{name_of(path, root)}: {error}")
-    return "".join([*html, '<div class="clips">', *videos, "</div>"])
+            if path.stat().st_size > largest:
+                return []
+            return [{"uri": data_uri(load(path), kind), "name": name_of(path, self.root)}]
+        except (OSError, ValueError, SyntaxError, VideoError, Image.DecompressionBombError) as error:  # as Pillow fails
+            self.problems.append(f"{name_of(path, self.root)}: {error}")
+            return []
+
+    def sheets(self, paths: list[Path]) -> list[dict]:
+        return [sheet for path in paths for sheet in self.read(path, "image/png", read_picture)]
+
+    def videos(self, paths: list[Path], load: Callable[[Path], bytes] = Path.read_bytes) -> list[dict]:
+        """The first few that are small."""
+        found = []
+        for path in paths:
+            if len(found) < NUM_VIDEOS:
+                found += self.read(path, "video/mp4", load, LARGEST_VIDEO)
+        return found
+
+    def of_report(self, report: Report) -> dict[str, Any]:
+        """Clips beside their reconstructions, or samples; those that continue real clips beside these."""
+        folder, given = report.folder, report.record["num_cond_frames"]
+        pairs, samples = sorted(folder.glob("reconstructions/*.mp4")), sorted(folder.glob("sampled_videos/*.mp4"))
+        shown = {"kind": model_name(report)[0], "folder": name_of(folder, self.root), "title": report.record["title"],
+                 "sheets": self.sheets(list(folder.glob("sheet.png")))}
+        if pairs:
+            return {**shown, "what": "input | reconstruction", "videos": self.videos(pairs)}
+        if isinstance(given, int) and given > 0 and (folder / "gt").is_dir():
+            what = f"real | generated from the first {given} frames, which are outlined"
+            return {**shown, "what": what, "videos": self.videos(samples, lambda path: beside_real(path, given))}
+        return {**shown, "what": "samples" if samples else "", "videos": self.videos(samples)}
+
+    def of_run(self, run: Run) -> dict[str, Any]:
+        paths = last_samples(run.folder)
+        return {"name": name_of(run.folder, self.root), "step": run.step, "args": run.args,
+                "charts": [chart(title, curves) for title, curves in run.curves.items() if curves],
+                "sheets": self.sheets([path for path in paths if path.suffix == ".png"]),
+                "videos": self.videos([path for path in paths if path.suffix == ".mp4"])}
+
+
+def read_picture(path: Path) -> bytes:
+    """OSError, SyntaxError or ValueError where it is none."""
+    with Image.open(path) as image:
+        image.load()
+    return path.read_bytes()
+
+
+def beside_real(path: Path, given: int) -> bytes:
+    """An mp4 of the real clip, ../gt/NAME, and the sample that continues its first `given` frames, side by side, these
+    frames outlined. OSError or VideoError where one cannot be read."""
+    clips = []
+    for file in (path.parent.parent / "gt" / path.name, path):
+        frames = read_frames(str(file), range(probe(str(file)).num_frames))
+        clips.append(outline(frames.permute(3, 0, 1, 2).float() / 255, given))
+    length = min(clip.shape[1] for clip in clips)
+    with tempfile.TemporaryDirectory() as folder:
+        write_video(Path(folder) / path.name, torch.cat([clip[:, :length] for clip in clips], dim=3))
+        return (Path(folder) / path.name).read_bytes()
+
+
+def is_demo(runs: list[Run]) -> bool:
+    """Whether a run trained on the demo data."""
+    return any(os.path.exists(ROOT / str(run.args.get("data_root")) / "UCF-101" / "demo.json") for run in runs)
 
 
 def caveats(reports: list[Report], runs: list[Run]) -> list[str]:
     """What these numbers are not."""
     found = []
-    demos = [ROOT / str(run.args.get("data_root")) / "UCF-101" / "demo.json" for run in runs]
-    if any(map(os.path.exists, demos)):
-        found.append("Demo data, photographs moved by a camera, and small models: they show that everything runs and "
-                     "learns, not what the methods reach.")
     starred = sum(bool(report.record["deviations"]) for report in reports)
     if starred:
         which = "None of them was" if starred == len(reports) else f"{starred} of {len(reports)} reports were not"
@@ -346,69 +390,19 @@ def caveats(reports: list[Report], runs: list[Run]) -> list[str]:
     return found
 
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f3f4f6; --line: #d5d9df; --dim: #59636e;
-  --warn: #fff4d6; --c0: #0b62c4; --c1: #c2410c; --c2: #15803d; --c3: #9333ea; --c4: #b91c5c; --c5: #0f766e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #14171b; --soft: #1e2329; --line: #3a424c;
-  --dim: #9aa4af; --warn: #3a3116; --c0: #6cb0ff; --c1: #ff9d5c; --c2: #5fd38a; --c3: #c9a0ff; --c4: #ff8fb8;
-  --c5: #5fd6c9; } }
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 76rem;
-  margin: 0 auto; padding: 1rem; }
-h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; } p { margin: .3rem 0; }
-.note { background: var(--warn); padding: .6rem 1rem .6rem 2rem; border-radius: .4rem; }
-small, figcaption, .protocol p { color: var(--dim); font-size: .85em; font-weight: normal; }
-table { border-collapse: collapse; width: 100%; } td small { display: block; }
-th, td { text-align: left; vertical-align: top; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
-td { font-variant-numeric: tabular-nums; } .protocol, td:first-child, pre, figcaption { overflow-wrap: anywhere; }
-.protocol th { background: var(--soft); font-weight: normal; }
-details { font-size: .85em; font-weight: normal; } summary { cursor: pointer; color: var(--c0); }
-pre { white-space: pre-wrap; margin: .3rem 0; }
-figure { margin: .5rem 0; } img { max-width: 100%; height: auto; background: white; }
-.charts, .clips { display: flex; flex-wrap: wrap; gap: 1rem; } .charts figure { flex: 1 1 17rem; max-width: 24rem; }
-.clips figure { max-width: 100%; } video { min-width: 14rem; max-width: 100%; image-rendering: pixelated; }
-svg { width: 100%; border: 1px solid var(--line); border-radius: .3rem; } figcaption span { margin-right: .8em; }
-.c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
-.c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
-@media (max-width: 45rem) { table, tbody, tr, td, th { display: block; } thead { display: none; }
-  td { border: 0; padding: .1rem .6rem; } td:empty { display: none; } tr { border-bottom: 1px solid var(--line); }
-  td[data-name]::before { content: attr(data-name) ": "; color: var(--dim); } td small { display: inline; } }
-"""
-LEGEND = """<p><small>Floor: the FVD between two halves of the real clips. Spread: its deviation over resamples of the
-clips. At ∞: extrapolated to infinitely many clips. KVD: a distance of the same features that is not biased by the
-number of clips. Precision and density: how many generated clips lie near real ones; recall and coverage: how many
-real ones lie near generated ones. PSNR in dB, of a clip's mean squared error or the mean of its frames'; of the mean
-frame: what a clip's own mean picture would reach; given: of the frames that the model continues. Warping: the
-squared difference of each frame and the next one moved back by the optical flow (for a reconstruction, the input's
-flow); flicker: the mean second difference in time; frozen: the share of frames that repeat the one before; seams: the
-error on borders of blocks over that inside, of samples the jumps, 1 without seams; the same of the real clips beside
-them. NLL: of the samples
-under the model that drew them, in nats: LARP's of a code, without guidance; SiT's of a clip's latents.</small></p>"""
-
-
 def page(root: Path, reports: list[Report], runs: list[Run], problems: list[str]) -> str:
     """Damaged pictures are added to `problems`."""
-    body = []
-    if reports:
-        body += ["<h2>Numbers</h2>", table(alike(reports), root), LEGEND, "<h2>Pictures</h2>"]
-    for report in reports:
-        body += [f"<h3>{escape(name_of(report.folder, root))} <small>{escape(report.record['title'])}</small></h3>",
-                 pictures(pictures_of_report(report.folder), root, problems)]
-    body += ["<h2>Training</h2>"] if runs else []
-    for run in runs:
-        charts = [chart(title, curves) for title, curves in run.curves.items() if curves]
-        body += [f"<h3>{escape(name_of(run.folder, root))} <small>up to step {text(run.step)}</small></h3>",
-                 f'<div class="charts">{"".join(charts)}</div>', pictures(pictures_of_run(run.folder), root, problems),
-                 details("Flags", run.args)]
-    head = [f"<h1>{escape(root.name)}</h1>", items("note", caveats(reports, runs))]
-    head += ["<h2>Left out</h2>", items("problems", problems)] if problems else []
-    return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"><title>{escape(root.name)}</title><style>{STYLE}</style>'
-            f"</head><body>{''.join([*head, *body])}</body></html>\n")
-
-
-def items(kind: str, lines: list[str]) -> str:
-    return f'<ul class="{kind}">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>' if lines else ""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )
+    environment.filters["json"] = lambda content: json.dumps(content, indent=1, ensure_ascii=False)
+    media = Media(root, problems)
+    shown = {"shown": [media.of_report(report) for report in reports], "runs": [media.of_run(run) for run in runs]}
+    return environment.get_template("report.html.j2").render(
+        name=root.name, demo=is_demo(runs), table=table(reports, root), caveats=caveats(reports, runs),
+        problems=problems, **shown,
+    )
 
 
 def main() -> None:
@@ -423,7 +417,7 @@ def main() -> None:
     html = page(folder, reports, runs, problems)
     output = args.output or args.folder / "index.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    with write_whole(output) as file:
+    with atomic_write(output) as file:
         file.write(html.encode("utf-8", "replace"))  # names of files may be of any bytes
     for problem in problems:
         print(f"left out: {problem}")

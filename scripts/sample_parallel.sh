@@ -4,5 +4,5 @@
 #       --output_dir samples/ucf_reproduce --num_samples 10000 --sample_batch_size 64 --cfg_scale 1.25
 # GPUS=N takes fewer. Several machines that share a file system: scripts/slurm/sample.sbatch.
 source "$(dirname "$0")/setup.sh"
-GPUS=${GPUS:-$(python -c "import torch; print(torch.cuda.device_count())")}
+GPUS=${GPUS:-$(gpu_count)}
 torchrun --standalone --nproc_per_node="$((GPUS > 0 ? GPUS : 1))" sample.py "$@"

@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 from common import distributed
 from common.console import print_main
-from common.files import write_whole
+from common.files import atomic_write
 from data.stream import (
     StreamWriter,
     blend,
@@ -292,7 +292,7 @@ def decode_chosen(args, reader: TokenReader, codec: Codec) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for frame in args.frames:
         picture = to_frames(chosen_frame(reader, codec, frame)[:, None])[0]
-        with write_whole(out / f"frame_{frame:07d}.png") as file:
+        with atomic_write(out / f"frame_{frame:07d}.png") as file:
             Image.fromarray(picture.numpy()).save(file, format="PNG")
     print_main(f"{out}: {len(args.frames)} frames")
 
@@ -343,7 +343,7 @@ def compare(args, device: torch.device) -> None:
                         row["ssim"] = float(ssim_frame(*pair))
                     rows.append(row)
                     writer.write(to_frames(torch.cat([pair[1][0], pair[0][0]], dim=-1)))
-    with write_whole(out.with_suffix(".csv"), "w", newline="") as file:
+    with atomic_write(out.with_suffix(".csv"), "w", newline="") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)

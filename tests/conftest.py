@@ -1,6 +1,7 @@
-"""Shared fixtures. The reference cases and sample clips stand beside the repository and are optional."""
+"""Shared fixtures. The sample clips stand beside the repository and are optional."""
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import train_ar
 import train_coordtok
 import train_larp_tokenizer
 import train_sit
+from data.video import write_video
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -25,7 +27,7 @@ def clips() -> Path:
 
 
 class Reference:
-    """Cases computed by the authors' implementations (see ../shared/reference/README.md)."""
+    """Cases computed by the authors' implementations (see tests/reference/README.md)."""
 
     def __init__(self, folder: Path):
         spec = importlib.util.spec_from_file_location("fill", folder / "fill.py")
@@ -43,9 +45,7 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def reference() -> Reference:
-    if not (SHARED / "reference").is_dir():
-        pytest.skip("../shared/reference is not here")
-    return Reference(SHARED / "reference")
+    return Reference(ROOT / "tests" / "reference")
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +90,25 @@ def scripts(data, coordtok, tmp_path) -> dict:
         "larp_ar": (train_ar, [*files, *ar]),
         "larp_ar_cached": (train_ar, [*files, *ar, "--cache_codes", 1, *cached]),
     }
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Three videos, of 20, 9 and 14 frames and two sizes; frame t of video i is grey 10 t + 3 i."""
+    root = tmp_path_factory.mktemp("videos")
+    for i, length in enumerate((20, 9, 14)):
+        grey = (torch.arange(length) * 10 + 3 * i).view(1, length, 1, 1) / 255
+        write_video(root / f"{i}.mp4", grey.expand(3, length, 32, 32 + 8 * (i // 2)))
+    return root
+
+
+@pytest.fixture
+def damaged(folder, tmp_path) -> Path:
+    """The same three, and two that cannot be opened."""
+    shutil.copytree(folder, tmp_path / "root")
+    (tmp_path / "root" / "a.avi").write_text("not a video")
+    (tmp_path / "root" / "b.avi").touch()
+    return tmp_path / "root"
 
 
 # Tiny tensors: threads that wait for one another on a busy machine make them many times slower.

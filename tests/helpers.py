@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
 from common import distributed
 from common.cli import one_line_errors
+from data.clips import ClipDataset
+from data.lists import list_folder
 from models.larp_tokenizer import LARPTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -128,3 +131,13 @@ def known(results: dict) -> dict:
 def losses(run: Path, kind: str = "train") -> dict[int, float]:
     """{step: loss} of a run's folder."""
     return {step: line["loss"] for step, line in logged(run, kind).items()}
+
+
+def dataset(root: Path, **options) -> ClipDataset:
+    """Clips of the videos of a folder, 8 frames of 16x16 unless told."""
+    return ClipDataset(list_folder(root), **{"num_frames": 8, "size": 16, "rule": "coordtok", **options})
+
+
+def equal(one: dict, two: dict) -> bool:
+    """Whether two samples or batches have the same content."""
+    return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)

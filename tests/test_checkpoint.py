@@ -1,3 +1,4 @@
+"""training/checkpoint.py and training/load.py."""
 import errno
 import json
 import os

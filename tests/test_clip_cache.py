@@ -108,7 +108,7 @@ def test_damaged_videos_are_replaced_as_without_the_cache(damaged, filled, tmp_p
 @pytest.mark.parametrize("rule", ["coordtok", "larp"])
 def test_a_video_good_in_part_is_read_from_its_file(folder, filled, monkeypatch, rule):
     def fails_whole(path, choose, timeout, real=module.read_chosen):
-        if choose is np.arange and path.endswith("0.mp4"):
+        if choose is range and path.endswith("0.mp4"):
             raise VideoError(f"{path}: frame 19 is bad")
         return real(path, choose, timeout)
 

@@ -1,133 +1,23 @@
 import copy
-import csv
-import errno
 import fcntl
 import logging
 import multiprocessing
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import dataset, equal
 
-from data import clips
 from data.clips import ClipDataset, ClipKey, Quarantine, num_starts, window_frames
-from data.lists import VideoFile, files_sha256, find_lists, list_csv, list_folder
-from data.loader import GlobalBatchSampler, collate, make_loader
-from data.metadata import find_videos, write_list
-from data.video import StorageError, VideoError, write_video
+from data.lists import files_sha256, list_folder
+from data.loader import collate, make_loader
+from data.video import StorageError, VideoError
 from eval import reconstruction
 from training.clip_cache import WholeVideos
-
-LENGTHS = (20, 9, 14)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Three videos, of 20, 9 and 14 frames and two sizes; frame t of video i is grey 10 t + 3 i."""
-    root = tmp_path_factory.mktemp("videos")
-    for i, length in enumerate(LENGTHS):
-        grey = (torch.arange(length) * 10 + 3 * i).view(1, length, 1, 1) / 255
-        write_video(root / f"{i}.mp4", grey.expand(3, length, 32, 32 + 8 * (i // 2)))
-    return root
-
-
-@pytest.fixture
-def damaged(folder, tmp_path) -> Path:
-    """The same three, and two that cannot be opened."""
-    shutil.copytree(folder, tmp_path / "root")
-    (tmp_path / "root" / "a.avi").write_text("not a video")
-    (tmp_path / "root" / "b.avi").touch()
-    return tmp_path / "root"
-
-
-def dataset(root: Path, **options) -> ClipDataset:
-    return ClipDataset(list_folder(root), **{"num_frames": 8, "size": 16, "rule": "coordtok", **options})
-
-
-def equal(one: dict, two: dict) -> bool:
-    return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
-
-
-# --- lists ---
-
-def test_labels_of_ucf_names_are_in_byte_order(tmp_path):
-    for name in ("HammerThrow/v_HammerThrow_g01_c01", "Hammering/v_Hammering_g01_c02", "JumpRope/v_JumpRope_g01_c01",
-                 "JumpingJack/v_JumpingJack_g02_c01", "HandstandPushups/v_HandStandPushups_g01_c01"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.avi").touch()
-    (tmp_path / "HammerThrow" / "notes.txt").touch()
-    files = list_folder(tmp_path)
-    assert [file.path for file in files] == sorted(file.path for file in files)
-    labels = {Path(file.path).stem.split("_")[1]: file.label for file in files}
-    assert labels == {"HammerThrow": 0, "Hammering": 1, "HandStandPushups": 2, "JumpRope": 3, "JumpingJack": 4}
-
-
-def test_other_folders(tmp_path, folder):
-    assert [file.label for file in list_folder(folder)] == [-1, -1, -1]
-    for name in ("b/x.MP4", "a/y.gif"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
-    assert list_folder(tmp_path) == [VideoFile(str(tmp_path / "a/y.gif"), 0), VideoFile(str(tmp_path / "b/x.MP4"), 1)]
-    (tmp_path / "c").mkdir()
-    with pytest.raises(FileNotFoundError, match="no videos under .*looked there"):
-        list_folder(tmp_path / "c")
-
-
-def test_hidden_and_partial_files_are_neither_videos_nor_classes(tmp_path):
-    """As notebooks, macOS, downloaders and killed writers leave them; class folders without videos do not count."""
-    for name in (".ipynb_checkpoints/x-checkpoint.mp4", "__MACOSX/._x.mp4", "a/._x.mp4", "a/x.mp4", "b/y.avi",
-                 "b/.000000.part.mp4", "b/z.part.mp4", "b/z.mp4.part", "aa/notes.txt", ".b/q.mp4"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "ab").mkdir()
-    paths = [tmp_path / "a/x.mp4", tmp_path / "b/y.avi"]
-    assert list_folder(tmp_path) == [VideoFile(str(path), label) for label, path in enumerate(paths)]
-    assert find_videos(tmp_path) == paths
-    (tmp_path / "b" / "deep").mkdir()
-    (tmp_path / "b" / "deep" / "w.mp4").touch()
-    assert len(list_folder(tmp_path)) == 2 and len(find_videos(tmp_path)) == 3
-
-
-def write_csv(path: Path, rows: list[tuple]) -> str:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("id", "path", "action", "label"), *rows])
-    return str(path)
-
-
-def test_csv_lists(tmp_path):
-    ucf = write_csv(tmp_path / "ucf101_x.csv", [(0, "data/ucf101/b.avi", "B", 1), (1, "data/ucf101/a.avi", "A", 0)])
-    k600 = write_csv(tmp_path / "k600_x.csv", [(0, "/abs/c.mp4", "C", 7)])
-    root = f"{Path(clips.__file__).parents[1]}/data/ucf101"
-    assert list_csv(ucf) == [VideoFile(f"{root}/a.avi", 0), VideoFile(f"{root}/b.avi", 1)]
-    assert list_csv(k600) == [VideoFile("/abs/c.mp4", -1)]
-    assert list_csv(k600, want_labels=True) == [VideoFile("/abs/c.mp4", 7)]
-    joined = list_csv(f"{ucf}+{k600}", want_labels=True)
-    assert [file.path for file in joined] == ["/abs/c.mp4", f"{root}/a.avi", f"{root}/b.avi"] and joined[1].label == -1
-    with pytest.raises(FileNotFoundError, match="no list nothing.csv"):
-        list_csv("nothing.csv")
-    (tmp_path / "other.csv").write_text("name\nx\n")
-    with pytest.raises(ValueError, match="expected columns id, path, action, label"):
-        list_csv(str(tmp_path / "other.csv"))
-
-
-def test_lists_of_any_names(tmp_path):
-    folder = tmp_path / "a+b"
-    folder.mkdir()
-    names = ["/x/\udcff.mp4", "/x/new\nline.mp4", "/x/tab\t.mp4", "/x/\u2028.mp4"]
-    labels = {"": 0}
-    write_list(folder / "ucf.csv", {Path(name): "" for name in names}, labels)
-    (folder / "marked.csv").write_bytes(b"\xef\xbb\xbfpath\n/y.mp4\n")
-    assert list_csv(str(folder / "ucf.csv")) == [VideoFile(name, 0) for name in sorted(names)]
-    assert list_csv(f"{folder / 'marked.csv'}+{folder / 'ucf.csv'}")[-1] == VideoFile("/y.mp4", -1)
-    assert find_lists(f"{folder / 'marked.csv'}+{folder / 'ucf.csv'}") == [folder / "marked.csv", folder / "ucf.csv"]
 
 
 def test_the_quarantine_takes_any_names(tmp_path):
@@ -141,17 +31,6 @@ def test_the_quarantine_takes_any_names(tmp_path):
     assert list(again.read()) == names and all(name in again for name in names) and "cut sho" not in again
     assert len(quarantine.path.read_bytes().split(b"\n")) == len(names) + 1
 
-
-def test_null_lists_need_no_files():
-    files = list_csv("null128_any.csv")
-    assert len(files) == 128 and len(list_csv("null.csv")) == 224_000 and files[102].label == 1
-    data = ClipDataset(files, 4, 16, "larp")
-    one, two = data[ClipKey(0, 0, 5)], data[ClipKey(9, 0, 5)]
-    assert one["frames"].shape == (4, 16, 16, 3) and torch.equal(one["frames"], two["frames"])
-    assert not torch.equal(one["frames"], data[ClipKey(0, 1, 5)]["frames"])
-
-
-# --- windows ---
 
 @pytest.mark.parametrize(("num_frames", "length", "stride", "starts"), [
     (20, 8, 1, 13), (8, 8, 1, 1), (5, 8, 1, 1), (20, 8, 2, 6), (15, 8, 2, 1), (1, 1, 1, 1)])
@@ -208,30 +87,12 @@ def test_points_lie_in_real_frames(folder):
         assert sample["n_frames"] == 9 and sample["index"][:, 0].max() == 8
 
 
-def test_larp_frames_from_the_worker_are_exact(folder):
-    shipped = collate([dataset(folder, rule="larp")[ClipKey(0, 2, 0)]])["frames"]
-    native = collate([dataset(folder, rule="larp", resize="device")[ClipKey(0, 2, 0)]])["frames"]
-    from data.video import to_video
-    assert torch.equal(to_video(shipped, 16, "larp", "cpu"), to_video(native, 16, "larp", "cpu"))
-
-
-def test_batches(folder):
-    data = dataset(folder, resize="device", points=("patches", 5, (8, 2, 2), 1))
-    mixed = collate([data[ClipKey(i, i)] for i in range(3)])
-    assert [clip.shape for clip in mixed["frames"]] == [(8, 32, 32, 3), (8, 32, 32, 3), (8, 32, 40, 3)]
-    alike = collate([data[ClipKey(i, i)] for i in range(2)])
-    assert alike["frames"].shape == (2, 8, 32, 32, 3) and alike["index"].shape == (2, 5, 3)
-    assert alike["n_frames"].tolist() == [8, 8] and alike["label"].dtype == torch.long and alike["skipped"] == []
-
-
 def test_unknown_options_are_errors(folder):
     with pytest.raises(ValueError, match="short='loop' is none of pad, repeat"):
         dataset(folder, short="loop")
     with pytest.raises(ValueError, match="list of videos is empty"):
         ClipDataset([], 8, 16, "larp")
 
-
-# --- damaged videos ---
 
 def test_damaged_videos_are_replaced_and_named_once(damaged, tmp_path, caplog):
     files = list_folder(damaged)
@@ -342,119 +203,3 @@ def test_a_quarantine_waits_for_the_process_that_writes(tmp_path):
         file.write("/0.avi\tbroken\n")
     other.join()
     assert (tmp_path / "bad.txt").read_text() == "/0.avi\tbroken\n"
-
-
-# --- order ---
-
-@pytest.mark.parametrize("order", ["replacement", "epoch"])
-def test_the_global_batch_is_the_same_however_it_is_shared(order):
-    def batches(world_size: int, accum: int, start: int = 0) -> list[list[ClipKey]]:
-        ranks = [list(GlobalBatchSampler(30, 8, 10, rank, world_size, accum, start_step=start, order=order))
-                 for rank in range(world_size)]
-        assert {len(keys) for keys in ranks} == {(10 - start) * accum}
-        return [sum((keys for rank in ranks for keys in rank[step * accum:(step + 1) * accum]), [])
-                for step in range(10 - start)]
-
-    whole = batches(1, 1)
-    assert [key.position for batch in whole for key in batch] == list(range(80))
-    assert batches(2, 1) == batches(1, 4) == batches(2, 2) == batches(4, 2) == whole
-    assert batches(2, 2, start=7) == whole[7:]
-
-
-def test_epochs_are_permutations():
-    sampler = GlobalBatchSampler(11, 4, 4, order="epoch")
-    assert sampler.steps_per_epoch == 2
-    index = [key.index for keys in sampler for key in keys]
-    assert len(set(index[:8])) == len(set(index[8:])) == 8 and index[:8] != index[8:]
-    assert index != [key.index for keys in GlobalBatchSampler(11, 4, 4, seed=1, order="epoch") for key in keys]
-
-
-def test_batches_that_cannot_be_shared_are_errors():
-    with pytest.raises(ValueError, match="give a multiple of 6"):
-        GlobalBatchSampler(30, 8, 10, world_size=3, accum=2)
-    with pytest.raises(ValueError, match="lower the batch size"):
-        GlobalBatchSampler(3, 8, 10, order="epoch")
-
-
-@pytest.mark.parametrize("options", [{}, {"rule": "larp"}, {"resize": "device"}])
-def test_workers_change_nothing_and_leave_the_global_generator_alone(damaged, tmp_path, options):
-    """However many of their batches are kept."""
-    def batches(workers: int) -> list[dict]:
-        quarantine = Quarantine(tmp_path / f"{workers}.txt")
-        data = dataset(damaged, points=("patches", 6, (8, 2, 2), 1), quarantine=quarantine, **options)
-        return list(make_loader(data, GlobalBatchSampler(5, 4, 8), workers))
-
-    state = torch.get_rng_state()
-    for one, two in zip(batches(0), batches(2), strict=True):
-        assert type(one["frames"]) is type(two["frames"])
-        frames = [list(batch.pop("frames")) for batch in (one, two)]
-        assert all(map(torch.equal, *frames)) and equal(one, two)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_unlike_clips_need_few_descriptors(folder):
-    """As shipped for the device to resize; each clip had three descriptors, and the loader hung at the limit."""
-    code = f"""
-import resource
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-from data.clips import ClipDataset
-from data.lists import list_folder
-from data.loader import GlobalBatchSampler, make_loader
-clips = ClipDataset(list_folder({str(folder)!r}), 8, 16, "coordtok", resize="device")
-print(sum(len(batch["frames"]) for batch in make_loader(clips, GlobalBatchSampler(3, 48, 4), 2)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout == f"{48 * 4}\n", done.stderr
-
-
-def test_a_batch_that_cannot_be_sent_is_an_error(folder, monkeypatch):
-    """It was one of a thread that nobody listens to, and the batch was waited for for ever."""
-
-    def refuse(*_):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    monkeypatch.setattr("data.shared_memory.DupFd", refuse)
-    with pytest.raises(OSError, match="a batch cannot be handed over in shared memory: Too many open files: lower"):
-        next(iter(make_loader(dataset(folder), [[ClipKey(0)]], 1)))
-
-
-def test_workers_that_cannot_start_are_one_line(folder, monkeypatch):
-    def refuse(*_, **options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)  # as a full /dev/shm does
-    with pytest.raises(OSError, match="1 loader workers cannot start: No space left on device: .*df /dev/shm"):
-        iter(make_loader(dataset(folder), [[ClipKey(0)]], 1))
-
-
-def test_the_limit_of_open_files_is_raised():
-    code = """
-import resource
-from data.loader import raise_file_limit
-resource.setrlimit(resource.RLIMIT_NOFILE, (100, 500))
-raise_file_limit()
-print(resource.getrlimit(resource.RLIMIT_NOFILE))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "(500, 500)\n", done.stderr
-
-
-def test_ctrl_c_while_workers_start_leaves_nothing_half_made(folder):
-    """What torch says of a half-made loader would follow the one line."""
-    code = f"""
-import os, signal, threading, time
-from data import loader
-from data.clips import ClipDataset, ClipKey
-from data.lists import list_folder
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this behind it
-threading.Thread(target=time.sleep, args=(5,), daemon=True).start()  # may be the one that gets the signal
-real = loader.DataLoader._get_iterator
-loader.DataLoader._get_iterator = lambda self: (os.kill(os.getpid(), signal.SIGINT), real(self))[1]
-files = list_folder({str(folder)!r})
-try:
-    iter(loader.make_loader(ClipDataset(files, 8, 16, "coordtok"), [[ClipKey(0)]], 1))
-except KeyboardInterrupt:
-    print("interrupted")
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "interrupted\n" and done.stderr == ""

@@ -1,3 +1,4 @@
+"""training/codes.py and training/window_cache.py, with the mirror images of data/augment.py."""
 from dataclasses import replace
 
 import numpy as np

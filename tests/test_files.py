@@ -1,3 +1,4 @@
+import hashlib
 import os
 import resource
 import subprocess
@@ -10,7 +11,7 @@ from helpers import ROOT, mistake
 
 import train_coordtok
 import train_larp_tokenizer
-from common.files import claim, release, remove_partials, write_whole
+from common.files import atomic_write, claim, git_revision, manifest_sha256, release, remove_partials
 from data.cache import RowCache
 from data.video import write_video
 from eval.pictures import contact_sheet
@@ -66,9 +67,9 @@ def path_size(folder, name: str) -> int:
 def test_what_was_there_stays_where_writing_fails(tmp_path, small_files):
     (tmp_path / "index.html").write_text("old")
     with pytest.raises(OSError, match="index.html cannot be written: File too large"), \
-            write_whole(tmp_path / "index.html", "w") as file:
+            atomic_write(tmp_path / "index.html", "w") as file:
         file.write("x" * 9000)
-    with pytest.raises(KeyboardInterrupt), write_whole(tmp_path / "index.html", "w") as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "index.html", "w") as file:
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["index.html"] and (tmp_path / "index.html").read_text() == "old"
 
@@ -107,7 +108,7 @@ def test_a_second_run_in_one_folder_names_the_first(tmp_path, monkeypatch, capsy
 
 
 def test_partial_files_of_killed_writers_are_removed_but_not_those_being_written(tmp_path):
-    write = f"w = write_whole(Path({str(tmp_path)!r}) / 'a'); w.__enter__()"
+    write = f"w = atomic_write(Path({str(tmp_path)!r}) / 'a'); w.__enter__()"
     killed, writing = other(write), other(write)
     killed.kill()
     killed.communicate()
@@ -140,3 +141,15 @@ def test_shards_that_meet_name_each_other(tmp_path):
     (store.videos / ".000002.77.part.mp4").touch()
     assert store.open(range(3), False) == [0, 1, 2]
     assert list(store.videos.iterdir()) == []
+
+
+def test_manifest_by_hand():
+    expected = hashlib.sha256(b"A/a.avi\nB/b.avi\n").hexdigest()
+    assert manifest_sha256(["A/a.avi", "B/b.avi"]) == expected
+    assert manifest_sha256(["/x/A/a.avi", "/x/B/b.avi"], root="/x") == expected
+    assert manifest_sha256(["B/b.avi", "A/a.avi"]) != expected
+
+
+def test_git_revision_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert git_revision() == "unknown"

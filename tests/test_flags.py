@@ -1,3 +1,4 @@
+"""Flags: common/cli.py, training/flags.py, sampling/arguments.py, and the configurations of models/configs.py."""
 import dataclasses
 import math
 import re
@@ -12,12 +13,13 @@ import train_coordtok
 import train_larp_tokenizer
 import train_sit
 from common.cli import RANGE_OF, Parser, one_line_errors, word_or_none
-from eval import eval_coordtok, eval_larp_tokenizer, fvd
+from eval import eval_coordtok, eval_larp_tokenizer, fvd, reconstruct
 from models.configs import CoordTokConfig, LARPTokenizerConfig
 from models.larp_tokenizer import LARPTokenizer
 from training.flags import add_flags, add_run, merge
 
-SCRIPTS = (train_coordtok, train_sit, train_larp_tokenizer, train_ar, sample, eval_coordtok, eval_larp_tokenizer, fvd)
+SCRIPTS = (train_coordtok, train_sit, train_larp_tokenizer, train_ar, sample, eval_coordtok, eval_larp_tokenizer, fvd,
+           reconstruct)
 
 
 def parse(*argv):

@@ -37,6 +37,13 @@ def test_equal_sets_are_at_distance_zero_also_when_rank_deficient():
     assert abs(frechet_distance(stats, stats)) < 1e-8 * stats.cov("N").trace()
 
 
+def test_equal_sets_of_uneven_spread_are_at_distance_zero():
+    """Variances from 25 to 2.5e-11, as logits have: the root of each survives."""
+    torch.manual_seed(0)
+    stats = FeatureStats.from_features(5 * torch.randn(600, 400) * torch.logspace(0, -6, 400) + 3)
+    assert abs(frechet_distance(stats, stats)) < 1e-9
+
+
 def test_statistics_are_numpys():
     features = torch.randn(30, 5) + 3
     stats = FeatureStats.from_features(features)
@@ -72,15 +79,15 @@ def test_bad_input_is_named():
 def test_report():
     torch.manual_seed(0)
     real, fake = torch.randn(300, 8), torch.randn(200, 8) + 1
-    result = fvd.report(real, fake)
+    result = fvd.fvd_scores(real, fake)
     assert result["fvd"] == pytest.approx(8, rel=0.2)
     assert 0 < result["fvd_floor"] < 0.5
     assert 0 < result["fvd_spread"] < 2
     assert result["fvd_rank_deficient"] is False
-    assert result == fvd.report(real, fake), "a report is a function of the features and the seed"
+    assert result == fvd.fvd_scores(real, fake), "a report is a function of the features and the seed"
     assert result["fvd_infinity_low"] < 8 < result["fvd_infinity_high"]
     assert result["kvd"] > 0 and 0 <= result["recall"] < result["precision"] <= 1 and result["density"] > 0
-    assert fvd.report(real[:8], fake)["fvd_rank_deficient"] is True
+    assert fvd.fvd_scores(real[:8], fake)["fvd_rank_deficient"] is True
     assert "rank-deficient" in fvd.rank_note(400) and fvd.rank_note(401) is None
 
 

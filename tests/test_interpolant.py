@@ -1,3 +1,4 @@
+"""models/interpolant.py, and the samples' generators of common/rng.py."""
 import copy
 import itertools
 import math

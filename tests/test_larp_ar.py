@@ -1,3 +1,7 @@
+"""models/larp_ar.py and models/decoding.py.
+
+tests/fused_decoding.py holds models/decode_kernels.py, which needs a GPU, to it.
+"""
 import copy
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Imports go one way: scripts > sampling > training > eval > data, models > common."""
+"""Imports go one way: scripts > sampling > training > eval > data, models > common. Modules have a name and tests."""
 import ast
 import itertools
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = {"common": 0, "models": 1, "data": 1, "eval": 2, "training": 3, "sampling": 4, "scripts": 5}
 # The paths of these two are published; they load checkpoints.
-ENTRY_SCRIPTS = ("eval/eval_coordtok.py", "eval/eval_larp_tokenizer.py")
+ENTRY_SCRIPTS = ("eval/eval_coordtok.py", "eval/eval_larp_tokenizer.py", "eval/reconstruct.py")
 FILES = [path.relative_to(ROOT).as_posix() for folder in LEVELS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -58,3 +58,11 @@ def test_equal_lines_are_found():
     block = "".join(f"    x{i} = f({i})\n" for i in range(6))
     one, other = windows(f"def main():\n{block}"), windows(f"def main():\n    y = 1\n{block.replace(' = ', '  =  ')}")
     assert one.keys() & other.keys()
+
+
+def test_every_module_has_a_test_file():
+    """tests/test_MODULE.py, or another file of tests whose docstring names the module's path."""
+    tests = {path.name: ast.get_docstring(ast.parse(path.read_text())) or "" for path in ROOT.glob("tests/test_*.py")}
+    modules = [file for file in FILES if not file.startswith("scripts/") and not file.endswith("__init__.py")]
+    assert not [file for file in modules if f"test_{Path(file).stem}.py" not in tests
+                and not any(file in docstring for docstring in tests.values())]

@@ -36,7 +36,7 @@ def test_ssim_is_scikit_images(size):
             for x, y in zip(clip_a.unbind(1), clip_b.unbind(1))
         ) / a.shape[2]
         for clip_a, clip_b in zip(a.double(), b.double())
-    ]  # fmt: skip
+    ]
     assert ssim_frame(a, b).tolist() == pytest.approx(expected, abs=1e-10)
 
 

@@ -1,3 +1,4 @@
+"""models/patches.py and models/triplane.py."""
 import pytest
 import torch
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.pictures import MARGIN, contact_sheet
+from data.video import read_frames
+from eval.pictures import MARGIN, OUTLINE, contact_sheet, outline, write_clips
 
 
 def test_frames_stand_where_they_should(tmp_path):
@@ -31,3 +32,27 @@ def test_shapes_must_agree(tmp_path):
         contact_sheet(tmp_path / "a.png", [(torch.zeros(3, 4, 8, 8), torch.zeros(3, 5, 8, 8))])
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet(tmp_path / "a.png", [])
+
+
+def test_given_frames_have_a_border_and_no_other_pixel_changes():
+    video = torch.rand(3, 4, 64, 64)
+    before = video.clone()
+    shown = outline(video, 2)
+    assert torch.equal(video, before) and torch.equal(shown[:, 2:], video[:, 2:])
+    assert torch.equal(shown[:, :2, 2:-2, 2:-2], video[:, :2, 2:-2, 2:-2])
+    for side in (shown[:, :2, :2], shown[:, :2, -2:], shown[:, :2, :, :2], shown[:, :2, :, -2:]):
+        assert torch.equal(side, torch.tensor(OUTLINE).view(3, 1, 1, 1).expand_as(side))
+    assert torch.equal(outline(video, 0), video)
+
+
+def test_clips_stand_beside_their_reconstructions(tmp_path):
+    """Greys: 40 and 80 in the first clip, 120 and 160 in the second. What an earlier call wrote is gone."""
+    clips = [[torch.full((3, 3, 32, 48), (40 + 80 * i + 40 * j) / 255) for j in range(2)] for i in range(3)]
+    write_clips(tmp_path / "pairs", clips, num_clips=3)
+    write_clips(tmp_path / "pairs", clips, num_clips=2)
+    paths = sorted((tmp_path / "pairs").iterdir())
+    assert [path.name for path in paths] == ["000000.mp4", "000001.mp4"]
+    for i, path in enumerate(paths):
+        frames = np.asarray(read_frames(str(path), range(3))).astype(int)
+        assert frames.shape == (3, 32, 96, 3)
+        assert abs(frames[:, :, :48] - 40 - 80 * i).max() <= 3 and abs(frames[:, :, 48:] - 80 - 80 * i).max() <= 3

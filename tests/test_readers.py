@@ -13,10 +13,9 @@ from common.errors import DamagedFile
 from data.cache import ClipCache, RowCache
 from data.clips import ClipDataset, Quarantine
 from data.demo import DemoConfig, make_demo
-from data.lists import VideoFile, list_csv
+from data.lists import VideoFile, list_csv, list_videos
 from data.metadata import parse_name, read_annotations
 from data.split_ucf import check_list
-from eval.fvd import list_videos
 from models.larp_tokenizer import LARPTokenizer
 from sampling.real_clips import video_lengths
 from sampling.store import SampleStore, append_report

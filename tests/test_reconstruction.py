@@ -1,3 +1,4 @@
+"""eval/reconstruction.py, and eval/evaluate.py, which calls it."""
 import dataclasses
 import math
 

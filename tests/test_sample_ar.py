@@ -1,4 +1,5 @@
-"""sample.py with a LARP generator, by class and by given frames: shards, processes, kills, the report, mistakes."""
+"""sample.py with a LARP generator, by class and by given frames: shards, processes, kills, the report, mistakes. Holds
+sampling/larp.py and sampling/generator.py too."""
 import csv
 import json
 import re
@@ -22,10 +23,11 @@ from data.video import FrameError, read_frames, to_bytes
 from eval.protocols import PROTOCOLS
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
+from models.pretrained import weights_sha256
 from sampling.real_clips import real_batches, segments
 from sampling.store import chunk_indices
 from training import checkpoint
-from training.load import load_larp_ar, weights_sha256
+from training.load import load_larp_ar
 
 FRAMES, SIZE, CODES, BOOK = 12, 32, 12, 32
 GENERATOR = {"dim": 32, "n_layer": 2, "n_head": 2, "num_classes": 2, "vocab_size": BOOK, "max_seq_len": CODES}

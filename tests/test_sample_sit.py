@@ -1,4 +1,4 @@
-"""sample.py with a CoordTok-SiT: shards, processes, kills, the authors' files, the report."""
+"""sample.py with a CoordTok-SiT: shards, processes, kills, the authors' files, the report (sampling/results.py)."""
 import argparse
 import csv
 import json
@@ -21,14 +21,13 @@ from eval.i3d import I3D
 from models.configs import SIT_SIZES
 from models.coordtok import CoordTok
 from models.interpolant import Interpolant
-from models.pretrained import WeightsError
+from models.pretrained import WeightsError, weights_sha256
 from models.sit import SiT
 from models.triplane import Planes
 from sampling.real_clips import drawn_clips, real_batches
 from sampling.store import chunk_indices
 from training import checkpoint
 from training.latents import LatentStats
-from training.load import weights_sha256
 
 TOKENIZER = {
     "video_shape": (10, 16, 16), "enc_embed_dim": 16, "enc_num_layers": 1, "enc_num_heads": 2, "enc_patch_size_xy": 8,

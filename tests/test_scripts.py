@@ -14,21 +14,29 @@ case "$*" in *device_count*) echo 0 ;; esac
 """
 
 
+def no_environment() -> dict[str, str]:
+    """As in a shell where no environment is active."""
+    return {name: value for name, value in environment().items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+
+
 class Repository:
     """A copy of the scripts, in a folder whose name has a space and a *."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         shutil.copytree(ROOT / "scripts", folder / "scripts")
-        for name in ("requirements.txt", ".gitignore"):
+        for name in ("requirements.txt", "requirements-dev.txt", ".gitignore"):
             shutil.copy(ROOT / name, folder)
         (folder / "data").mkdir()
-        bin_folder = folder / ".venv" / "bin"
+        self.make_venv()
+
+    def make_venv(self) -> None:
+        bin_folder = self.folder / ".venv" / "bin"
         bin_folder.mkdir(parents=True)
-        for name in ("python", "python3", "torchrun", "pip", "ruff"):
+        for name in ("python", "python3", "torchrun", "pip", "ruff", "mypy", "shellcheck"):
             (bin_folder / name).write_text(STUB)
             (bin_folder / name).chmod(0o755)
-        shutil.copy(folder / "requirements.txt", folder / ".venv" / "installed")
+        shutil.copy(self.folder / "requirements.txt", self.folder / ".venv" / "installed")
 
     def run(self, script: str, *flags: str, **variables: str) -> list[list[str]]:
         """The calls that a script makes, each with its arguments. No nvidia-smi is on PATH."""
@@ -37,8 +45,9 @@ class Repository:
         path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep)
                                if not os.path.exists(os.path.join(part, "nvidia-smi")))
         done = subprocess.run(["bash", f"scripts/{script}", *flags], cwd=self.folder, capture_output=True, text=True,
-                              env={**environment(), "PATH": path, "CALLS": str(calls), **variables})
+                              env={**no_environment(), "PATH": path, "CALLS": str(calls), **variables})
         assert done.returncode == 0, done.stdout + done.stderr
+        self.said = done.stderr
         blocks = calls.read_text().split("\n\n")[:-1] if calls.exists() else []
         return [block.split("\n") for block in blocks]
 
@@ -64,6 +73,36 @@ def test_pip_runs_only_where_the_requirements_changed(repository):
     assert repository.run("setup.sh") == []
 
 
+def test_only_the_tests_install_development_dependencies(repository):
+    calls = repository.run("test.sh", "tests/test_fvd.py")
+    assert [call[0] for call in calls] == ["pip", "ruff", "mypy", "shellcheck", "python"]
+    assert calls[0][1] == "install" and calls[0][-1] == "requirements-dev.txt" and calls[-1][-1] == "tests/test_fvd.py"
+    assert [call[0] for call in repository.run("test.sh")] == ["ruff", "mypy", "shellcheck", "python"]
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_an_active_environment_serves_where_it_meets_the_requirements(repository, tmp_path, variable):
+    """The interpreter that runs this test stands in for it; its torchrun tells which environment is used."""
+    active = tmp_path / "active" / "bin"
+    active.mkdir(parents=True)
+    (active / "python").write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')
+    (active / "torchrun").write_text(STUB.replace("${0##*/}", "active"))
+    for program in active.iterdir():
+        program.chmod(0o755)
+    shutil.rmtree(repository.folder / ".venv")
+    flags = {variable: str(active.parent), "GPUS": "1"}
+    (repository.folder / "requirements.txt").write_text("pytest>=1  # there\nno; python_version < '3'\n\n# none\n")
+    assert [call[0] for call in repository.run("sample_parallel.sh", **flags)] == ["active"]
+    assert not repository.said and not (repository.folder / ".venv").exists()
+
+    repository.make_venv()
+    (repository.folder / "requirements.txt").write_text("pytest>=1000\nnot-here\n")
+    calls = repository.run("sample_parallel.sh", **flags)
+    assert [call[0] for call in calls] == ["pip", "torchrun"]
+    assert f"{active.parent} lacks pytest>=1000 (it has {pytest.__version__}), not-here: .venv" in repository.said
+    assert [call[0] for call in repository.run("sample_parallel.sh", **flags)] == ["torchrun"]
+
+
 @pytest.mark.parametrize(("version", "right"), [("(3, 9)", False), ("(3, 10)", True), ("(3, 14)", True),
                                                 ("(3, 15)", False)])
 def test_which_python(repository, tmp_path, version, right):
@@ -75,7 +114,7 @@ def test_which_python(repository, tmp_path, version, right):
         (tmp_path / "bin" / name).write_text(f"#!{sys.executable}\n{claim}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     done = subprocess.run(["bash", "scripts/setup.sh"], cwd=repository.folder, capture_output=True, text=True,
-                          env={**environment(), "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "CALLS": "/dev/null"})
+                          env={**no_environment(), "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "CALLS": "/dev/null"})
     assert (done.returncode == 0) == right, done.stderr
     assert right or done.stderr.startswith("error: Python 3.10 to 3.14 is needed; python3 here is ")
 
@@ -89,6 +128,18 @@ def test_sampling_without_a_gpu_runs_one_process(repository):
                           SLURM_ARRAY_TASK_ID="1", TOTAL="10", SHARDS="4")[-1]
     assert sent[2:] == ["--nproc_per_node=1", "sample.py", "--num_samples_total", "10", "--num_samples", "3",
                         "--starting_index", "3", *flags]
+
+
+def test_training_on_nodes_takes_the_gpus_that_torch_or_slurm_counts(repository):
+    for name in ("srun", "scontrol"):
+        (repository.folder / ".venv" / "bin" / name).write_text(STUB)
+        (repository.folder / ".venv" / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(repository.folder), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7",
+             "SLURM_JOB_NODELIST": "n[1-2]"}
+    for given, processes in (({}, 1), ({"SLURM_GPUS_ON_NODE": "8"}, 8), ({"GPUS": "3", "SLURM_GPUS_ON_NODE": "8"}, 3)):
+        call = repository.run("slurm/train.sbatch", "train_sit.py", "--seed", "5", **slurm, **given)[-1]
+        assert call[:4] == ["srun", "torchrun", "--nnodes=2", f"--nproc_per_node={processes}"]
+        assert call[-5:] == ["train_sit.py", "--resume", "auto", "--seed", "5"]
 
 
 def test_paths_with_spaces_and_stars(repository):

@@ -1,3 +1,4 @@
+"""sampling/store.py and sampling/real_clips.py."""
 import csv
 import json
 import os
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from common.cli import config_diff
 from data.clips import ClipDataset, ClipKey
 from data.lists import VideoFile
 from sampling.real_clips import drawn_clips, real_batches, segments
@@ -338,3 +340,7 @@ def test_a_batch_is_kept_only_with_all_its_videos(tmp_path):
 
 def test_ranges():
     assert ranges([0, 1, 2, 5, 7, 8]) == "0 to 2, 5, 7 to 8"
+
+
+def test_differences():
+    assert config_diff({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == "b 2 there, 3 here"

@@ -19,9 +19,9 @@ import train_ar
 from common.cli import Parser
 from eval.pictures import MARGIN, SMALLEST, TEXT
 from models.larp_ar import LARPGenerator
+from models.pretrained import weights_sha256
 from training import checkpoint
 from training.flags import add_larp_ar, larp_ar_config
-from training.load import weights_sha256
 
 STEPS = 6
 CODES, CODEBOOK = 12, 64

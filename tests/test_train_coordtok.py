@@ -1,4 +1,4 @@
-"""train_coordtok.py and eval/eval_coordtok.py end to end, as users run them, at a tiny size."""
+"""train_coordtok.py and eval/eval_coordtok.py end to end at a tiny size, with training/setup.py."""
 import json
 import os
 import random
@@ -101,7 +101,7 @@ def test_second_step_validation_and_evaluation(data, coordtok, tmp_path):
         out = tmp_path / f"evaluation{batch}"
         run("eval/eval_coordtok.py", *evaluate, batch, "--output_dir", out, "--tokenizer", tokenizer,
             processes=processes)
-        assert (out / "sheet.png").exists()
+        assert (out / "sheet.png").exists() and len(list((out / "reconstructions").glob("*.mp4"))) >= 1
         reports.append(json.loads((out / "report.json").read_text()))
     one, two = reports
     assert [each["record"]["model"].split()[-1] for each in reports] == [one["record"]["model"].split()[-1]] * 2
@@ -145,7 +145,7 @@ def test_damaged_files_are_listed_once_and_training_goes_on(data, coordtok, tmp_
                  "--num_views", 8, "--num_workers", 2, processes=2)
     listed = [line.split("\t")[0] for line in (tmp_path / "run" / "quarantine.txt").read_text().splitlines()]
     assert sorted(Path(path).name for path in listed) == bad
-    assert f"{len(bad)} damaged files, listed in" in done.stdout
+    assert f"{len(bad)} damaged files are listed in" in done.stdout
     assert len(losses(tmp_path / "run")) == 12
 
 

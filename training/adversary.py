@@ -1,4 +1,4 @@
-"""The discriminator's side of a LARP tokenizer's training: its optimizer, LeCam, and one update of it."""
+"""The discriminator of a LARP tokenizer in training: its optimizer, its LeCam averages, and one update of it."""
 from argparse import Namespace
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from training.optim import Precision, adam, update
 
 class MicroBatch(NamedTuple):
     video: Tensor  # (B, 3, T, H, W) in [0, 1]
-    positions: list[int]  # in the run, which all draws for a clip come from
+    positions: list[int]  # the clips' numbers in the run; they seed all random draws
     paths: list[str]
 
 
@@ -23,17 +23,17 @@ Round = tuple[TokenizerOutput, list[torch.Generator]]  # a micro-batch's reconst
 
 
 def mean_logits(logits: Tensor) -> Tensor:
-    """(2 B,) of real clips and then of fakes -> (2,) float32, the mean of each."""
+    """logits: (2 B,), real clips first, then reconstructions. Returns (2,) float32, the mean of each half."""
     return torch.stack([part.float().mean() for part in logits.chunk(2)])
 
 
 def mean_of(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean over micro-batches of each value, detached."""
+    """Each value's mean over the micro-batches, detached."""
     return {name: torch.stack([one[name].detach().float() for one in values]).mean(0) for name in values[0]}
 
 
 class Adversary:
-    """A discriminator with all that trains it. `parts` is what a checkpoint holds of it."""
+    """A discriminator and everything that trains it. `parts` is what a checkpoint saves."""
 
     def __init__(self, discriminator: Discriminator, args: Namespace, precision: Precision, device: torch.device):
         self.net, self.args, self.precision, self.device = discriminator, args, precision, device
@@ -44,17 +44,17 @@ class Adversary:
                       "disc_scaler": self.scaler}
 
     def wrap(self) -> None:
-        """In DDP where there is more than one process, after compiling and before the first `update`."""
-        self.model = distributed.wrap(self.net, self.device, static_graph=False)  # it is frozen in between
+        """Put the discriminator in DDP if there are several processes. Call after compiling, before `update`."""
+        self.model = distributed.wrap(self.net, self.device, static_graph=False)  # at times frozen
 
     def update(
         self, step: int, micros: list[MicroBatch], rounds: list[Round], guard: NonFiniteGuard
     ) -> dict[str, Tensor]:
-        """One optimizer step on a batch of micro-batches and their reconstructions. Returns what is logged."""
+        """One optimizer step on the micro-batches and their reconstructions. Returns the values to log."""
         args, num, values = self.args, len(micros), []
         pairs = [torch.cat([micro.video, output.video.detach().float()])
                  for micro, (output, _) in zip(micros, rounds)]
-        if num > 1:  # LeCam is a function of the whole batch's means
+        if num > 1:  # LeCam needs the means over the whole batch before the first backward pass
             with torch.no_grad(), self.precision.autocast():
                 whole = distributed.all_mean(torch.stack([mean_logits(self.net(pair)) for pair in pairs]).mean(0))
         for i, (micro, pair, (_, generators)) in enumerate(zip(micros, pairs, rounds), 1):
@@ -62,7 +62,8 @@ class Adversary:
             with distributed.sync_gradients(self.model, i == num):
                 with self.precision.autocast():
                     logits = self.model(pair)
-                loss, logs = discriminator_loss(*logits.chunk(2), args.disc_loss, noise)
+                real, fake = logits.chunk(2)
+                loss, logs = discriminator_loss(real, fake, args.disc_loss, noise)
                 means = mean_logits(logits)
                 means = distributed.all_mean(means) if num == 1 else whole + (means - means.detach())
                 logs["lecam"] = self.lecam(*means)

@@ -38,7 +38,7 @@ from training import fsdp
 
 
 def rng_state() -> dict:
-    """The generators' states of this process."""
+    """The states of this process's random generators."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -46,7 +46,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(states: list[dict]) -> None:
-    """Restore this process's generators; a process the saving run did not have keeps its fresh seed."""
+    """Restore this process's generators. A process that the saving run did not have keeps its own seed."""
     if distributed.rank() < len(states):
         state = states[distributed.rank()]
         torch.set_rng_state(state["cpu"])
@@ -55,9 +55,10 @@ def set_rng_state(states: list[dict]) -> None:
 
 
 def start_rng(seed: int, states: list[dict] | None) -> None:
-    """The generators as training begins: those of the checkpoint that it goes on from, else each process draws its own.
+    """Set the random generators before the first step: to the states in the checkpoint, or to a seed for each process.
 
-    Call it last: whatever is built after it would draw from them, and a resumed run would not go on as it was.
+    Call it last. Anything built after it would draw from these generators, and a resumed run would then differ from an
+    uninterrupted one.
     """
     torch.manual_seed(seed + distributed.rank())
     if states is not None:
@@ -65,11 +66,8 @@ def start_rng(seed: int, states: list[dict] | None) -> None:
 
 
 def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
-    """Write `folder`/step_0001000.pt, a folder step_0001000 where the state has sharded tensors, and drop all but the
-    newest `keep` (from 1 on); every process must call it.
-
-    It appears under its name only when complete.
-    """
+    """Write `folder`/step_0001000.pt, or a folder step_0001000 if the state has sharded tensors. It gets its name when
+    it is complete; then all but the newest `keep` (1 or more) are deleted. Every process must call this."""
     if keep < 1:
         raise ValueError(f"--keep_checkpoints is {keep}, expected 1 or more")
     state = {name: dict(value) if isinstance(value, State) else value for name, value in state.items()}  # plain values
@@ -80,7 +78,7 @@ def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
     partial = path.with_suffix(".partial")
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("*.partial"):  # by a save that was killed
+        for left in folder.glob("*.partial"):  # left by a save that was killed
             remove(left)
     if shards:
         distributed.barrier()
@@ -97,16 +95,18 @@ def save(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
 
 
 def save_run(folder: Path, step: int, args: Namespace, parts: dict[str, Any], listed: dict, **facts) -> None:
-    """Save to `folder`/checkpoints what the parts of a run hold, how far it is in its data, and its flags. facts: what
-    else the checkpoint says. listed: of the data, from `training_files`. parts: as `restore` takes them."""
+    """Save a run to `folder`/checkpoints: the states of its parts, its position in the data and its flags.
+
+    parts: as in `restore`. listed: identifies the data, from `training_files`. facts: further entries to save.
+    """
     data = {"position": step * args.batch_size, **listed}
     save(folder / "checkpoints", step, {**facts, **state_dicts(parts), "data": data, "args": vars(args)},
          args.keep_checkpoints)
 
 
 def state_dicts(parts: dict[str, Any]) -> dict:
-    """What models, optimizers, ... hold, by their names; "ema/DECAY" is DECAY of the dict "ema"."""
-    states = {}
+    """The state dict of each model, optimizer, ..., by name. The name "ema/DECAY" is entry DECAY of the dict "ema"."""
+    states: dict[str, Any] = {}
     for name, part in parts.items():
         group, _, name = name.rpartition("/")
         inner = states.setdefault(group, {}) if group else states
@@ -115,23 +115,23 @@ def state_dicts(parts: dict[str, Any]) -> dict:
 
 
 def mark_best(folder: Path, step: int) -> None:
-    """Keep the checkpoint of `step` as best.pt, or best, too. A run that began with another folder's checkpoint has
-    none of that step."""
+    """Also keep the checkpoint of `step` as best.pt, or as the folder best. Does nothing if `folder` has no checkpoint
+    of that step, as at the start of a run that resumed from another folder."""
     path = next((path for path in list_checkpoints(folder) if step_of(path) == step), None)
     if path is None or not distributed.is_main():
         return
     best, link = folder / f"best{path.suffix}", folder / "best.partial"
-    remove(link)  # of a process that was killed
+    remove(link)  # left by a process that was killed
     if path.is_dir():
         shutil.copytree(path, link, copy_function=link_file)
-    elif not (best.exists() and best.samefile(path)):  # renaming one link of a file to another would do nothing
+    elif not (best.exists() and best.samefile(path)):  # os.replace does nothing between two links to one file
         link_file(path, link)
     if link.exists():
         rename(link, best)
 
 
 def link_file(path: str | Path, link: str | Path) -> None:
-    """The same file under a second name, for no second write of many GB; where that cannot be, a copy."""
+    """Hard-link a file, which saves writing many GB again; copy it where the file system has no links."""
     try:
         os.link(path, link)
     except OSError:
@@ -139,14 +139,14 @@ def link_file(path: str | Path, link: str | Path) -> None:
 
 
 def rename(partial: Path, path: Path) -> None:
-    """Give a complete checkpoint its name, which a file may have already."""
+    """Give a complete checkpoint its name, replacing what has it."""
     if partial.is_dir() and path.exists():
         remove(path)
     os.replace(partial, path)
 
 
 def remove(path: Path) -> None:
-    """A folder first loses its name, so that a kill leaves no half checkpoint under it."""
+    """Delete a checkpoint. A folder is renamed first, so that a kill leaves no incomplete one under its name."""
     if path.is_dir():
         unnamed = path.with_suffix(".old.partial")
         os.replace(path, unnamed)
@@ -156,7 +156,7 @@ def remove(path: Path) -> None:
 
 
 def restore(parts: dict[str, Any], state: State) -> None:
-    """Load into models, optimizers, ... what a checkpoint holds under their names. Raises DamagedFile."""
+    """Load the states in a checkpoint into the models, optimizers, ... of the same names. Raises DamagedFile."""
     for name, part in parts.items():
         content = select_weights(state, name.replace("/", "_")) if name.startswith("ema/") else state[name]
         with reading(state.path, "the state of this run", f"its {name} does not fit the flags, or is damaged"):

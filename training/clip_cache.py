@@ -2,18 +2,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from common import distributed
-from common.console import print_main
+from common.console import Progress, print_main
 from data.cache import ClipCache
 from data.clips import Quarantine
 from data.lists import VideoFile, files_sha256
 from data.loader import Loader, deliver, init_worker
+from data.shared_memory import Packed
 from data.video import VideoError, read_chosen, resize_crop_8bit
 
 
@@ -21,11 +20,11 @@ def clip_cache(
     folder: str | Path, files: Sequence[VideoFile], size: int, rule: str, quarantine: Quarantine, num_workers: int,
     timeout: float,
 ) -> ClipCache:
-    """The cache in `folder` of these videos by `size` and `rule` (as `resize_crop` takes them), filled where it is not
-    yet, by `num_workers` of each process; the whole shards of a killed run are kept.
+    """The cache in `folder` of all frames of these videos, resized by `size` and `rule` (see `resize_crop`). Missing
+    shards are filled by `num_workers` workers of each process; complete shards of a killed run are kept.
 
-    A video of which a frame cannot be decoded is quarantined and has none in the cache; one that is good in part is
-    read from its file. timeout: seconds for one video.
+    A video with a frame that cannot be decoded has no frames in the cache. It is quarantined; if some of its frames are
+    good, training reads them from the file. timeout: seconds for one video.
     """
     cache = ClipCache(folder, {"files": files_sha256(files), "rule": rule}, len(files), size)
     fill(cache, WholeVideos(files, size, rule, quarantine, timeout), num_workers)
@@ -36,7 +35,7 @@ def clip_cache(
 
 
 class WholeVideos(Dataset):
-    """All frames of each video, ready: (num_frames, size, size, 3) uint8, with no frames where one is damaged."""
+    """All frames of each video, resized: (num_frames, size, size, 3) uint8; no frames for a damaged video."""
 
     def __init__(self, files: Sequence[VideoFile], size: int, rule: str, quarantine: Quarantine, timeout: float):
         self.files, self.size, self.rule, self.quarantine, self.timeout = files, size, rule, quarantine, timeout
@@ -45,29 +44,30 @@ class WholeVideos(Dataset):
         path = self.files[index].path
         if path not in self.quarantine:
             try:
-                return resize_crop_8bit(read_chosen(path, np.arange, self.timeout)[0], self.size, self.rule)
+                return resize_crop_8bit(read_chosen(path, range, self.timeout)[0], self.size, self.rule)
             except VideoError as error:
                 self.quarantine.add_error(path, error)
         return torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
 
 
-def deliver_video(frames: Tensor) -> dict:
+def deliver_video(frames: Tensor) -> dict | Packed:
     return deliver({}, [frames], alike=True)
 
 
 def fill(cache: ClipCache, videos: WholeVideos, num_workers: int) -> None:
-    """Write the missing shards, shared by all processes."""
-    shards = distributed.broadcast(cache.missing())[distributed.rank() :: distributed.world_size()]
+    """Write the missing shards; each process writes its share of them."""
+    shards = distributed.of_rank(distributed.broadcast(cache.missing()))
     order = [video for shard in shards for video in cache.rows_of(shard)]
     decoded = iter(Loader(
         videos, batch_size=None, sampler=order, num_workers=min(num_workers, len(order)), worker_init_fn=init_worker,
-        collate_fn=deliver_video, generator=torch.Generator(),  # else it would draw from the global generator
+        collate_fn=deliver_video,  # type: ignore[arg-type]  # takes one video, as batch_size is None
+        generator=torch.Generator(),  # otherwise it would draw from the global generator
     ))
-    with tqdm(total=len(order), desc="caching clips", disable=not (distributed.is_main() and order)) as bar:
+    with Progress(total=len(order), desc="caching clips", disable=not (distributed.is_main() and order)) as bar:
         for shard in shards:
             frames = []
             for _ in cache.rows_of(shard):
-                # A copy: what workers ship holds a file each, until it is freed.
+                # A copy, since frames from a worker keep a file open until they are freed.
                 frames.append(next(decoded)["frames"][0].numpy().copy())
                 bar.update()
             cache.write(shard, frames)

@@ -4,9 +4,10 @@ Nothing here needs torch. A flag whose help is `Rare` is shown by --help_all alo
 """
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from common import distributed
 from common.cli import Parser, Rare, add_perceptual, check_carried, is_none, run_name, str2bool, word_or_none
 from eval.protocols import PROTOCOLS
 from models.configs import (
@@ -145,8 +146,9 @@ def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> N
 
 def add_device(group: Group, num_workers: int) -> None:
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="Where to compute")
-    group.add_argument("--num_workers", "-j", dest="num_workers", type=int, default=num_workers,
-                       help="Loader workers of each process")
+    group.add_argument("--num_workers", "-j", dest="num_workers", type=int,
+                       default=distributed.fitting_workers(num_workers),
+                       help=f"Loader workers of each process; by default {num_workers}, or fewer on fewer cores")
 
 
 def add_tf32(group: Group) -> None:
@@ -204,7 +206,7 @@ class Flag(NamedTuple):
     setting: Setting
 
 
-def config_flags(config: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Flag]]:
+def config_flags(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Flag]]:
     """(name, flag) for each field made by `setting`, also in nested configurations."""
     hints = get_type_hints(config)
     for field in dataclasses.fields(config):
@@ -227,6 +229,7 @@ def add_flags(parser: Parser, config: type, everyday: bool = True) -> Group:
     group = parser.add_argument_group(f"architecture of {config.__name__.removesuffix('Config')}",
                                       "Leave these out with a checkpoint of this project, which carries them.")
     for name, (_, hint, default, setting) in config_flags(config):
+        kind: Callable[[str], Any]
         if hint is bool:
             kind = str2bool
         elif hint == str | None:
@@ -242,7 +245,7 @@ def add_flags(parser: Parser, config: type, everyday: bool = True) -> Group:
     return group
 
 
-def merge(config: type, args: argparse.Namespace, carried: dict | None = None, source: str = "") -> dict:
+def merge(config: Any, args: argparse.Namespace, carried: dict | None = None, source: str = "") -> dict:
     """A configuration's values by key, nested as in config.json: the flags given, and all that the checkpoint `source`
     carries, if there is one. Raises ValueError, naming both values, where a flag and the checkpoint differ."""
     merged = carried or {}

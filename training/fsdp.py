@@ -21,11 +21,11 @@ from training.optim import DTYPES
 
 # --- models ---
 def shard(model: LARPGenerator, device: torch.device, precision: str) -> None:
-    """Shard a model in place, which must be equal on all processes. It moves to the device layer by layer, so that no
-    GPU holds it whole. The layers' weights travel in `precision` (fp32 or bf16), gradients in float32.
+    """Shard a model in place; it must be equal on all processes. It moves to the device layer by layer, so no GPU ever
+    holds all of it. Layers' weights are gathered in `precision` (fp32 or bf16); gradients are reduced in float32.
 
-    Autocast still decides what is computed in bf16, so that the stream of activations stays float32, as without
-    sharding; so do embeddings and the output, a small part of the weights.
+    Autocast still chooses what is computed in bf16, so activations between layers stay float32, as without sharding.
+    Embeddings and the output layer, a small part of the weights, are gathered in float32.
     """
     if precision == "fp16":
         raise ValueError("--precision fp16 needs its loss scaled, which --fsdp does not do: give bf16 or fp32")
@@ -44,8 +44,8 @@ def compile_blocks(model: LARPGenerator) -> None:
 
 
 def unsharded(model: LARPGenerator) -> LARPGenerator:
-    """The model itself or, where it is sharded, a plain copy of it on each process: validation and sampling run as many
-    passes as a process has clips, and a gather would wait for processes that have fewer."""
+    """The model itself or, if it is sharded, a plain copy of it on each process. Validation and sampling need it: the
+    number of passes depends on a process's number of clips, and a gather would wait for processes that have fewer."""
     if not isinstance(model, FSDPModule):
         return model
     weights = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -57,9 +57,9 @@ def unsharded(model: LARPGenerator) -> LARPGenerator:
 
 
 def allocate(optimizer: torch.optim.Optimizer) -> None:
-    """Make the states of an optimizer that has not stepped, for `fill` to read into."""
+    """Create the states of an optimizer that has not stepped yet, so that `fill` can read into them."""
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # which every step of training sets anew
+        group["lr"] = 0.0  # the step below must change nothing; training sets the rate before each step
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -68,7 +68,7 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
 
 # --- checkpoints: plain values in one file, sharded tensors in a file of each process ---
 def split(state: dict, path: str = "") -> tuple[dict, dict[str, DTensor]]:
-    """A nested state without its sharded tensors, and these by their path: "model/layers.0.attention.wo.weight"."""
+    """A nested state without its sharded tensors, and those tensors by path: "model/layers.0.attention.wo.weight"."""
     plain, shards = {}, {}
     for key, value in state.items():
         if isinstance(value, DTensor):
@@ -80,15 +80,15 @@ def split(state: dict, path: str = "") -> tuple[dict, dict[str, DTensor]]:
 
 
 def write(folder: Path, shards: dict[str, DTensor]) -> None:
-    """Each process's share, in files of its own, and an index of them. Processes on all nodes write to one folder."""
+    """Write each process's share to files of its own, and an index. All nodes write to the same folder."""
     dcp.save(shards, checkpoint_id=folder)
 
 
 def fill(state: dict, like: dict) -> None:
-    """Read a state's sharded tensors, from `state["shards"]`, into those of `like`, and put these in place.
+    """Read the sharded tensors in the folder `state["shards"]` into those of `like`, and put these into `state`.
 
-    like: a nested state with every sharded tensor wanted, whose number of processes may be another than that which
-    wrote. Its plain values count for nothing.
+    like: a nested state with all sharded tensors that are wanted; its plain values are ignored. The number of processes
+    may differ from the one that saved them.
     """
     folder, shards = state.pop("shards"), split(like)[1]
     held = IndexReader(folder).read_metadata().state_dict_metadata

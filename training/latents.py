@@ -1,7 +1,4 @@
-"""CoordTok's planes as a diffusion model's data: statistics, and batches from videos or from a cache of latents.
-
-WindowCache, what a frozen tokenizer makes of a few windows of every video, serves codes too.
-"""
+"""CoordTok's planes as training data of a diffusion model: statistics, and batches from videos or from a cache."""
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -25,7 +22,7 @@ Encode = Callable[[dict], Planes]  # a loader's batch -> planes, channels last, 
 
 
 class LatentStats(NamedTuple):
-    """Mean and standard deviation of each plane's channels, (C,) float32 each: what latents are standardised by."""
+    """Mean and standard deviation of the channels of each plane, (C,) float32 each, which standardise latents."""
 
     mean: Planes
     std: Planes
@@ -42,7 +39,7 @@ class LatentStats(NamedTuple):
         return LatentStats(*(planes.map(lambda values: values.to(device)) for planes in self))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """{"xy_mean": (C,), "xy_std": ..., ...} as the authors' log names them."""
+        """{"xy_mean": (C,), "xy_std": ..., ...}, with the names of the authors' log."""
         return {f"{plane}_{kind}": values.cpu() for kind in self._fields
                 for plane, values in getattr(self, kind)._asdict().items()}
 
@@ -52,10 +49,11 @@ class LatentStats(NamedTuple):
 
 
 def measure(batches: Iterator[Planes], channels: int, device: torch.device) -> LatentStats:
-    """Statistics over the batches of all processes, from exact sums: not an average of per-process variances.
+    """Statistics over the batches of all processes, from exact sums. (The released code averages the variances of the
+    processes, which depends on their number.)
 
-    batches: this process's, any number of them; channels last, (B, R, S, channels) each plane. Raises ValueError where
-    no process has one.
+    batches: this process's, any number of them; each plane is (B, R, S, channels). Raises ValueError if no process has
+    any.
     """
     sums = torch.zeros(3, 3, channels, dtype=torch.float64, device=device)  # plane; count, sum, squares; channel
     for planes in batches:
@@ -73,7 +71,7 @@ def of_videos(videos: list[int], source: "LatentCache | ClipDataset", encode: En
               num_workers: int) -> Iterator[Planes]:
     """Latents of this process's share of some videos, in batches, for `measure`: of the first cached window of each, or
     of a clip of each that is encoded now."""
-    mine = videos[distributed.rank() :: distributed.world_size()]
+    mine = distributed.of_rank(videos)
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     if isinstance(source, LatentCache):
         return (source.read(np.array(batch) * source.views) for batch in batches)
@@ -91,14 +89,14 @@ def draw_step(seed: int, step: int, batch_size: int, shapes: Sequence[tuple[int,
     return noise, torch.rand(2, batch_size, generator=generator, device=device)
 
 
-def plane_shapes(config: CoordTokConfig) -> Planes:
+def plane_shapes(config: CoordTokConfig) -> tuple[tuple[int, int, int], ...]:
     """(R, S, C) of each plane."""
     res, res_t, channels = config.latent_resolution_xy, config.latent_resolution_t, config.latent_n_features
-    return Planes((res, res, channels), (res_t, res, channels), (res_t, res, channels))
+    return (res, res, channels), (res_t, res, channels), (res_t, res, channels)
 
 
 class LatentCache(WindowCache):
-    """A WindowCache of planes, float32; rows that cannot be decoded are NaN."""
+    """A WindowCache of float32 planes. Rows that cannot be decoded are NaN."""
 
     def __init__(self, folder: Path, clips: ClipDataset, config: CoordTokConfig, views: int, key: dict):
         self.shapes = plane_shapes(config)
@@ -110,7 +108,7 @@ class LatentCache(WindowCache):
         def flat(batch: dict) -> Tensor:
             return torch.cat([plane.flatten(1) for plane in encode(batch)], dim=1)
 
-        super().fill(flat, batch_size, num_workers)
+        self.fill_rows(flat, batch_size, num_workers)
 
     def read(self, rows: np.ndarray) -> Planes:
         """(B, R, S, C) planes on the CPU."""
@@ -121,9 +119,9 @@ class LatentCache(WindowCache):
 def batches_from_cache(
     cache: LatentCache, sampler: GlobalBatchSampler, files: list[int], device: torch.device
 ) -> Iterator[tuple[Planes, Tensor, list[str]]]:
-    """(planes, labels (B,) long, paths) of each micro-batch; each sample draws one of its video's cached windows.
+    """(planes, labels (B,) long, paths) of each micro-batch. A sample takes one of its video's windows at random.
 
-    files: the videos the sampler's indices count.
+    files: maps the sampler's indices to videos (see `WindowCache.good_files`).
     """
     for keys in sampler:
         rows, videos = cache.draw(keys, files, sampler.seed)

@@ -1,4 +1,4 @@
-"""Trained models by the path of their checkpoint, ours or the authors', and batches of clips as CoordTok takes them."""
+"""Loads trained models from our checkpoints or the authors' files; turns a loader's batch into CoordTok's input."""
 import argparse
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +36,7 @@ def load_larp_tokenizer(source: str, version: str = "sd") -> LARPTokenizer:
 
 
 class TrainedLARP(NamedTuple):
-    """A LARP generator with what only our checkpoints say of it."""
+    """A LARP generator, and what only our checkpoints record about it."""
 
     model: LARPGenerator
     tokenizer: str | None  # weights_sha256 of the tokenizer that it was trained on
@@ -58,17 +58,19 @@ def _load_larp(kind: type[Pretrained], source: str, version: str) -> LARPTokeniz
 
 
 def check_tokenizer(state: dict, sha256: str, folder: Path, args: argparse.Namespace, flag: str) -> None:
-    """ValueError where the run in `folder`, whose checkpoint `state` is, was trained on another tokenizer than the one
-    of `sha256`, which --`flag` gives."""
+    """Raise ValueError if the run in `folder` was trained on another tokenizer than the one that --`flag` names.
+
+    state: the run's checkpoint. sha256: `weights_sha256` of the tokenizer given now.
+    """
     if state["tokenizer"] != sha256:
         raise ValueError(f"the run in {folder} was trained on another tokenizer than {getattr(args, flag)}: give "
-                         f"{state['args'][flag]}, which it names, or what became of it")
+                         f"{state['args'][flag]}, the one that it names, at its present path")
 
 
 def coordtok_clips(batch: dict, config: CoordTokConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """A loader's batch as CoordTok takes it: video (B, 3, T, H, W) in [0, 1] on `device`, and n_frames (B,).
+    """CoordTok's input from a loader's batch: video (B, 3, T, H, W) in [0, 1] on `device`, and n_frames (B,).
 
-    n_frames is None where no clip is short, so that attention needs no mask.
+    n_frames is None if no clip is short, since attention without a mask is faster.
     """
     video = to_video(batch["frames"], config.video_shape[1], "coordtok", device)
     if (batch["n_frames"] >= config.video_shape[0]).all():
@@ -96,9 +98,9 @@ def sit_config(args: argparse.Namespace, config: CoordTokConfig) -> dict:
 
 
 def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
-    """The averaged weights of args.sit_model on the CPU, in evaluation mode.
+    """The EMA weights of args.sit_model on the CPU, in evaluation mode.
 
-    Raises ValueError where it was trained on another tokenizer, or for planes of other sizes.
+    Raises ValueError if it was trained on another tokenizer, or on planes of other sizes.
     """
     source = args.sit_model
     if Path(source).is_dir() and (path := locate(source)) and path.is_file():  # the authors' run folder

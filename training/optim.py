@@ -1,4 +1,4 @@
-"""Precision, optimisers, schedules and the moving average of weights."""
+"""Precision, optimizers, schedules and the moving average of weights."""
 import contextlib
 import copy
 import math
@@ -10,7 +10,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """Autocast and loss scaling of one run. `auto` is bf16 where a GPU has it, else fp32."""
+    """Autocast and loss scaling of a run. `auto` is bf16 on a GPU that supports it, else fp32."""
 
     def __init__(self, name: str, device: torch.device):
         if name == "auto":
@@ -19,8 +19,9 @@ class Precision:
         self.scaler = self.make_scaler()
 
     def make_scaler(self) -> torch.amp.GradScaler:
-        """Each optimizer needs its own: a scale backs off where the gradients it scales overflow. Only fp16 has too
-        small an exponent for gradients; a disabled scaler passes everything through."""
+        """A loss scaler for one optimizer. Each optimizer needs its own, since a scaler lowers its scale when the
+        gradients of its optimizer overflow. It is disabled, and does nothing, unless the precision is fp16, whose
+        exponents are too small for gradients."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -40,8 +41,12 @@ def adam(groups, lr: float, betas: tuple[float, float]) -> torch.optim.Adam:
 
 
 def groups_by_name(model: nn.Module, lr: float, multipliers: dict[str, float]) -> list[dict]:
-    """Parameter groups: those whose name starts with a key of `multipliers` learn at `lr` times its value, the others
-    at `lr`."""
+    """Parameter groups by learning rate: `lr` times the value of the key in `multipliers` that a parameter's name
+    starts with, or `lr` if there is none.
+
+    The released LARP trainer sets every group to the base rate at each step, so its prior_lr_mult has no effect; here
+    it has (see `set_rates`).
+    """
     named = dict(model.named_parameters())
     groups = []
     for prefix, multiplier in [*multipliers.items(), ("", 1.0)]:
@@ -60,13 +65,14 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: list[float], multiplier: float) -> None:
-    """The learning rate of each group: its base rate times a multiplier, which is a pure function of the step."""
+    """Set the learning rate of each group to its base rate in `rates` times `multiplier`."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate * multiplier
 
 
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_norm: float = 0.0) -> None:
-    """One step on the gradients of a scaled loss, clipped to a norm of `max_norm` (0: not), which are then dropped."""
+    """One optimizer step on the gradients of a scaled loss, clipped to the norm `max_norm` (0: no clipping). The
+    gradients are freed afterwards."""
     if max_norm > 0:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
@@ -76,7 +82,7 @@ def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_n
 
 
 def ramp(step: int, steps: int, start: float, end: float) -> float:
-    """From `start` to `end` in a straight line over `steps`, then `end`."""
+    """Linear from `start` to `end` over `steps` steps, then constant."""
     return end if step >= steps else start + (end - start) * step / steps
 
 
@@ -88,7 +94,11 @@ def cosine_with_warmup(step: int, warmup: int, total: int, floor: float) -> floa
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, in a copy that starts equal and is never trained."""
+    """Exponential moving average of a model's parameters, in a copy that starts equal and is never trained.
+
+    torch.optim.swa_utils.AveragedModel would change checkpoints and numbers: it saves the weights under "module." with
+    a counter beside them, and its first update copies the weights instead of averaging them.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay

@@ -1,4 +1,4 @@
-"""What every training script begins with: device and run folder, its clips and the loader of its batches."""
+"""How every training script begins: device, run folder, clips and the loader of batches."""
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from training.log import claim_run
 
 
 def set_up_device(args: Namespace, group: bool = False) -> torch.device:
-    """This process's device, in torchrun's process group where there is one, with TF32 as --allow_tf32 says. group: as
-    `distributed.setup` takes it."""
+    """Join torchrun's process group, if any, set TF32 by --allow_tf32, and return this process's device. group: as in
+    `distributed.setup`."""
     device = distributed.setup(args.device, group=group)
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = args.allow_tf32
@@ -26,9 +26,11 @@ def set_up_device(args: Namespace, group: bool = False) -> torch.device:
 
 
 def start_run(args: Namespace, suffix: str = "", group: bool = False) -> tuple[torch.device, Path]:
-    """This process's device and the run's folder SAVE_DIR/EXP_NAME`suffix`, which no other run may use meanwhile.
-    Seeds what follows: the initial weights are drawn next. Raises OSError where the folder cannot be written to,
-    ValueError where another run has it."""
+    """This process's device, and the run's folder SAVE_DIR/EXP_NAME`suffix`, reserved for this run.
+
+    Seeds torch with --seed, the same on all processes, since the initial weights are drawn next. Raises OSError if the
+    folder cannot be written to, ValueError if another run uses it.
+    """
     device = set_up_device(args, group)
     torch.manual_seed(args.seed)
     folder = Path(args.save_dir) / (args.exp_name + suffix)
@@ -37,12 +39,12 @@ def start_run(args: Namespace, suffix: str = "", group: bool = False) -> tuple[t
 
 
 def training_files(args: Namespace, before: dict | None) -> tuple[list[VideoFile], str, dict]:
-    """The videos to train on; where they are listed: the folder DATA_ROOT/VIDEO_NAME, or CSV_FILE; and what identifies
-    the list, for checkpoints: {"files": how many, "sha256": of their paths}.
+    """The videos to train on, their source (the folder DATA_ROOT/VIDEO_NAME, or the list CSV_FILE), and what identifies
+    the list in checkpoints: {"files": how many, "sha256": of their paths}.
 
-    before: that of the checkpoint that the run goes on from, None without one. Where the list has changed, the run
-    would train on other videos than its positions count: --resume auto raises ValueError, a --resume that names a
-    checkpoint goes on with a warning. Raises ValueError too where processes do not have the same list.
+    before: what the checkpoint that the run resumes from holds of the list; None for a new run. If the list has
+    changed, the checkpoint's positions count other videos: --resume auto raises ValueError, a --resume that names a
+    checkpoint continues with a warning. Raises ValueError too if the processes do not see the same list.
     """
     if args.video_name or "csv_file" not in args:
         source = str(Path(args.data_root) / args.video_name)
@@ -69,7 +71,7 @@ def training_files(args: Namespace, before: dict | None) -> tuple[list[VideoFile
 
 def make_clips(args: Namespace, files: Sequence[VideoFile], num_frames: int, size: int, rule: str,
                device: torch.device, quarantine: Quarantine, **options) -> ClipDataset:
-    """Clips of the videos as the flags of `add_data` say. options: further arguments of ClipDataset."""
+    """Clips of the videos by the flags of `flags.add_data`. options: further arguments of ClipDataset."""
     resize = args.resize
     if resize == "auto":
         resize = "device" if device.type == "cuda" else "worker"
@@ -79,8 +81,8 @@ def make_clips(args: Namespace, files: Sequence[VideoFile], num_frames: int, siz
 
 def cached_clips(args: Namespace, files: Sequence[VideoFile], num_frames: int, size: int, rule: str,
                  device: torch.device, quarantine: Quarantine, **options) -> ClipDataset:
-    """`make_clips`, with the clip cache where --cache_clips. It is filled first, which may take hours: call it after
-    all that a flag may have wrong."""
+    """`make_clips`, with the clip cache if --cache_clips. The cache is filled here, which may take hours, so check all
+    flags before calling this."""
     cache = None
     if args.cache_clips:
         cache = clip_cache(args.cache_dir, files, size, rule, quarantine, args.num_workers, args.decode_timeout)
@@ -88,8 +90,8 @@ def cached_clips(args: Namespace, files: Sequence[VideoFile], num_frames: int, s
 
 
 def train_sampler(args: Namespace, num_files: int, num_iters: int, start: int, order: str) -> GlobalBatchSampler:
-    """This process's micro-batches of steps `start` to `num_iters`. order: as GlobalBatchSampler takes it. Raises
-    ValueError where the batch does not fit the processes or the videos."""
+    """This process's micro-batches of the steps after `start`, up to `num_iters`. order: as in GlobalBatchSampler.
+    Raises ValueError if the batch cannot be shared equally, or is larger than an epoch."""
     return GlobalBatchSampler(
         num_files, args.batch_size, num_iters, distributed.rank(), distributed.world_size(), accum=args.accum_iter,
         seed=args.seed, start_step=start, order=order,
@@ -104,5 +106,5 @@ def micro_rows(args: Namespace, micro: int) -> slice:
 
 
 def train_loader(args: Namespace, clips: ClipDataset, sampler: GlobalBatchSampler, device: torch.device) -> Loader:
-    """Loads the sampler's micro-batches, in page-locked memory where the device is a GPU."""
+    """A loader of the sampler's micro-batches, into page-locked memory if the device is a GPU."""
     return make_loader(clips, sampler, args.num_workers, args.prefetch_factor, pin_memory=device.type == "cuda")

@@ -252,13 +252,13 @@ def benchmark(
     profile: bool,
 ) -> None:
     make = STEPS[name][0]
-    plain, plain_seconds, plain_memory = build(make, Setting(small, batch, device, VARIANTS["plain"])), None, None
+    plain, plain_seconds = build(make, Setting(small, batch, device, VARIANTS["plain"])), None
     parameters = sum(p.numel() for model in plain.models for p in model.parameters() if p.requires_grad)
     print(f"{name}: {parameters:,} parameters, batch {batch}, {plain.flops / 1e9:.1f} GFLOP a sample", flush=True)
     print(f"  {'variant':<16}{'samples/s':>10}{'x plain':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}{'first step, s':>15}")
     if device.type == "cuda":  # alone in memory, which it may not even fit; a GPU's times do not need turns
         try:
-            plain_memory, _ = peak_gib(plain.run, device)
+            peak_gib(plain.run, device)
             plain_seconds = alternate({"plain": plain.run}, rounds, device)["plain"]
         except torch.cuda.OutOfMemoryError:
             print("  plain does not fit this GPU's memory", flush=True)
