@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections import deque
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -52,12 +51,13 @@ def look(path: str | Path) -> StreamInfo:
 
 
 def read_stream(path: str | Path, info: StreamInfo) -> Iterator[Tensor]:
-    """The frames of a file, upright, in order, (H, W, 3) uint8 each; those of a variable rate repeated or dropped to
-    `info.fps`. Where the file is damaged they end with a message. Raises VideoError where there is none before that."""
+    """The frames of a file, upright, in order, (H, W, 3) uint8 each, all in one buffer: the next overwrites the last.
+    Those of a variable rate are repeated or dropped to `info.fps`. Where the file is damaged they end with a message.
+    Raises VideoError where there is none before that."""
     steady = [] if info.constant else ["-vf", f"fps={info.fps}"]
     command = _ffmpeg("-xerror", "-threads", "1", "-i", f"file:{path}", "-map", "0:V:0", *steady, "-fps_mode",
                       "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-")
-    count = 0
+    count, buffer = 0, np.empty(0, np.uint8)
     with tempfile.TemporaryFile() as errors, subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
     ) as ffmpeg:
@@ -65,10 +65,11 @@ def read_stream(path: str | Path, info: StreamInfo) -> Iterator[Tensor]:
             while header := ffmpeg.stdout.readline():  # P6, width and height, 255: a line each
                 width, height = map(int, ffmpeg.stdout.readline().split())
                 ffmpeg.stdout.readline()
-                pixels = ffmpeg.stdout.read(3 * width * height)
-                if not header.startswith(b"P6") or len(pixels) < 3 * width * height:
+                if buffer.size != 3 * width * height:
+                    buffer = np.empty(3 * width * height, np.uint8)
+                if not header.startswith(b"P6") or ffmpeg.stdout.readinto(buffer) < buffer.size:
                     break
-                yield torch.from_numpy(np.frombuffer(bytearray(pixels), np.uint8).reshape(height, width, 3))
+                yield torch.from_numpy(buffer).view(height, width, 3)
                 count += 1
             code = ffmpeg.wait()
         finally:
@@ -163,15 +164,21 @@ def starts(length: int, window: int, overlap: int) -> list[int]:
 
 def windows(frames: Iterable[Tensor], window: int, overlap: int) -> Iterator[tuple[int, Tensor]]:
     """(start, frames (T, H, W, 3)) of the windows of `starts`, while the frames come; the latest `window` are kept."""
-    kept, count, start, done = deque(maxlen=window), 0, 0, 0
+    ring, count, start, done = torch.empty(0), 0, 0, 0  # frame i is in place i % window
+
+    def latest() -> Tensor:
+        return ring[:count].clone() if count < window else ring.roll(-(count % window), 0)
+
     for frame in frames:
-        kept.append(frame)
+        if not count:
+            ring = frame.new_empty(window, *frame.shape)
+        ring[count % window] = frame
         count += 1
         if count == start + window:
-            yield start, torch.stack(tuple(kept))
+            yield start, latest()
             start, done = start + window - overlap, count
     if count > done:
-        yield max(count - window, 0), torch.stack(tuple(kept))
+        yield max(count - window, 0), latest()
 
 
 def blend(clips: Iterable[tuple[int, Tensor]], overlap: int) -> Iterator[Tensor]:
