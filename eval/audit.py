@@ -88,7 +88,9 @@ class Extractor:
                  timeout: float, device: str):
         self.weights, self.num_frames, self.num_clips, self.device = weights, num_frames, num_clips, device
         self.batch_size, self.num_workers, self.timeout = batch_size, num_workers, timeout
-        self.quarantine, self.networks, self.lengths = Quarantine(), {}, {}
+        self.quarantine = Quarantine()
+        self.networks: dict[float, I3D] = {}
+        self.lengths: dict[str, int] = {}
         self.known: dict[tuple[float, bytes], Tensor] = {}  # (eps, digest of the network's input) -> (400,)
 
     def network(self, eps: float) -> I3D:
@@ -118,7 +120,8 @@ class Extractor:
     @torch.inference_mode()
     def features(self, files: list[VideoFile], choice: Choice, name: str) -> Tensor:
         """(clips, pieces of a clip, 400) float32. name: for the progress bar."""
-        keys, pending, pieces = [], {}, 1
+        keys, pieces = [], 1
+        pending: dict[tuple[float, bytes], Tensor] = {}
 
         def run() -> None:
             if pending:
@@ -203,7 +206,7 @@ def curve(real: Tensor, fake: Tensor, divisor: str, seed: int) -> list[tuple[int
     for size in sorted({max(2, count * quarters // 4) for quarters in (1, 2, 3)}):
         subsets = ([side[torch.from_numpy(rng.choice(len(side), size, replace=False))] for side in (real, fake)]
                    for _ in range(NUM_SUBSETS))
-        found = [distance(*subset, divisor) for subset in subsets]
+        found = [distance(one, other, divisor) for one, other in subsets]
         points.append((size, float(np.mean(found)), interval(float(np.mean(found)), found)))
     return points
 
@@ -244,7 +247,7 @@ def stored_features(folder: Path, paths: list[str], i3d: I3D, resize: str) -> Te
     if (settings.get("i3d"), settings.get("i3d_eps")) != (i3d.weights_sha256, i3d.eps) or protocol is None or (
             protocol.num_cond_frames or protocol.i3d_resize != resize):
         return None
-    rows = {}
+    rows: dict[str, Tensor] = {}
     for path in sorted((folder / "chunks").glob("*.npz")):
         with reading(path, "a chunk of samples", "make it anew with sample.py"), np.load(path) as chunk:
             rows |= zip((f"{i:06d}" for i in chunk["index"]), torch.from_numpy(chunk["fake"]))
@@ -276,8 +279,8 @@ class Audit:
         return self.sets[side, choice]
 
     def _fvd(self, features: dict[str, Tensor], divisor: str) -> float:
-        return frechet_distance(*(FeatureStats.from_features(features[side].flatten(0, 1))
-                                  for side in ("real", "generated")), divisor)
+        real, generated = (FeatureStats.from_features(features[side].flatten(0, 1)) for side in ("real", "generated"))
+        return frechet_distance(real, generated, divisor)
 
     def _resampled(self, features: dict[str, Tensor], divisor: str) -> np.ndarray:
         return resampled(features["real"], features["generated"], divisor, self.base.seed)
@@ -499,10 +502,10 @@ def main(argv: list[str] | None = None) -> int:
 
     counts = {side: len(audit.features[side]) for side in files}
     places, ratio = nearest(audit.features["real"].flatten(0, 1), audit.features["generated"].flatten(0, 1))
-    places = places[:NUM_NEAREST].tolist()
-    fakes = list(itertools.islice(extractor.clips(files["generated"], base), len(places)))
-    reals = {i: clip for i, clip in enumerate(extractor.clips(files["real"], base)) if i in places}
-    shown_clips = [(fake, reals[place]) for fake, place in zip(fakes, places)]
+    shown_places = places[:NUM_NEAREST].tolist()
+    fakes = list(itertools.islice(extractor.clips(files["generated"], base), len(shown_places)))
+    reals = {i: clip for i, clip in enumerate(extractor.clips(files["real"], base)) if i in shown_places}
+    shown_clips = [(fake, reals[place]) for fake, place in zip(fakes, shown_places)]
     contact_sheet(
         folder / "nearest.png", [(fake[1], real[1]) for fake, real in shown_clips],
         [f"{Path(fake[0]).name}, nearest real clip in {Path(real[0]).name}" for fake, real in shown_clips],

@@ -72,10 +72,10 @@ def ball_metrics(real: Tensor, fake: Tensor, k: int = 3, k_density: int = 5) -> 
     found, recalled, inside, covered = torch.zeros(len(fake), dtype=torch.bool), 0, 0, 0
     for rows, distances in _squared_distances(real, fake):
         found |= (distances <= real_radii[rows, None]).any(dim=0)
-        recalled += (distances <= fake_radii).any(dim=1).sum().item()
+        recalled += int((distances <= fake_radii).any(dim=1).sum())
         counts = (distances <= wide_radii[rows, None]).sum(dim=1)
-        inside += counts.sum().item()
-        covered += (counts > 0).sum().item()
+        inside += int(counts.sum())
+        covered += int((counts > 0).sum())
     results = {"precision": found.double().mean().item(), "recall": recalled / len(real),
                "density": inside / (k_density * len(fake)), "coverage": covered / len(real)}
     few = {"precision": len(real) <= k or len(fake) <= k, "density": len(real) <= k_density}
@@ -105,11 +105,11 @@ def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def _squared_radii(x: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
     """For each k of ks, (N,) squared distances to the k-th nearest other feature, wider by a little more than rounding
     errors; nan where there are not as many."""
-    nearest, most = [], min(max(ks), len(x) - 1)
+    found, most = [], min(max(ks), len(x) - 1)
     for rows, distances in _squared_distances(x, x):
         distances[torch.arange(len(distances)), torch.arange(len(x))[rows]] = math.inf
-        nearest.append(distances.topk(most, dim=1, largest=False).values)
-    nearest = torch.cat(nearest) * (1 + 1e-9)
+        found.append(distances.topk(most, dim=1, largest=False).values)
+    nearest = torch.cat(found) * (1 + 1e-9)
     return [nearest[:, k - 1] if k <= most else torch.full((len(x),), math.nan, dtype=x.dtype) for k in ks]
 
 

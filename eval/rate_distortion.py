@@ -6,6 +6,7 @@ The reports are those of eval.reconstruct and of both evaluation scripts. They m
 """
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from common.cli import Parser, one_line_errors
 from common.files import atomic_write
@@ -28,19 +29,20 @@ def read_points(sources: Sequence[str | Path]) -> tuple[list[tuple[str, dict]], 
 
     A report without a name has that of its model. ValueError where reports were measured differently, or have no bits.
     """
-    points, first = [], None
+    points, records = [], []
     for source in map(str, sources):
         name, _, path = source.rpartition("=") if not Path(source).is_file() else ("", "", source)
         report = read_record(path)
         results, record = report["results"], report["record"]
-        first = first or (path, record)
-        if differs := comparable(first[1], record, OF_THE_MODEL):
-            raise ValueError(f"{path} and {first[0]} were not measured alike ({', '.join(differs)} differ): compare "
+        records.append((path, record))
+        first_path, first = records[0]
+        if differs := comparable(first, record, OF_THE_MODEL):
+            raise ValueError(f"{path} and {first_path} were not measured alike ({', '.join(differs)} differ): compare "
                              "them in tables of their own")
         if results.get("bits_per_pixel") is None:
             raise ValueError(f"{path} has no bits_per_pixel: evaluate again with this version")
         points.append((name or record["model"].split()[0], results))
-    return sorted(points, key=lambda point: (point[0], point[1]["bits_per_pixel"])), first[1]
+    return sorted(points, key=lambda point: (point[0], point[1]["bits_per_pixel"])), records[0][1]
 
 
 def table(points: list[tuple[str, dict]]) -> str:
@@ -83,7 +85,8 @@ def plot(path: Path, points: list[tuple[str, dict]], title: str) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[len(shown):]:
         axis.remove()
-    figure.legend(*_handles(axes[: len(shown)]), loc="outside lower center", ncols=min(4, len(labels)))
+    lines, names = _handles(list(axes[: len(shown)]))
+    figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(labels)))
     figure.suptitle(title, fontsize=10)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=100)
@@ -91,7 +94,7 @@ def plot(path: Path, points: list[tuple[str, dict]], title: str) -> None:
 
 def _handles(axes: Sequence) -> tuple[list, list]:
     """Lines and names for a legend: a tokenizer may be missing in one panel."""
-    found = {}
+    found: dict[str, Any] = {}
     for axis in axes:
         found |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
     return list(found.values()), list(found)

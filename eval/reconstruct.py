@@ -10,8 +10,11 @@ report each, in a folder of their own, one table and one plot over bits per pixe
 import argparse
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from common import distributed
@@ -83,6 +86,11 @@ def tokenizers(args: argparse.Namespace) -> Iterator[tuple[str, Callable, str, d
         yield f"{Path(path).stem}_{name}", tokenizer, f"{Path(path).name}:{name} {digest.hexdigest()[:12]}", settings
 
 
+def without_indices(tokenizer: Callable, video: torch.Tensor, indices: list[int]) -> tuple[torch.Tensor, Any]:
+    """What the tokenizer makes of a batch; no tokenizer here needs the clips' indices."""
+    return tokenizer(video)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = distributed.setup(args.device)
@@ -90,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         dataset, files = args.video_name, list_folder(Path(args.data_root) / args.video_name)
     else:
         dataset, files = args.dataset_csv, list_csv(args.dataset_csv)
-    protocol, known = PROTOCOLS[args.protocol], {}
+    protocol = PROTOCOLS[args.protocol]
+    known: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
     chosen = list(tokenizers(args))  # all are loaded before the first is measured
     clips = [clip_of(tokenizer, model, args.num_frames, args.size, (protocol.num_frames, protocol.size))
              for _, tokenizer, model, _ in chosen]
@@ -101,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         args.output_dir = folder / name if len(chosen) > 1 else folder
         if isinstance(tokenizer, nn.Module):
             tokenizer.to(device)
-        evaluate(lambda video, _, call=tokenizer: call(video), files, args, device, num_frames, size, model, settings,
+        evaluate(partial(without_indices, tokenizer), files, args, device, num_frames, size, model, settings,
                  dataset, known=known.setdefault((num_frames, size), {}))
         if isinstance(tokenizer, nn.Module):
             tokenizer.cpu()  # makes room for the next

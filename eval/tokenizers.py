@@ -51,6 +51,7 @@ def load_tokenizer(source: str, arguments: dict[str, Any]) -> Callable:
     if not Path(path).is_file():
         raise TokenizerError(f"{shown(path)}: no such file; --tokenizer takes FILE.py:NAME")
     spec = importlib.util.spec_from_file_location(f"tokenizer_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None, "a .py file has both"
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.append(str(Path(path).resolve().parent))  # its neighbours, after everything else
     _call(f"{path} cannot be imported", spec.loader.exec_module, module)
@@ -94,7 +95,8 @@ class Checked:
     """
 
     def __init__(self, reconstruct: Callable[[Tensor, list[int]], tuple[Tensor, Any]], name: str):
-        self.reconstruct, self.name, self.bits = reconstruct, name, {}
+        self.reconstruct, self.name = reconstruct, name
+        self.bits: dict[int, float] = {}
 
     def __call__(self, video: Tensor, indices: list[int]) -> Tensor:
         shape = tuple(video.shape)

@@ -1,3 +1,4 @@
+"""Video codecs beside tokenizers: eval/codecs.py, and the table and plot of eval/rate_distortion.py."""
 import re
 
 import pytest

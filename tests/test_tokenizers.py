@@ -1,4 +1,4 @@
-"""python -m eval.reconstruct: any tokenizer under the protocols, the adapters, and mistakes in them."""
+"""eval/reconstruct.py and eval/tokenizers.py: any tokenizer under the protocols, the adapters, and mistakes in them."""
 import json
 import re
 import sys
@@ -43,7 +43,6 @@ def i3d(monkeypatch) -> TinyI3D:
     network = TinyI3D()
     monkeypatch.setattr(I3D, "from_weights", lambda *_, **__: network)
     monkeypatch.setattr(evaluate, "perceptual_metric", perceptual_metric_out_of_reach)
-    monkeypatch.setattr("eval.reconstruction.tqdm", lambda loader, **_: loader)  # leaves stderr to errors
     return network
 
 
