@@ -7,7 +7,7 @@ With --cache_latents 4, four windows of every video are encoded once, and video 
 A run writes to SAVE_DIR/EXP_NAME and continues with --resume.
 """
 from common.cli import Parser, Rare, config_diff, one_line_errors
-from models.configs import CoordTokConfig
+from models.configs import CoordTokConfig, plain
 from training import flags
 
 
@@ -71,7 +71,7 @@ def main():
     set_checkpointing(sit, args.gradient_checkpointing)
     interpolant = Interpolant(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
     if state:
-        there, here = {**state["config"], **state["interpolant"]}, {**sit.config.plain(), **asdict(interpolant)}
+        there, here = {**state["config"], **state["interpolant"]}, {**plain(sit.config), **asdict(interpolant)}
         if differ := config_diff(there, here):
             raise ValueError(f"the run in {folder} has other settings than the flags ({differ}): give the run's flags")
         check_tokenizer(state, tokenizer_hash, folder, args, "first_model_ckpt")
@@ -145,7 +145,7 @@ def main():
     def save(step: int) -> None:
         guard.check()
         checkpoint.save_run(
-            folder, step, args, parts, listed, kind="sit", config=sit.config.plain(),
+            folder, step, args, parts, listed, kind="sit", config=plain(sit.config),
             interpolant=asdict(interpolant), tokenizer=tokenizer_hash, statistics=stats.state_dict(), classes=names,
         )
 

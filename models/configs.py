@@ -131,11 +131,6 @@ class SiTConfig:
     learn_sigma: bool = True  # the final layers have twice the channels, half of which are dropped
     condition_on_previous: bool = False  # the planes of the clip before are an input too
 
-    def plain(self) -> dict[str, Any]:
-        """The fields, as checkpoints hold them: without `condition_on_previous` where it is off, so that they equal
-        those from before there was this option."""
-        return {name: value for name, value in asdict(self).items() if name != "condition_on_previous" or value}
-
     def __post_init__(self):
         object.__setattr__(self, "input_size", tuple(self.input_size))  # JSON and YAML bring lists
         if len(self.input_size) != 2 or any(size < 1 or size % self.patch_size for size in self.input_size):
@@ -154,6 +149,15 @@ class SiTConfig:
             raise ValueError(
                 f"class_dropout_prob is {self.class_dropout_prob}, expected 0 to 1: change --class_dropout_prob"
             )
+
+
+LATER = ("condition_on_previous",)  # options that were added after the first checkpoints
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A model's configuration as files hold it: the fields, without those of LATER that are off, so that such files
+    equal those from before."""
+    return {name: value for name, value in asdict(config).items() if value or name not in LATER}
 
 
 # Comments give trained parameters, for planes of the released sizes (32 and 16, 8 channels) and one class.

@@ -3,7 +3,6 @@ from_pretrained and push_to_hub."""
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from models.checkpoint_files import (
     load_export,
     select_weights,
 )
+from models.configs import plain
 from models.pretrained import FACTS_FILE, build, load_state, weights_sha256
 
 
@@ -138,7 +138,7 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and the model card README.md, which from_pretrained and every flag that
         names a model take."""
-        write_pretrained(Path(folder), self.kind, asdict(self.config), self.state_dict(), self.facts)
+        write_pretrained(Path(folder), self.kind, plain(self.config), self.state_dict(), self.facts)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None,

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from models.configs import SIT_SIZES
+from models.configs import SIT_SIZES, plain
 from models.layers import set_checkpointing
 from models.sit import SiT, SiTConfig, timestep_sinusoids
 from models.triplane import Planes
@@ -175,22 +175,22 @@ def test_planes_of_another_tokenizer():
 
 
 def test_the_clip_before_is_an_option_that_starts_as_nothing():
-    plain = tiny()
-    assert "condition_on_previous" not in plain.config.plain() and SiTConfig(**plain.config.plain()) == plain.config
+    without = tiny()
+    assert "condition_on_previous" not in plain(without.config) and SiTConfig(**plain(without.config)) == without.config
     torch.manual_seed(1)
     model = SiT(**TINY, condition_on_previous=True).eval()
-    assert SiTConfig(**model.config.plain()) == model.config
-    new = model.state_dict().keys() - plain.state_dict().keys()
+    assert SiTConfig(**plain(model.config)) == model.config
+    new = model.state_dict().keys() - without.state_dict().keys()
     assert new == {"no_previous", *(f"previous_embedder_{plane}.proj.{part}" for plane in Planes._fields
                                     for part in ("weight", "bias"))}
-    model.load_state_dict({**model.state_dict(), **plain.state_dict()})
+    model.load_state_dict({**model.state_dict(), **without.state_dict()})
     x, t, y = inputs(model)
     before = Planes(*(torch.randn(plane.shape) for plane in x))
-    expected = plain(x, t, y)
+    expected = without(x, t, y)
     for got in (model(x, t, y), model(x, t, y, previous=before)):
         assert all(torch.equal(a, b) for a, b in zip(got, expected))
     with pytest.raises(ValueError, match="trained without --condition_on_previous"):
-        plain(x, t, y, previous=before)
+        without(x, t, y, previous=before)
     with pytest.raises(ValueError, match="plane xt is"):
         model(x, t, y, previous=Planes(before.xy, before.yt, before.xy))
 

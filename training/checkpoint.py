@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from models.checkpoint_files import (
     select_weights,
     step_of,
 )
+from models.configs import plain
 from models.coordtok import CoordTok
 from models.hub import Pretrained, is_of, locate, write_pretrained
 from models.larp_ar import LARPGenerator
@@ -250,7 +250,7 @@ def read_any(source: str, version: str | None, config: dict) -> tuple[dict, str 
         return load(path), version
     kind = MODELS[kind_of_authors(path)]
     model = kind.from_stored(kind.read(path, version), config)
-    state = {"kind": kind.kind, "config": asdict(model.config), **model.facts, "model": model.state_dict()}
+    state = {"kind": kind.kind, "config": plain(model.config), **model.facts, "model": model.state_dict()}
     return State(state, path), "sd"
 
 
