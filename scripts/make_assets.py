@@ -66,8 +66,8 @@ def reconstructions(run: Path, videos: Path, num_clips: int) -> list[tuple[Tenso
     files = list_folder(videos)
     found = []
     for file in files[:: max(1, len(files) // num_clips)][:num_clips]:
-        frames = read_frames(file.path, range(coordtok.config.num_frames))[None]
-        fine = to_video(frames, coordtok.config.img_size, "coordtok", "cpu")
+        frames = read_frames(file.path, range(coordtok.config.video_shape[0]))[None]
+        fine = to_video(frames, coordtok.config.video_shape[1], "coordtok", "cpu")
         coarse = to_video(frames[:, : larp.config.frame_num], larp.config.input_size, "larp", "cpu")
         found.append((fine[0], coordtok.render(coordtok.encode(fine))[0], larp.decode(larp.encode(coarse))[0]))
     return found
