@@ -1,12 +1,16 @@
 """README.md and docs/: examples run, links lead somewhere, commands have no flag that their script lacks, and each
 command is run by a test, or marked with what it needs (`<!-- needs a GPU -->` before its block)."""
+import contextlib
 import functools
+import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -55,14 +59,17 @@ def flags_of(name: str) -> frozenset[str]:
         inner = re.findall(r"(?<![\w/])((?:scripts/|eval/)?\w+\.py)\b", path.read_text())
         return flags_of(inner[0]) if inner else frozenset()
     path = path if path.exists() else ROOT / "data" / name  # split_ucf.py is run in data/
-    launch = [str(path)] if name.endswith(".py") else ["-m", name]
-    for flag in ("--help_all", "--help"):
-        done = subprocess.run(
-            [sys.executable, *launch, flag], cwd=ROOT, env=environment(), capture_output=True, text=True
-        )
-        if done.returncode == 0:
-            return frozenset(found.replace("-", "_") for found in re.findall(r"--\w[\w-]*", done.stdout))
-    raise AssertionError(f"{name} has no help: {done.stderr}")
+    for flag in ("--help_all", "--help"):  # in this process: importing torch anew for each script takes long
+        said = io.StringIO()
+        with mock.patch("sys.argv", [str(path), flag]), contextlib.redirect_stdout(said), \
+                contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit) as end:
+            if name.endswith(".py"):
+                runpy.run_path(str(path), run_name="__main__")
+            else:
+                runpy.run_module(name, run_name="__main__")
+        if not end.value.code:
+            return frozenset(found.replace("-", "_") for found in re.findall(r"--\w[\w-]*", said.getvalue()))
+    raise AssertionError(f"{name} has no help")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
