@@ -45,7 +45,7 @@ RANGES = {
         "loss_q_weight", "loss_q_warmup_from", "loss_q_warmup_epoch", "loss_latent_ce_weight", "temperature_epoch",
         "disc_weight", "disc_start", "lecam_weight", "r1_weight", "cfg_scale", "val_cfg_scale", "temperature", "top_k",
         "diffusion_norm", "commitment_loss_weight", "codebook_loss_weight", "entropy_loss_weight", "initializer_range",
-        "query_init_std",
+        "query_init_std", "overlap", "crf", "frames",
     ),
     "(0, inf)": (
         "eval_every", "sample_every", "save_every", "decode_timeout", "i3d_eps", "bpp", "bitrates", "atol", "rtol",

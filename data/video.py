@@ -367,6 +367,14 @@ def resize_crop(frames: Tensor, size: int, rule: str) -> Tensor:
     return torch.cat(pieces).view(*frames.shape[:-3], size, size, 3)
 
 
+def resize_frames(frames: Tensor, size: tuple[int, int], rule: str) -> Tensor:
+    """Frames (T, H, W, 3) uint8 to `size`, (height, width), whatever the aspect ratio; rule and dtype as for
+    `resize_crop`."""
+    bicubic = _bicubic_8bit if frames.device.type == "cpu" else _bicubic_two_pass
+    resize = bicubic if rule == "coordtok" else _bilinear
+    return resize(frames.permute(0, 3, 1, 2), *size).permute(0, 2, 3, 1)
+
+
 def resize_crop_8bit(frames: Tensor, size: int, rule: str) -> Tensor:
     """`resize_crop`, rounded to 8 bits where its rule does not do so itself: (..., size, size, 3) uint8."""
     frames = resize_crop(frames, size, rule)

@@ -11,10 +11,12 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from models.configs import CoordTokConfig
+from models.hub import Pretrained, Stored, one_version
+from models.inputs import check_integers, check_video
 from models.layers import Blocks, TubeletEmbedding, vit_block
 from models.lpips import FrameDistance
 from models.patches import assemble_frames, unpatchify
-from models.pretrained import load_state, read_released, strip_prefix
+from models.pretrained import read_released, strip_prefix
 from models.triplane import Planes
 
 
@@ -178,11 +180,35 @@ def read_plane(plane: Tensor, row: Tensor, column: Tensor) -> Tensor:
     return rearrange(values, "b c 1 n -> b n c").to(plane.dtype)
 
 
-class CoordTok(nn.Module):
+# The flags that decide the shape or presence of a released tensor, for the error of a file that does not fit.
+FLAGS_BEHIND = {
+    "weight_tokens_xy": "latent_resolution_xy, latent_n_features",
+    "weight_tokens_yt": "latent_resolution_t, latent_resolution_xy, latent_n_features",
+    "weight_tokens_xt": "latent_resolution_t, latent_resolution_xy, latent_n_features",
+    "encoder.cross_pos_emb": "enc_embed_dim, num_frames, img_size, enc_patch_size_t, enc_patch_size_xy",
+    "encoder.encoder.cls_token": "enc_embed_dim",
+    "encoder.encoder.pos_emb": "enc_embed_dim, num_frames, img_size, enc_patch_size_t, enc_patch_size_xy",
+    "encoder.encoder.patch_embed": "enc_embed_dim, enc_patch_size_t, enc_patch_size_xy",
+    "encoder.encoder.layers": "enc_patch_num_layers, enc_embed_dim",
+    "encoder.patch_embeds_xy": "latent_patch_size_xy, latent_n_features, enc_embed_dim",
+    "encoder.patch_embeds_yt": "latent_patch_size_t, latent_patch_size_xy, latent_n_features, enc_embed_dim",
+    "encoder.patch_embeds_xt": "latent_patch_size_t, latent_patch_size_xy, latent_n_features, enc_embed_dim",
+    "encoder.transformer.layers": "enc_num_layers, enc_embed_dim",
+    "decoder.transformer.pos_embed": "dec_embed_dim, num_frames, img_size, dec_patch_size_t, dec_patch_size_xy",
+    "decoder.transformer.patch_embed": "dec_embed_dim, latent_n_features",
+    "decoder.transformer.layers": "dec_num_layers, dec_embed_dim",
+    "decoder.projector": "dec_patch_size_t, dec_patch_size_xy, dec_embed_dim",
+}
+
+
+class CoordTok(nn.Module, Pretrained):
     """The tokenizer. Video is float (B, 3, T, H, W) in [0, 1]; the [-1, 1] of the network stays inside.
 
     CoordTok(**config) takes the fields of CoordTokConfig.
     """
+
+    kind = "coordtok"
+    behind = FLAGS_BEHIND
 
     def __init__(self, **config):
         super().__init__()
@@ -204,13 +230,24 @@ class CoordTok(nn.Module):
         config: what differs from the released UCF-101 model. The shapes show all of it but the numbers of heads, so a
         file that does not fit raises a ValueError that names the flags to change.
         """
-        state = strip_prefix(read_released(path, "model")["model"], "module.")
+        return cls.from_stored(Stored(*cls.read_authors(path), Path(path)), config)
+
+    @staticmethod
+    def read_authors(path: str | Path, version: str = "sd") -> tuple[None, dict[str, Tensor], dict]:
+        """(None: the file has no architecture, weights, facts) of the authors' .pth file."""
+        one_version(path, version, "sd")
+        content = read_released(path, "model")
+        state = strip_prefix(content["model"], "module.")
         state = {name: value for name, value in state.items() if not name.startswith("decoder.lpips_loss.")}
-        with torch.device("meta"):  # skips an initialisation that would be overwritten
+        return None, state, {"args": content["args"]} if isinstance(content.get("args"), dict) else {}
+
+    @classmethod
+    def construct(cls, config: dict, path: Path | None) -> "CoordTok":
+        if path is not None:
+            return super().construct(config, path)
+        with torch.device("meta"):  # skips an initialisation that is overwritten
             model = cls(**{"padding": "released", **config})
-        model.to_empty(device="cpu")
-        load_state(model, state, path, FLAGS_BEHIND)
-        return model
+        return model.to_empty(device="cpu")
 
     def forward(self, video: Tensor, index: Tensor, n_frames: Tensor | None = None) -> Tensor:
         """Encode, then decode the patches at `index`: the one call of a training step (arguments as below)."""
@@ -231,6 +268,7 @@ class CoordTok(nn.Module):
         blanks padding as -3 (`released_padding`); here the given frames are used unchanged, and frames missing up to
         the trained length are blanked like that.
         """
+        check_video(video, values=not self.training)
         batch, channels, given, *size = video.shape
         frames, *trained_size = self.config.video_shape
         if channels != 3 or not 1 <= given <= frames or size != trained_size:
@@ -267,6 +305,9 @@ class CoordTok(nn.Module):
         planes: as `encode` returns them, at any resolution. index: (B, N, 3) long, t h w patch index.
         Returns (B, N, p_t * p * p * 3) pixels, in [-1, 1] by training but not clamped, p_t p p 3 order.
         """
+        if not self.training:
+            for axis, (name, size) in enumerate(zip("thw", self.config.grid)):
+                check_integers(f"patch indices {name}", index[..., axis], size)
         return self.decoder(Planes(*planes), index)
 
     def render(self, planes: Planes, frames: Sequence[int] | Tensor | None = None, slices: int = 1) -> Tensor:
@@ -291,27 +332,6 @@ class CoordTok(nn.Module):
         grid = (len(times), grid_h, grid_w)
         video = (unpatchify(patches.float(), grid, patch_t, self.config.dec_patch_size_xy) + 1) / 2
         return video if frames is None else video[:, :, position * patch_t + frames % patch_t]
-
-
-# The flags that decide the shape or presence of a released tensor, for the error of a file that does not fit.
-FLAGS_BEHIND = {
-    "weight_tokens_xy": "latent_resolution_xy, latent_n_features",
-    "weight_tokens_yt": "latent_resolution_t, latent_resolution_xy, latent_n_features",
-    "weight_tokens_xt": "latent_resolution_t, latent_resolution_xy, latent_n_features",
-    "encoder.cross_pos_emb": "enc_embed_dim, num_frames, img_size, enc_patch_size_t, enc_patch_size_xy",
-    "encoder.encoder.cls_token": "enc_embed_dim",
-    "encoder.encoder.pos_emb": "enc_embed_dim, num_frames, img_size, enc_patch_size_t, enc_patch_size_xy",
-    "encoder.encoder.patch_embed": "enc_embed_dim, enc_patch_size_t, enc_patch_size_xy",
-    "encoder.encoder.layers": "enc_patch_num_layers, enc_embed_dim",
-    "encoder.patch_embeds_xy": "latent_patch_size_xy, latent_n_features, enc_embed_dim",
-    "encoder.patch_embeds_yt": "latent_patch_size_t, latent_patch_size_xy, latent_n_features, enc_embed_dim",
-    "encoder.patch_embeds_xt": "latent_patch_size_t, latent_patch_size_xy, latent_n_features, enc_embed_dim",
-    "encoder.transformer.layers": "enc_num_layers, enc_embed_dim",
-    "decoder.transformer.pos_embed": "dec_embed_dim, num_frames, img_size, dec_patch_size_t, dec_patch_size_xy",
-    "decoder.transformer.patch_embed": "dec_embed_dim, latent_n_features",
-    "decoder.transformer.layers": "dec_num_layers, dec_embed_dim",
-    "decoder.projector": "dec_patch_size_t, dec_patch_size_xy, dec_embed_dim",
-}
 
 
 def patch_loss(pred: Tensor, target: Tensor) -> Tensor:

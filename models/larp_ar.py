@@ -4,21 +4,20 @@ Its input is a condition, either a class label or the codes of the given frames,
 `forward` computes the logits of known codes; `generate` draws codes one by one (models/decoding.py).
 """
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 from models import decoding
 from models.configs import SIZES, LARPGeneratorConfig
 from models.decoding import KVCache, Linear, Window, attend_one
+from models.hub import Pretrained, Stored
+from models.inputs import check_integers
 from models.layers import Blocks, sincos_1d
-from models.pretrained import build, load_state, read_pretrained, read_released, strip_prefix
+from models.pretrained import read_released, strip_prefix
 
 
 class RMSNorm(nn.Module):
@@ -107,17 +106,18 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(torch.where(labels < 0, self.num_classes, labels))
 
 
-class LARPGenerator(nn.Module, PyTorchModelHubMixin):
+class LARPGenerator(nn.Module, Pretrained):
     """LARP's generator. Keywords: those of LARPGeneratorConfig; the published sizes are in SIZES.
 
     Attributes to set: `cuda_graphs` False decodes on a GPU by the modules, without fused kernels and graphs; `cache`
     None gives back the memory that `generate` keeps.
     """
 
-    def __init__(self, **options):  # not **config: the mixin treats that name specially
+    kind = "larp_ar"
+
+    def __init__(self, **options):
         super().__init__()
         self.config = config = LARPGeneratorConfig(**options)
-        self._hub_mixin_config = asdict(config)  # what save_pretrained writes: the defaults too
         self.cuda_graphs = True
         self.cache: KVCache | None = None
 
@@ -147,30 +147,23 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         nn.init.zeros_(self.output.weight)  # the first prediction is uniform: the loss starts at log(vocab_size)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **hub: Any
-    ) -> "LARPGenerator":
-        """In evaluation mode, from a folder with config.json and model.safetensors, or a Hugging Face hub id. hub:
-        revision, cache_dir, token, local_files_only, ... as huggingface_hub.snapshot_download takes them."""
-        config, weights, path = read_pretrained(pretrained_model_name_or_path, **hub)
-        generator = build(cls, config, path.with_name("config.json"))
-        load_state(generator, weights, path)
-        return generator.to(map_location).eval()
-
-    @classmethod
     def from_released(cls, path: str | Path, version: str = "sd", **config) -> "LARPGenerator":
         """A checkpoint of the authors' trainer, in evaluation mode. version: "sd", the weights, or "ema_DECAY", their
         average with that decay. config: overrides what the file says."""
+        held, weights, facts = cls.read_authors(path, version)
+        return cls.from_stored(Stored(held | config, weights, facts, Path(path)))
+
+    @staticmethod
+    def read_authors(path: str | Path, version: str = "sd") -> tuple[dict, dict[str, Tensor], dict]:
+        """(architecture, weights, facts) of a checkpoint of the authors' trainer."""
         model = read_released(path, "model")["model"]
         versions = {"sd": model["sd"]} | {f"ema_{decay}": state for decay, state in (model.get("ema_sd") or {}).items()}
         if version not in versions:
             raise ValueError(f"{path}: no version {version} in it; choose one of {', '.join(versions)}")
-        config = SIZES.get(model["name"], {}) | model["args"] | config
+        config = SIZES.get(model["name"], {}) | model["args"]
         if config.get("frame_prediction"):
             config = {"cls_token_num": config.get("max_seq_len", 1024) + 1} | config
-        generator = build(cls, config, path)
-        load_state(generator, strip_prefix(strip_prefix(versions[version], "module."), "_orig_mod."), path)
-        return generator.eval()
+        return config, strip_prefix(strip_prefix(versions[version], "module."), "_orig_mod."), {}
 
     def __getstate__(self) -> dict:
         """The cache, with the CUDA graphs it may hold, is neither copied nor pickled."""
@@ -240,6 +233,10 @@ class LARPGenerator(nn.Module, PyTorchModelHubMixin):
         """
         if cfg_scale != 1:
             self.check_guidance(cfg_scale)
+        if self.config.frame_prediction:
+            check_integers("codes of the frames given", cond, self.config.vocab_size + 1)
+        else:
+            check_integers("labels", cond, self.config.num_classes, low=None)
         num_codes = self.config.max_seq_len
         num_guided = 0 if cfg_scale == 1 else num_codes if cfg_interval < 0 else min(cfg_interval + 2, num_codes)
         sampling = decoding.Sampling(cfg_scale, num_guided, temperature, top_k, top_p, return_nll)

@@ -4,37 +4,23 @@ decoder turns the codes back into the clip. Parameter names and configuration ar
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from common.cli import is_none
 from models.configs import LARPTokenizerConfig
 from models.discriminator import xavier_linears
+from models.hub import Pretrained, Stored
+from models.inputs import check_integers, check_video
 from models.layers import Blocks, TubeletEmbedding, sincos_1d, sincos_3d, vit_block
 from models.patches import unpatchify
-from models.pretrained import build, load_state, read_pretrained, read_released
+from models.pretrained import load_state, read_released
 from models.prior import Prior
 from models.quantizer import Bottleneck, Generators
-
-MODEL_CARD = """---
-{{ card_data }}
----
-A LARP video tokenizer ([arXiv 2410.21264](https://arxiv.org/abs/2410.21264)): `config.json` is the architecture,
-`model.safetensors` the weights, in the layout of the paper's released files.
-
-```python
-from models.larp_tokenizer import LARPTokenizer
-
-tokenizer = LARPTokenizer.from_pretrained("FOLDER_OR_HUB_ID")
-codes = tokenizer.encode(video)  # (B, 3, T, H, W) in [0, 1] -> (B, N) long
-video = tokenizer.decode(codes).clamp(0, 1)
-```
-"""
 
 
 def parse_config(cls: Any, data: Mapping[str, Any], where: str = "config") -> Any:
@@ -70,15 +56,11 @@ class TokenizerOutput(NamedTuple):
     logs: dict[str, Tensor]
 
 
-class LARPTokenizer(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="pytorch",
-    tags=["video-tokenizer", "larp"],
-    model_card_template=MODEL_CARD,
-):
+class LARPTokenizer(nn.Module, Pretrained):
     """`LARPTokenizer(**options)`, with the keys of LARPTokenizerConfig; `bottleneck` and `prior_model` are nested
-    dicts as in the released config.json. `save_pretrained` and `push_to_hub` are those of huggingface_hub's mixin."""
+    dicts as in the released config.json."""
+
+    kind = "larp_tokenizer"
 
     # Each is a learned parameter or a frozen table, as the configuration says.
     encoder_patch_pe: Tensor
@@ -89,7 +71,6 @@ class LARPTokenizer(
     def __init__(self, **options):
         super().__init__()
         self.config = c = parse_config(LARPTokenizerConfig, options)
-        self._hub_mixin_config = asdict(c)  # what save_pretrained writes: all keys, not only those given
         dim, out_dim, num_codes = c.encoder_hidden_size, c.decoder_hidden_size, c.bottleneck_token_num
         tubelet = (c.temporal_patch_size, c.patch_size, c.patch_size)
         pixels = c.decoder_temporal_patch_size * c.decoder_patch_size**2 * c.in_channels
@@ -145,6 +126,7 @@ class LARPTokenizer(
     def encode_latents(self, video: Tensor) -> Tensor:
         """video: (B, 3, T, H, W) in [0, 1]; T at most the trained frames. Returns (B, N, D), before the bottleneck."""
         c = self.config
+        check_video(video, values=not self.training)
         if video.shape[1:2] + video.shape[3:] != (c.in_channels, c.input_size, c.input_size):
             raise ValueError(
                 f"this tokenizer takes clips (B, {c.in_channels}, T, {c.input_size}, {c.input_size}), "
@@ -191,6 +173,8 @@ class LARPTokenizer(
     def decode(self, codes: Tensor, num_frames: int | None = None) -> Tensor:
         """codes: (B, N) long. num_frames: the first ones only. Returns (B, 3, num_frames, H, W) in about [0, 1], *not*
         clamped: clamp before measuring or writing."""
+        check_integers("codes", codes, self.config.bottleneck.args.regularizer.args.codebook_size,
+                       advice=": are they of another tokenizer?")
         return self.decode_vectors(self.bottleneck.lookup(codes), num_frames)
 
     def forward(
@@ -240,31 +224,25 @@ class LARPTokenizer(
         load_state(self, {**own, **weights}, source)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **hub: Any
-    ) -> "LARPTokenizer":
-        """In evaluation mode, from a folder with config.json and model.safetensors, or a Hugging Face hub id. hub:
-        revision, cache_dir, token, local_files_only, ... as huggingface_hub.snapshot_download takes them."""
-        config, weights, path = read_pretrained(pretrained_model_name_or_path, **hub)
-        model = build(cls, config, path.with_name("config.json"))
-        model.load_weights(weights, path)
-        return model.to(map_location).eval()
-
-    @classmethod
     def from_released_checkpoint(cls, path: str | Path, ema: float | str | None = None) -> "LARPTokenizer":
         """In evaluation mode, from a file of the authors' trainer. ema: the decay whose averaged weights to take; None
         takes the live ones."""
+        version = "sd" if ema is None else f"ema_{ema}"
+        return cls.from_stored(Stored(*cls.read_authors(path, version), Path(path)))
+
+    @staticmethod
+    def read_authors(path: str | Path, version: str = "sd") -> tuple[dict, dict[str, Tensor], dict]:
+        """(architecture, weights, facts) of a file of the authors' trainer. version: "sd" or "ema_DECAY"."""
         saved = read_released(path, "model")["model"]
         weights = saved["sd"]
-        if ema is not None:
+        if version != "sd":
+            ema = version.removeprefix("ema_")
             averages = {float(decay): state for decay, state in (saved.get("ema_sd") or {}).items()}
             if float(ema) not in averages:
                 found = ", ".join(map(str, averages)) or "none"
                 raise ValueError(f"{path}: no average of decay {ema} in it, found {found}: choose one of them")
             weights = averages[float(ema)]
-        model = build(cls, saved["args"], path)
-        model.load_weights(weights, path)
-        return model.eval()
+        return saved["args"], weights, {}
 
 
 def transformer(dim: int, num_heads: int, depth: int) -> nn.Sequential:

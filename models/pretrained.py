@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -88,6 +88,27 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
+def verify(file: BinaryIO | Path) -> None:
+    """ValueError where what torch.save wrote is not what was written: it is a zip, which holds checksums."""
+    with zipfile.ZipFile(file) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in it is not what was written")
+
+
+def weights_sha256(model: nn.Module | Mapping[str, Tensor]) -> str:
+    """SHA-256 of a model's tensors with their names: the same for equal weights in whatever file.
+
+    A LARP tokenizer's prior does not count: neither codes nor clips depend on it, and released files lack it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted((model.state_dict() if isinstance(model, nn.Module) else model).items()):
+        if name.startswith("prior_model."):
+            continue
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def check_finite(weights: Mapping[str, Tensor], path: str | Path) -> None:
     """ValueError where a weight is NaN or infinite. path: of the file, for the error."""
     for name, tensor in weights.items():
@@ -133,21 +154,8 @@ def build(kind: type[Model], config: dict, path: str | Path | None) -> Model:
         return kind(**config)
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 of a model's tensors with their names: the same for equal weights in whatever file.
-
-    A LARP tokenizer's prior does not count: neither codes nor clips depend on it, and released files lack it.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith("prior_model."):
-            continue
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 PRETRAINED = ("config.json", "model.safetensors")
+FACTS_FILE = "facts.json"  # beside them, where there is more to say
 
 
 def read_pretrained(source: str | Path, **hub: Any) -> tuple[dict, dict[str, Tensor], Path]:
@@ -160,7 +168,7 @@ def read_pretrained(source: str | Path, **hub: Any) -> tuple[dict, dict[str, Ten
     folder = Path(source)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(source), allow_patterns=list(PRETRAINED), **hub))
+            folder = Path(snapshot_download(str(source), allow_patterns=[*PRETRAINED, FACTS_FILE], **hub))
         except (HfHubHTTPError, OSError, ValueError) as error:  # no such id, no network, not in the cache, ...
             reason = str(error).strip().split("\n")[0]
             raise WeightsError(
@@ -179,6 +187,12 @@ def read_pretrained(source: str | Path, **hub: Any) -> tuple[dict, dict[str, Ten
     content = read_json(config, "a model's configuration", advice)
     with reading(weights, "a model's weights", advice):
         return content, load_file(weights), weights
+
+
+def read_facts(folder: Path) -> dict:
+    """What facts.json says; {} where there is none. Raises DamagedFile."""
+    path = folder / FACTS_FILE
+    return read_json(path, "what is known of a model", "fetch it again, or remove it") if path.is_file() else {}
 
 
 SIT_STATISTICS = ("xy_mean", "xy_std", "yt_mean", "yt_std", "xt_mean", "xt_std")

@@ -5,6 +5,7 @@ R_t and R_xy its resolutions, p patch size, D width, N = N_xy + 2 N_t tokens wit
 N_t = R_t R_xy / p^2. Module names are those of the released weights.
 """
 import math
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from models.configs import SiTConfig
+from models.hub import Pretrained, Stored, one_version
+from models.inputs import check_integers
+from models.interpolant import Interpolant
 from models.layers import Blocks, sincos_2d
-from models.pretrained import load_state, read_released
+from models.pretrained import read_released, read_sit_statistics
 from models.triplane import Planes
 
 
@@ -102,8 +106,23 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class SiT(nn.Module):
-    """SiT over the tokens of three planes. Keyword arguments are the fields of `SiTConfig`."""
+# The flags that decide a tensor's shape, by the start of its name.
+FLAGS_BEHIND = {
+    "x_embedder": "model, latent_n_features",
+    "final_layer": "model, latent_n_features",
+    "pos_embed": "model, latent_resolution_xy, latent_resolution_t",
+    "y_embedder": "num_classes, class_dropout_prob",
+    "blocks": "model",
+}
+
+
+class SiT(nn.Module, Pretrained):
+    """SiT over the tokens of three planes. Keyword arguments are the fields of `SiTConfig`. Of a trained one, `facts`
+    hold the settings of its interpolant, the statistics of its latents, class names and its tokenizer's hash."""
+
+    kind = "sit"
+    default_version = "ema"
+    behind = FLAGS_BEHIND
 
     def __init__(self, **config):
         super().__init__()
@@ -167,6 +186,8 @@ class SiT(nn.Module):
                     f"plane {name} is {tuple(plane.shape)}, this SiT expects (batch, {', '.join(map(str, shape))}): "
                     "its tokenizer must have the same latent resolutions and channels"
                 )
+        if not self.training:
+            check_integers("labels", y, self.config.num_classes + (self.config.class_dropout_prob > 0))
         xy, yt, xt = planes                                                              # (B, C, R, R_xy)
         type_xy, type_yt, type_xt = self.type_embed.split(1, dim=1)                      # (1, 1, D)
         xy = self.x_embedder_xy(xy) + self.pos_embed_xy + type_xy                        # (B, N_xy, D)
@@ -220,17 +241,25 @@ class SiT(nn.Module):
 
         The statistics that standardise its latents are in the log.txt of the run: see models/pretrained.py.
         """
-        state = read_released(path, "ema")["ema"]
-        model = cls(**config)
-        load_state(model, state, path, _FLAGS)
-        return model.eval()
+        return cls.from_stored(Stored(*cls.read_authors(path), Path(path)), config)
+
+    @staticmethod
+    def read_authors(path: str | Path, version: str = "ema") -> tuple[None, dict[str, Tensor], dict]:
+        """(None: the file has no architecture, weights, facts) of the authors' .pt file; the statistics are of log.txt,
+        where it is beside the file or in the folder above."""
+        path = Path(path)
+        one_version(path, version, "ema")
+        content = read_released(path, "ema")
+        args = content["args"] if isinstance(content.get("args"), dict) else {}
+        names = {"path": "path_type", "prediction": "prediction", "loss_weight": "loss_weight",
+                 "train_eps": "train_eps", "sample_eps": "sample_eps"}
+        interpolant = Interpolant(**{name: args[key] for name, key in names.items() if key in args})
+        facts = {"interpolant": asdict(interpolant), "classes": [], "args": args}
+        if log := next((log for log in sit_logs(path) if log.is_file()), None):
+            facts["statistics"] = read_sit_statistics(log)
+        return None, content["ema"], facts
 
 
-# The flags that decide a tensor's shape, by the start of its name.
-_FLAGS = {
-    "x_embedder": "model, latent_n_features",
-    "final_layer": "model, latent_n_features",
-    "pos_embed": "model, latent_resolution_xy, latent_resolution_t",
-    "y_embedder": "num_classes, class_dropout_prob",
-    "blocks": "model",
-}
+def sit_logs(path: Path) -> list[Path]:
+    """Where the log.txt of an authors' checkpoint may be."""
+    return [path.with_name("log.txt"), path.parent.with_name("log.txt")]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from common.errors import DamagedFile
 from eval.i3d import I3D
+from models import checkpoint_files
 from models.configs import LARPTokenizerConfig
 from models.pretrained import WeightsError, read_released
 from training import checkpoint
@@ -149,7 +150,7 @@ def test_random_state_comes_back(tmp_path):
 def test_foreign_files_are_named_in_one_line(tmp_path, content):
     path = tmp_path / "x.pt"
     path.write_bytes(content)
-    assert not checkpoint.is_ours(path)
+    assert not checkpoint_files.is_ours(path)
     with pytest.raises(ValueError, match="x.pt cannot be read as a checkpoint") as error:
         checkpoint.load(path)
     assert "\n" not in str(error.value)

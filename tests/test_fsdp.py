@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import train_ar
 from common import distributed
+from models import sharded as sharded_files
 from models.larp_ar import LARPGenerator
 from training import checkpoint, fsdp
 from training.load import load_larp_ar
@@ -196,7 +197,7 @@ def test_an_index_runs_no_code(alone, monkeypatch, tmp_path, place):
     with pytest.raises(ValueError, match=f"{named}, which no checkpoint of this project holds: do not use this folder"):
         checkpoint.load(path)
     with pytest.raises(ValueError, match=named):
-        fsdp.read_whole(path, "model/")
+        sharded_files.read_whole(path, "model/")
     with pytest.raises(ValueError, match=named):
         fsdp.fill({"shards": path}, {"model": generator.state_dict()})
     assert not marker.exists()

@@ -311,25 +311,6 @@ def test_nothing_to_load_is_one_clear_line(tmp_path):
         LARPTokenizer.from_pretrained(tmp_path)
 
 
-def test_push_to_hub(monkeypatch):
-    """Everything up to the upload: the files, with a model card."""
-    uploads = []
-
-    class Api:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, repo_id, **kwargs):
-            return type("Repo", (), {"repo_id": repo_id})
-
-        def upload_folder(self, repo_id, folder_path, **kwargs):
-            uploads.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
-
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
-    tokenizer().push_to_hub("someone/tokenizer")
-    assert uploads == [("someone/tokenizer", ["README.md", "config.json", "model.safetensors"])]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -139,7 +139,8 @@ def test_exported_models_are_sampled_as_their_checkpoints(sampled, models, tmp_p
     for path, name in zip(models, ("sit", "coordtok")):
         monkeypatch.setattr(sys, "argv", ["checkpoint", str(path), str(tmp_path / name)])
         checkpoint.main()
-        assert sorted(file.name for file in (tmp_path / name).iterdir()) == ["config.json", "model.safetensors"]
+        names = {file.name for file in (tmp_path / name).iterdir()}
+        assert names == {"README.md", "config.json", "model.safetensors"}
     exported = ("--sit_model", tmp_path / "sit", "--first_model_ckpt", tmp_path / "coordtok")
     one, two = sampled("one"), sampled("two", *exported)
     for index in range(5):
@@ -281,7 +282,7 @@ def test_the_authors_run_folder_gives_the_same_samples(sampled, models, tmp_path
         (["--sit_model", "UNGUIDED", "--cfg_scale", "2"], "trained with --class_dropout_prob above 0"),
         (["--model", "SiT-L/2"], "--model SiT-L/2 was given, but .* has tiny"),
         (["--mode", "ODE", "--reverse", "--num_samples", "9"], "a real clip each"),
-        (["--sit_model", "/nowhere"], "/nowhere: no such file"),
+        (["--sit_model", "/nowhere"], "/nowhere: not a folder, and as a Hugging Face hub id"),
     ],
 )
 def test_mistakes_are_named(sampled, models, tmp_path, flags, message):

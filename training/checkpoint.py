@@ -1,34 +1,40 @@
-"""Checkpoints: dicts of plain values and tensors, written atomically.
-
-A checkpoint with sharded tensors is a folder. Its state.pt holds the dict without them, and each process writes its
-share of the tensors to a file of its own.
-"""
+"""Checkpoints: dicts of plain values and tensors, written whole or not at all. One with sharded tensors is a folder:
+state.pt holds the dict without them, and each process writes its share of them to a file of its own. What reads them is
+models/checkpoint_files.py."""
+import contextlib
 import json
 import os
-import re
 import shutil
-import warnings
 from argparse import Namespace
-from collections import OrderedDict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import nn
 
 from common import distributed
-from common.errors import ArgumentParser, DamagedFile, found, reading
-from common.files import atomic_write, of_system, writing
-from models.pretrained import PRETRAINED, check_finite, load_state, read_pretrained
+from common.errors import ArgumentParser, reading
+from common.files import writing
+from models.checkpoint_files import (
+    FORMAT,
+    State,
+    expect,
+    is_ours,
+    list_checkpoints,
+    load,
+    load_export,
+    newest,
+    select_weights,
+    step_of,
+)
+from models.coordtok import CoordTok
+from models.hub import Pretrained, is_of, locate, write_pretrained
+from models.larp_ar import LARPGenerator
+from models.larp_tokenizer import LARPTokenizer
+from models.pretrained import load_state, read_released, weights_sha256
+from models.sit import SiT
 from training import fsdp
-
-FORMAT = 1
-# The types of a checkpoint's entries. The dicts are read by their keys, models by `load_state`.
-DICTS = ("config", "disc_config", "interpolant", "statistics", "data", "args")
-TYPES = {"step": int, "best": int | float, "rng": list, "classes": list, "tokenizer": str, "num_cond_frames": int,
-         **dict.fromkeys(DICTS, dict)}
-NAME = re.compile(r"step_(\d+)(\.pt)?")  # a file, or a folder if the state has sharded tensors
 
 
 def rng_state() -> dict:
@@ -149,101 +155,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def step_of(path: Path) -> int:
-    return int(NAME.sub(r"\1", path.name))
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, sorted by step (as numbers: a name may have any number of digits)."""
-    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=step_of)
-
-
-def is_sharded(path: Path) -> bool:
-    return (path / "state.pt").is_file()
-
-
-def load(path: str | Path, mmap: bool = False) -> "State":
-    """Read a checkpoint of this project onto the CPU. path: a checkpoint, an export, or a folder of checkpoints, of
-    which the newest undamaged one is read.
-
-    Sharded tensors are not read: entry "shards" is their folder, for `fsdp.fill` and `select_weights`.
-    mmap: leave tensors in the file until they are used, and skip the check for damage.
-    Raises FileNotFoundError, DamagedFile, ValueError for a file that is not ours or of another version, and OSError
-    where the system cannot read it, which does not mean that it is damaged.
-    """
-    path = Path(path)
-    if is_export(path):
-        return load_export(path)
-    if path.is_dir() and not is_sharded(path):
-        state = newest(path)
-        if state is None:
-            raise FileNotFoundError(f"no checkpoint step_*.pt in {path}")
-        return state
-    file = path / "state.pt" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        if not mmap:
-            fsdp.verify(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        if path.is_dir():
-            fsdp.check(path)
-    except Exception as error:
-        reason = found(file, error)
-        if of_system(error):
-            raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or reason}") from error
-        raise DamagedFile(f"{path} cannot be read as a checkpoint: {reason}; give another, or move it away") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise ValueError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}")
-    state = typed(state, path)
-    if not mmap:
-        check_finite(state.get("statistics", {}), path)
-        averages = state.get("ema") or {}
-        nested = any(isinstance(value, dict) for value in averages.values())
-        for weights in (state.get("model") or {}, *(averages.values() if nested else [averages])):
-            if isinstance(weights, dict):  # otherwise `restore` raises the error
-                check_finite(weights, path)
-    if path.is_dir():
-        state["shards"] = path
-    return state
-
-
-def typed(content: dict, path: Path) -> "State":
-    """What was read from the checkpoint or export `path`, as a State. DamagedFile where a value is of a wrong type."""
-    with reading(path, "a checkpoint", "give another"):
-        for key in TYPES.keys() & content.keys():
-            if not isinstance(content[key], TYPES[key]):
-                raise ValueError(f"its {key} is a {type(content[key]).__name__}")
-        if content.get("step", 0) < 0:
-            raise ValueError(f"its step is {content['step']}")
-        if any(one["cpu"].dtype != torch.uint8 for one in content.get("rng", [])):
-            raise ValueError("its rng are not generators' states")
-    return State({key: nested(value, path) if key in DICTS else value for key, value in content.items()}, path)
-
-
-def nested(value, path: Path):
-    """A dict as a State, with those in it."""
-    return State({key: nested(inner, path) for key, inner in value.items()}, path) if isinstance(value, dict) else value
-
-
-class State(dict):
-    """The content of a checkpoint. A missing key raises DamagedFile. path: the checkpoint's, for messages."""
-
-    def __init__(self, content: dict, path: Path):
-        super().__init__(content)
-        self.path = path
-
-    def __reduce__(self):
-        """Pickles as an OrderedDict, which `torch.load(weights_only=True)` accepts."""
-        return OrderedDict, (list(self.items()),)
-
-    def __missing__(self, key: str):
-        raise DamagedFile(f"{self.path} has no {key!r}, but {', '.join(map(str, list(self)[:12])) or 'nothing'}: it is "
-                          "of another model or version, or damaged; give another checkpoint")
-
-
 def restore(parts: dict[str, Any], state: State) -> None:
     """Load the states in a checkpoint into the models, optimizers, ... of the same names. Raises DamagedFile."""
     for name, part in parts.items():
@@ -274,46 +185,9 @@ def resume(parts: dict[str, Any], state: State | None, best: float = 0.0) -> tup
     return state["step"], state["rng"], state.get("best", best), state["data"]
 
 
-def is_ours(path: str | Path) -> bool:
-    """Whether `path` is a checkpoint of this project, and not a file that a paper's authors released."""
-    if is_export(Path(path)):
-        return True
-    try:
-        load(path, mmap=True)
-    except ValueError:
-        return False
-    return True
-
-
-def newest(folder: Path) -> State | None:
-    """The newest undamaged checkpoint in `folder`; None if it holds none. Raises DamagedFile if all are damaged, and
-    the other errors of `load`."""
-    there = list_checkpoints(folder)
-    for path in reversed(there):
-        try:
-            return load(path)
-        except (DamagedFile, FileNotFoundError) as error:  # a folder without its state.pt is damaged too
-            warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
-    if there:
-        names = ", ".join(path.name for path in there)
-        raise DamagedFile(f"none of the {len(there)} checkpoints in {folder} is whole ({names}): put a whole one in "
-                           "their place, or move them away to start anew")
-    return None
-
-
-def expect(state: State, kind: str, source: str | Path) -> State:
-    """Return `state`, which was read from `source`. Raises ValueError if another script wrote it."""
-    if state.get("kind") != kind:
-        raise ValueError(f"{source} holds a {state.get('kind')} model, expected a {kind} checkpoint")
-    return state
-
-
-def find(folder: Path, resume: str | None, kind: str) -> State | None:
-    """The checkpoint that a run in `folder` resumes from: the newest undamaged one there (resume="auto"), the one at
-    path `resume`, or None for a new run. kind: of the checkpoints that the script writes.
-
-    Raises ValueError for a checkpoint of another kind, and if a new run would overwrite those of another.
-    """
+def find(folder: Path, resume: str | None, kind: str) -> dict | None:
+    """What a run in `folder` starts from: None (anew), the newest whole checkpoint (`auto`), or the one at a path.
+    kind: that the script writes and goes on from."""
     if resume == "auto":
         state = newest(folder)
         return state and expect(state, kind, folder)
@@ -326,86 +200,95 @@ def find(folder: Path, resume: str | None, kind: str) -> State | None:
     return None
 
 
-def select_weights(state: dict, version: str = "sd") -> dict[str, Tensor]:
-    """A checkpoint's live weights ("sd") or their moving average ("ema", or "ema_DECAY" if it holds several)."""
-    found = {"sd": state["model"]}
-    averages = state.get("ema") or {}
-    if any(isinstance(value, dict) for value in averages.values()):
-        found |= {f"ema_{decay}": weights for decay, weights in averages.items()}
-    elif averages:
-        found["ema"] = averages
-    if version not in found:
-        raise ValueError(f"no weights {version!r} in this checkpoint; it holds {', '.join(found)}: choose one of them")
-    if "shards" not in state:
-        return found[version]
-    path = "model" if version == "sd" else version.replace("_", "/", 1)  # ema_0.9 is stored as ema/0.9
-    return found[version] | fsdp.read_whole(state["shards"], f"{path}/")
+# --- export ---
+MODELS: dict[str, type[Pretrained]] = {each.kind: each for each in (CoordTok, SiT, LARPTokenizer, LARPGenerator)}
 
 
-# The entries that an export needs besides its architecture, by kind of model. LARP's models are not listed: their
-# exports have the released layout, which from_pretrained reads.
-EXPORTED = {
-    "coordtok": (),
-    "sit": ("interpolant", "statistics", "classes", "tokenizer", "args"),
-}
+def export(state: dict, folder: Path, version: str | None = None, reports: list[dict] | None = None) -> list[Path]:
+    """Write a checkpoint's weights alone, without what training needs, as `Pretrained.save_pretrained` does. Returns
+    the paths of the files.
 
-
-def export(state: dict, folder: Path, version: str | None = None) -> None:
-    """Write the weights alone, as `folder`/model.safetensors and config.json, which `load` reads.
-
-    version: as in `select_weights`; None exports the moving average of a SiT and the live weights of other models.
+    version: as `select_weights` takes it; None: those that are sampled from, a SiT's average and else the live ones.
+    reports: numbers with their records, as `eval.report.read_record` gives them. ValueError for those of other weights.
     """
     kind = state.get("kind")
     weights = select_weights(state, version or ("ema" if kind == "sit" else "sd"))
-    config = state["config"]
-    if kind in EXPORTED:
-        config = {"kind": kind, "config": config, **{name: state[name] for name in EXPORTED[kind]}}
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "model.safetensors") as file:
-        file.write(serialize({name: tensor.contiguous() for name, tensor in weights.items()}))
-    with atomic_write(folder / "config.json", "w") as file:
-        file.write(json.dumps(config, indent=2, default=as_plain) + "\n")
+    if reports:
+        sha256 = weights_sha256(weights)
+        for report in reports:
+            if not is_of(report, sha256):
+                raise ValueError(f"a report is of {report['record'].get('model')}, not of these weights "
+                                 f"({sha256[:12]}): leave it out")
+    return write_pretrained(folder, kind, state["config"], weights,
+                            {**state, "reports": [*(state.get("reports") or []), *(reports or [])]})
 
 
-def as_plain(value) -> list | str:
-    """JSON's form of a tensor (a list of numbers) or a path (text)."""
-    return value.tolist() if isinstance(value, Tensor) else str(value)
+def kind_of_authors(path: Path) -> str:
+    """The kind of model in an authors' file."""
+    content = read_released(path, "model")
+    inner = content["model"]
+    if "sd" in inner:
+        return "larp_tokenizer" if "bottleneck" in inner["args"] else "larp_ar"
+    return "sit" if "ema" in content else "coordtok"
 
 
-def is_export(path: Path) -> bool:
-    return all((path / name).is_file() for name in PRETRAINED)
+def kind_of(source: str) -> str:
+    """The kind of whatever `Pretrained.read` takes."""
+    path = locate(source)
+    if path is None:
+        return load_export(source)["kind"]
+    return load(path, mmap=True)["kind"] if not path.is_file() or is_ours(path) else kind_of_authors(path)
 
 
-def load_export(folder: Path) -> State:
-    """Read an export of a CoordTok or a SiT as a checkpoint whose "model" and "ema" are both the exported weights.
-    Raises ValueError if the files are damaged or hold something else."""
-    config, weights, path = read_pretrained(folder)
-    kind = config.get("kind") if isinstance(config, dict) else None
-    if kind not in EXPORTED:
-        raise ValueError(f"{folder / 'config.json'} is not of an exported {' or '.join(EXPORTED)}: kind {kind!r}")
-    if missing := [name for name in ("config", *EXPORTED[kind]) if name not in config]:
-        raise ValueError(f"{folder / 'config.json'} is damaged: it lacks {', '.join(missing)}")
-    check_finite(weights, path)
-    if kind == "sit":
-        with reading(folder / "config.json", "a SiT", "fetch it again"):
-            config["statistics"] = {name: torch.tensor(values) for name, values in config["statistics"].items()}
-    return typed({"format": FORMAT, **config, "model": weights, "ema": weights}, folder)
+def read_any(source: str, version: str | None, config: dict) -> tuple[dict, str | None]:
+    """Whatever `Pretrained.read` takes, as a checkpoint, and the version of its weights to take. config: architecture
+    of an authors' CoordTok or SiT, where it is not the published one."""
+    path = locate(source)
+    if path is None:
+        return load_export(source), version
+    if not path.is_file() or is_ours(path):
+        return load(path), version
+    kind = MODELS[kind_of_authors(path)]
+    model = kind.from_stored(kind.read(path, version), config)
+    state = {"kind": kind.kind, "config": asdict(model.config), **model.facts, "model": model.state_dict()}
+    return State(state, path), "sd"
 
 
 def main() -> None:
     parser = ArgumentParser(
         prog="python -m training.checkpoint",
-        description="Export a checkpoint's weights to safetensors and config.json, a folder that all scripts take.",
+        description="Export a model to a folder of safetensors, config.json and a model card, which all scripts take.",
     )
-    parser.add_argument("checkpoint", help="checkpoint, or a folder of them (the newest)")
+    parser.add_argument("checkpoint", help="checkpoint, folder of them (the newest), run's folder, exported folder, "
+                        "hub id, or an authors' file")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--version", metavar="sd|ema|ema_DECAY",
                         help="live weights, or an average (default: ema of a SiT, else sd)")
+    parser.add_argument("--config", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="architecture of an authors' CoordTok or SiT file, where it is not the published one")
+    parser.add_argument("--reports", nargs="+", type=Path, default=[], metavar="REPORT.json",
+                        help="what evaluation and sampling have measured of it, for the model card")
     args = parser.parse_args()
     from common.cli import one_line_errors
+    from eval.report import read_record
 
     with one_line_errors():
-        export(load(args.checkpoint), args.folder, args.version)
+        config = dict(as_setting(text) for text in args.config)
+        state, version = read_any(args.checkpoint, args.version, config)
+        files = export(state, args.folder, version, [read_record(path) for path in args.reports])
+        step = f" of step {state['step']}" if "step" in state else ""
+        sizes = ", ".join(f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)" for path in files)
+        print(f"{args.folder}: {state['kind']}{step}: {sizes}")
+
+
+def as_setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value a JSON one or else text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--config takes NAME=VALUE, got {text!r}")
+    with contextlib.suppress(json.JSONDecodeError):
+        value = json.loads(value)
+    return name, value
 
 
 if __name__ == "__main__":

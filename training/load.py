@@ -1,7 +1,7 @@
 """Loads trained models from our checkpoints or the authors' files; turns a loader's batch into CoordTok's input."""
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,33 +10,29 @@ from common.cli import check_carried
 from data.video import to_video
 from models.configs import SIT_SIZES
 from models.coordtok import CoordTok, CoordTokConfig, released_padding
+from models.hub import Pretrained, locate
 from models.interpolant import Interpolant
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
-from models.pretrained import build, load_state, read_sit_statistics, weights_sha256
-from models.sit import SiT
-from training import checkpoint
+from models.pretrained import read_sit_statistics, weights_sha256
+from models.sit import SiT, sit_logs
 from training.flags import SIT_FLAGS, merge
 from training.latents import LatentStats
 
 
 def load_coordtok(path: str, args: argparse.Namespace) -> CoordTok:
-    """CoordTok on the CPU. Our checkpoints hold its architecture; for the authors' files the flags give it."""
-    if not checkpoint.is_ours(path):
-        return CoordTok.from_released(path, **merge(CoordTokConfig, args))
-    state = checkpoint.expect(checkpoint.load(path), "coordtok", path)
-    tokenizer = build(CoordTok, merge(CoordTokConfig, args, state["config"], path), state.path)
-    load_state(tokenizer, state["model"], state.path)
-    return tokenizer
+    """CoordTok on the CPU, in evaluation mode, from whatever `Pretrained.read` takes. Ours carry their architecture; an
+    authors' file takes it from the flags."""
+    stored = CoordTok.read(path)
+    return CoordTok.from_stored(stored, merge(CoordTokConfig, args, stored.config, path))
 
 
 def load_larp_tokenizer(source: str, version: str = "sd") -> LARPTokenizer:
     """A LARP tokenizer on the CPU, in evaluation mode.
 
-    source: a folder with config.json and model.safetensors, a Hugging Face hub id, a checkpoint of ours or a folder of
-    them, or a file of the authors' trainer. version: the live weights "sd", or "ema_DECAY" of a checkpoint that has it.
+    source: what `Pretrained.read` takes. version: the live weights "sd", or "ema_DECAY" of a checkpoint that has it.
     """
-    return _load_larp("larp_tokenizer", source, version)[0]
+    return _load_larp(LARPTokenizer, source, version)
 
 
 class TrainedLARP(NamedTuple):
@@ -50,31 +46,15 @@ class TrainedLARP(NamedTuple):
 
 def load_larp_ar(source: str, version: str = "sd") -> TrainedLARP:
     """A LARP generator on the CPU, in evaluation mode, from whatever `load_larp_tokenizer` takes."""
-    model, state = _load_larp("larp_ar", source, version)
-    return TrainedLARP(model, state.get("tokenizer"), state.get("classes", []), state.get("num_cond_frames"))
+    model = _load_larp(LARPGenerator, source, version)
+    facts = model.facts
+    return TrainedLARP(model, facts.get("tokenizer"), facts.get("classes") or [], facts.get("num_cond_frames"))
 
 
-def _load_larp(kind: str, source: str, version: str) -> tuple[Any, dict]:
-    """The model and its checkpoint, which is an empty dict unless it is one of ours."""
+def _load_larp(kind: type[Pretrained], source: str, version: str) -> LARPTokenizer | LARPGenerator:
     if version != "sd" and not version.startswith("ema_"):
         raise ValueError(f"--version is sd or ema_DECAY, got {version!r}")
-    model_class: Any = {"larp_tokenizer": LARPTokenizer, "larp_ar": LARPGenerator}[kind]
-    path = Path(source)
-    path = path / "checkpoints" if checkpoint.list_checkpoints(path / "checkpoints") else path  # a run's folder
-    ours = checkpoint.is_sharded(path) or checkpoint.list_checkpoints(path)
-    if not (ours or path.is_file() or path.suffix in (".pt", ".pth")):
-        if version != "sd":
-            raise ValueError(f"{source} holds one set of weights, not {version!r}: leave --version out")
-        return model_class.from_pretrained(source), {}
-    if path.is_file() and not checkpoint.is_ours(path):
-        if kind == "larp_ar":
-            return LARPGenerator.from_released(path, version), {}
-        ema = None if version == "sd" else version.removeprefix("ema_")
-        return LARPTokenizer.from_released_checkpoint(path, ema), {}
-    state = checkpoint.expect(checkpoint.load(path), kind, source)
-    model = build(model_class, state["config"], state.path)
-    load_state(model, checkpoint.select_weights(state, version), state.path)
-    return model.eval(), state
+    return kind.from_pretrained(source, version=version)
 
 
 def check_tokenizer(state: dict, sha256: str, folder: Path, args: argparse.Namespace, flag: str) -> None:
@@ -122,29 +102,32 @@ def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
 
     Raises ValueError if it was trained on another tokenizer, or on planes of other sizes.
     """
-    path = Path(args.sit_model)
-    path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if path.is_dir() and not checkpoint.is_export(path) and not list(path.glob("step_*.pt")):
-        path = path / f"{args.sit_ckpt_iter:07d}.pt"
+    source = args.sit_model
+    if Path(source).is_dir() and (path := locate(source)) and path.is_file():  # the authors' run folder
+        source = path.with_name(f"{args.sit_ckpt_iter:07d}.pt")
+    stored = SiT.read(source)
     given = {name: getattr(args, name) for name in SIT_FLAGS if hasattr(args, name)}
-    if path.exists() and checkpoint.is_ours(path):
-        state = checkpoint.expect(checkpoint.load(path), "sit", f"--sit_model {path}")
+    facts, path = stored.facts, stored.path
+    if stored.config is not None:
+        held = facts["args"] or {}  # the authors', exported, name some
         for name, value in given.items():
-            check_carried(name, value, state["args"][name], str(path))
-        sit, interpolant = build(SiT, state["config"], state.path), Interpolant(**state["interpolant"])
-        load_state(sit, state["ema"], state.path)
-        stats, names = LatentStats.from_state_dict(state["statistics"]), state["classes"]
-        if state["tokenizer"] != weights_sha256(tokenizer):
+            if name in held:
+                check_carried(name, value, held[name], path)
+        sit, interpolant = SiT.from_stored(stored), Interpolant(**facts["interpolant"] or {})
+        if facts["tokenizer"] not in (None, weights_sha256(tokenizer)):
             raise ValueError(f"{path} was not trained on the tokenizer {args.first_model_ckpt}: --first_model_ckpt was "
-                             f"{state['args']['first_model_ckpt']} then")
+                             f"{held['first_model_ckpt']} then")
     else:
         defaults = {name: options["default"] for name, options in SIT_FLAGS.items()}
         flags = argparse.Namespace(**{**defaults, **given})
-        sit = SiT.from_released(path, **sit_config(flags, tokenizer.config))
+        sit = SiT.from_stored(stored, sit_config(flags, tokenizer.config))
         interpolant = Interpolant(flags.path_type, flags.prediction, sample_eps=flags.sample_eps)
-        beside = [path.with_name("log.txt"), path.parent.with_name("log.txt")]
-        logs = [Path(args.sit_log)] if args.sit_log else [log for log in beside if log.is_file()] or beside
-        stats, names = LatentStats.from_state_dict(read_sit_statistics(logs[0])), []
+    statistics = facts.get("statistics")
+    if args.sit_log or (stored.config is None and statistics is None):
+        statistics = read_sit_statistics(Path(args.sit_log) if args.sit_log else sit_logs(path)[-1])
+    if statistics is None:
+        raise ValueError(f"{path} has no statistics of its latents: give --sit_log, the log.txt of its run")
+    stats, names = LatentStats.from_state_dict(statistics), facts.get("classes") or []
     config = tokenizer.config
     made = (config.latent_resolution_t, config.latent_resolution_xy), config.latent_n_features
     if (sit.config.input_size, sit.config.in_channels) != made or len(stats.mean.xy) != made[1]:
