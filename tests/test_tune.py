@@ -3,10 +3,6 @@ import pytest
 import torch
 from helpers import logged, losses, mistake, run, run_here, tiny_larp
 
-import train_ar
-import train_coordtok
-import train_larp_tokenizer
-import train_sit
 from models.coordtok import CoordTok
 from models.larp_tokenizer import LARPTokenizer
 from models.sit import SiT
@@ -47,8 +43,8 @@ def test_frozen_parameters_stay_and_have_no_states(monkeypatch, scripts, trained
     before = checkpoint.load(first / "checkpoints")
     source = before["ema"] if name == "sit" else before["model"]
     more = ["--perceptual_weight", 0, "--accum_iter", 1] if name == "larp_tokenizer" else []  # for speed
-    after = tuned(monkeypatch, tmp_path, script, flags, first, "--train", part, "--save_every", 1000, "--lr", 1e-2, *more,
-                  steps=100)
+    after = tuned(monkeypatch, tmp_path, script, [*flags, "--save_every", 1000, "--lr", 1e-2], first, "--train", part,
+                  *more, steps=100)
     assert after["step"] == 100
     model = {"coordtok_1": CoordTok, "larp_tokenizer": LARPTokenizer, "sit": SiT}.get(name)
     moved = {key for key, value in after["model"].items() if not torch.equal(value, source[key])}
@@ -140,6 +136,21 @@ def test_tables_are_interpolated():
     assert torch.allclose(fitted, expected, atol=1e-6)
 
 
+def test_coordtok_at_another_resolution_and_length(monkeypatch, scripts, coordtok, tmp_path):
+    """A CoordTok of 8 frames of 32x32 goes on with 12 of 64x64, and planes of other sizes."""
+    script, flags = scripts["coordtok_1"]
+    sizes = {"--img_size": 64, "--num_frames": 12, "--latent_resolution_t": 12, "--latent_resolution_xy": 12}
+    flags = [sizes.get(flags[max(0, i - 1)], flag) for i, flag in enumerate(flags)]
+    after = tuned(monkeypatch, tmp_path, script, [*flags, "--lr", 0], coordtok, "--interpolate_positions", steps=1)
+    model = CoordTok(**after["config"])
+    model.load_weights(after["model"], "here")
+    assert model.render(model.eval().encode(torch.rand(1, 3, 12, 64, 64))).shape == (1, 3, 12, 64, 64)
+    before = checkpoint.load(coordtok / "checkpoints")["model"]
+    for name in ("decoder.transformer.pos_embed", "weight_tokens_yt", "encoder.cross_pos_emb"):
+        one, two = (state[name].flatten(0, -2) for state in (before, after["model"]))
+        assert len(two) > len(one) and torch.equal(two[0], one[0]) and torch.allclose(two[-1], one[-1], atol=1e-6)
+
+
 @pytest.mark.parametrize("learned", [True, False])
 def test_larp_at_another_resolution_and_length(monkeypatch, scripts, tmp_path, learned):
     """A tokenizer of 8 frames of 32x32 goes on with 12 of 48x48."""
@@ -148,8 +159,8 @@ def test_larp_at_another_resolution_and_length(monkeypatch, scripts, tmp_path, l
     run_here(monkeypatch, script, *flags, *shape, "--save_dir", tmp_path, "--exp_name", "first", "--num_iters", 1)
     sizes = {"--input_size": 48, "--frame_num": 12, "--bottleneck_token_num": 20}
     flags = [sizes.get(flags[max(0, i - 1)], flag) for i, flag in enumerate(flags)]
-    after = tuned(monkeypatch, tmp_path, script, flags, tmp_path / "first", "--interpolate_positions", *shape, "--lr", 0,
-                  steps=1)
+    after = tuned(monkeypatch, tmp_path, script, [*flags, *shape, "--lr", 0], tmp_path / "first",
+                  "--interpolate_positions", steps=1)
     model = LARPTokenizer(**after["config"])
     model.load_weights(after["model"], "here")
     assert model.decode(model.encode(torch.rand(1, 3, 12, 48, 48))).shape == (1, 3, 12, 48, 48)
@@ -162,7 +173,8 @@ def test_larp_at_another_resolution_and_length(monkeypatch, scripts, tmp_path, l
 def test_tuning_raises_psnr_on_another_demo_set(monkeypatch, scripts, data, tmp_path):
     """Trained on one camera move and tuned on the other for 200 steps, all of it or the decoder alone."""
     script, flags = scripts["coordtok_1"]
-    flags = [*flags, "--lr", 3e-3, "--save_dir", tmp_path, "--save_every", 1000, "--eval_every", 1000, "--accum_iter", 1]
+    flags = [*flags, "--lr", 3e-3, "--save_dir", tmp_path, "--save_every", 1000, "--eval_every", 1000,
+             "--accum_iter", 1]
     sets = [["--data_root", data / "UCF-101_train", "--video_name", name] for name in ("PanLeft", "ZoomIn")]
     run_here(monkeypatch, script, *flags, *sets[0], "--exp_name", "first", "--num_iters", 200)
     measured = [*flags, *sets[1], "--val_name", "ZoomIn", "--num_val", 3, "--init_from", tmp_path / "first"]
