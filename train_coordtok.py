@@ -44,7 +44,7 @@ from models.patches import gather_patches
 from training import checkpoint, coordtok_steps, tune
 from training.load import coordtok_clips
 from training.log import NonFiniteGuard, count_parameters, start_log
-from training.optim import Precision, adamw, update
+from training.optim import Precision, adamw, cosine_with_warmup, set_rates, update
 from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import make_validation
 
@@ -116,6 +116,8 @@ def main():
     checkpoint.start_rng(args.seed, rng)
     log.make_up(scores)
     for step in range(start + 1, args.num_iters + 1):
+        # A pure function of the step; without the two flags it is 1.
+        set_rates(optimizer, [args.lr], cosine_with_warmup(step, args.warmup_iters, args.num_iters, args.min_lr_mult))
         means = 0
         for micro in range(args.accum_iter):
             batch = log.next(batches, step, save)

@@ -41,11 +41,11 @@ RANGES = {
     "[0, inf)": (
         "num_workers", "num_val", "num_samples", "starting_index", "class_label", "sit_ckpt_iter",
         "cache_latents", "cache_codes", "motion", "lr", "disc_lr", "weight_decay", "clip_grad",
-        "warmup_epoch", "prior_lr_mult", "emb_lr_mult", "lpips_loss_scale", "pixel_weight", "perceptual_weight",
-        "loss_q_weight", "loss_q_warmup_from", "loss_q_warmup_epoch", "loss_latent_ce_weight", "temperature_epoch",
-        "disc_weight", "disc_start", "lecam_weight", "r1_weight", "cfg_scale", "val_cfg_scale", "temperature", "top_k",
-        "diffusion_norm", "commitment_loss_weight", "codebook_loss_weight", "entropy_loss_weight", "initializer_range",
-        "query_init_std", "overlap", "crf", "frames",
+        "warmup_epoch", "warmup_iters", "prior_lr_mult", "emb_lr_mult", "lpips_loss_scale", "pixel_weight",
+        "perceptual_weight", "loss_q_weight", "loss_q_warmup_from", "loss_q_warmup_epoch", "loss_latent_ce_weight",
+        "temperature_epoch", "disc_weight", "disc_start", "lecam_weight", "r1_weight", "cfg_scale", "val_cfg_scale",
+        "temperature", "top_k", "diffusion_norm", "commitment_loss_weight", "codebook_loss_weight",
+        "entropy_loss_weight", "initializer_range", "query_init_std", "overlap", "crf", "frames",
     ),
     "(0, inf)": (
         "eval_every", "sample_every", "save_every", "decode_timeout", "i3d_eps", "bpp", "bitrates", "atol", "rtol",

@@ -6,8 +6,9 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import imageio_ffmpeg
 import numpy as np
@@ -61,13 +62,14 @@ def read_stream(path: str | Path, info: StreamInfo) -> Iterator[Tensor]:
     with tempfile.TemporaryFile() as errors, subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
     ) as ffmpeg:
+        pixels = cast(BufferedReader, ffmpeg.stdout)
         try:
-            while header := ffmpeg.stdout.readline():  # P6, width and height, 255: a line each
-                width, height = map(int, ffmpeg.stdout.readline().split())
-                ffmpeg.stdout.readline()
+            while header := pixels.readline():  # P6, width and height, 255: a line each
+                width, height = map(int, pixels.readline().split())
+                pixels.readline()
                 if buffer.size != 3 * width * height:
                     buffer = np.empty(3 * width * height, np.uint8)
-                if not header.startswith(b"P6") or ffmpeg.stdout.readinto(buffer) < buffer.size:
+                if not header.startswith(b"P6") or pixels.readinto(buffer.data) < buffer.size:
                     break
                 yield torch.from_numpy(buffer).view(height, width, 3)
                 count += 1
@@ -129,11 +131,11 @@ class StreamWriter:
     def write(self, frames: Tensor) -> None:
         """frames: (T, H, W, 3) uint8 on the CPU."""
         with contextlib.suppress(BrokenPipeError):  # __exit__ says why
-            self.ffmpeg.stdin.write(frames.contiguous().numpy().data)
+            cast(BinaryIO, self.ffmpeg.stdin).write(frames.contiguous().numpy().data)
 
     def __exit__(self, kind, *_) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self.ffmpeg.stdin.close()
+            cast(BinaryIO, self.ffmpeg.stdin).close()
         if kind is not None:
             self.ffmpeg.kill()
         code = self.ffmpeg.wait()

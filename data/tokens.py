@@ -49,7 +49,8 @@ class TokenWriter:
 
     def finish(self, path: str | Path, metadata: dict) -> None:
         names = {dtype: name for name, dtype in DTYPES.items()}
-        header, offset = {"__metadata__": {"format": FORMAT, "tokens": json.dumps(metadata)}}, 0
+        header: dict[str, dict] = {"__metadata__": {"format": FORMAT, "tokens": json.dumps(metadata)}}
+        offset = 0
         for name, (_, dtype, shape, count) in self.parts.items():
             size = count * math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": names[dtype], "shape": [count, *shape], "data_offsets": [offset, offset + size]}

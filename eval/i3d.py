@@ -14,6 +14,7 @@ import pickle
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,18 @@ class Pool(nn.Module):
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool3d(same_pad(x, self.kernel, self.stride), self.kernel, self.stride)
+        x = same_pad(x, self.kernel, self.stride)
+        return max_pool3d(x, self.kernel, self.stride) if x.is_cpu else F.max_pool3d(x, self.kernel, self.stride)
+
+
+def max_pool3d(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
+    """F.max_pool3d, to the bit, one axis after another: on a CPU its 27-fold windows take a third of the network's
+    time. x: (B, C, T, H, W)."""
+    for axis, (k, s) in enumerate(zip(kernel, stride), start=2):
+        last = x.shape[axis] - k
+        x = reduce(torch.maximum, (x.narrow(axis, i, last + 1)[(slice(None),) * axis + (slice(None, None, s),)]
+                                   for i in range(k)))
+    return x.contiguous()
 
 
 class Mixed(nn.Module):

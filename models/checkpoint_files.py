@@ -33,7 +33,7 @@ def is_sharded(path: Path) -> bool:
     return (path / "state.pt").is_file()
 
 
-def load(path: str | Path, mmap: bool = False) -> dict:
+def load(path: str | Path, mmap: bool = False) -> "State":
     """A checkpoint of this project on the CPU; of a folder of them, the newest whole one.
 
     A sharded one comes without its sharded tensors: "shards" is its folder, for `select_weights` and fsdp.fill.
@@ -127,7 +127,7 @@ def is_ours(path: str | Path) -> bool:
     return True
 
 
-def newest(folder: Path) -> dict | None:
+def newest(folder: Path) -> "State | None":
     """The newest whole checkpoint in `folder`, or None where there is none. Raises DamagedFile where all are damaged,
     and what `load` raises for other reasons than damage."""
     there = list_checkpoints(folder)
@@ -182,7 +182,7 @@ EXPORTED = {
 }
 
 
-def load_export(source: str | Path, **hub) -> dict:
+def load_export(source: str | Path, **hub) -> State:
     """What save_pretrained wrote, as a checkpoint whose "model" (of a SiT also "ema") are these weights.
 
     source, hub: as `read_pretrained` takes them. Raises what it does, and ValueError for files of something else.

@@ -201,7 +201,7 @@ FLAGS_BEHIND = {
 }
 
 
-class CoordTok(nn.Module, Pretrained):
+class CoordTok(Pretrained):
     """The tokenizer. Video is float (B, 3, T, H, W) in [0, 1]; the [-1, 1] of the network stays inside.
 
     CoordTok(**config) takes the fields of CoordTokConfig.

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save as serialize
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
 from common.cli import check_carried
 from common.files import atomic_write
@@ -59,8 +60,10 @@ def one_version(path: str | Path, version: str, held: str) -> None:
         raise ValueError(f"{path} holds one set of weights, not {version!r}: leave --version out")
 
 
-class Pretrained:
-    """Mixin of the models. A class states its `kind` and how an authors' file is read; `config` is a dataclass."""
+class Pretrained(nn.Module):
+    """Base class of the models. A class states its `kind` and how an authors' file is read."""
+
+    config: Any  # a dataclass
 
     kind: str  # of its checkpoints
     default_version = "sd"  # the weights that are sampled from
@@ -86,7 +89,7 @@ class Pretrained:
         path = locate(source)
         if path is not None and path.is_file() and not is_ours(path):
             return Stored(*cls.read_authors(path, version or cls.default_version), path)
-        state = load_export(source, **hub) if path is None else load(path)
+        state: State = load_export(source, **hub) if path is None else load(path)
         expect(state, cls.kind, source)
         exported = path is None or is_export(path)
         if exported and version not in (None, "sd", cls.default_version):
@@ -96,7 +99,7 @@ class Pretrained:
         return Stored(state["config"], weights, facts, state.path)
 
     @classmethod
-    def from_stored(cls, stored: Stored, config: dict | None = None):
+    def from_stored(cls, stored: Stored, config: dict | None = None) -> Self:
         """The model, on the CPU and in evaluation mode. config: the architecture where the files do not say."""
         weights, where = stored.path, stored.path
         if is_export(where):
@@ -107,7 +110,7 @@ class Pretrained:
         return model.eval()
 
     @classmethod
-    def construct(cls, config: dict, path: Path | None):
+    def construct(cls, config: dict, path: Path | None) -> Self:
         """An untrained model. path: the file of the configuration; None: it is given by the user."""
         return build(cls, config, path)
 
@@ -119,16 +122,17 @@ class Pretrained:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, version: str | None = None, config: dict | None = None,
         map_location: str | torch.device = "cpu", **hub: Any,
-    ):
+    ) -> Self:
         """A trained model in evaluation mode; source, version, hub and errors as for `read`.
 
         config: the architecture of an authors' file that does not carry it, where it is not that of the published
         model. Where the files carry it, another value is a ValueError.
         """
         stored = cls.read(pretrained_model_name_or_path, version, **hub)
-        for name, value in (config or {}).items() if stored.config is not None else ():
-            held = stored.config.get(name)
-            check_carried(name, *(list(v) if isinstance(v, tuple) else v for v in (value, held)), str(stored.path))
+        if stored.config is not None:
+            for name, value in (config or {}).items():
+                given, held = (list(v) if isinstance(v, tuple) else v for v in (value, stored.config.get(name)))
+                check_carried(name, given, held, str(stored.path))
         return cls.from_stored(stored, config).to(map_location)
 
     def save_pretrained(self, folder: str | Path) -> None:

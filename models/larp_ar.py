@@ -106,7 +106,7 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(torch.where(labels < 0, self.num_classes, labels))
 
 
-class LARPGenerator(nn.Module, Pretrained):
+class LARPGenerator(Pretrained):
     """LARP's generator. Keywords: those of LARPGeneratorConfig; the published sizes are in SIZES.
 
     Attributes to set: `cuda_graphs` False decodes on a GPU by the modules, without fused kernels and graphs; `cache`

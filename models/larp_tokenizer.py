@@ -56,7 +56,7 @@ class TokenizerOutput(NamedTuple):
     logs: dict[str, Tensor]
 
 
-class LARPTokenizer(nn.Module, Pretrained):
+class LARPTokenizer(Pretrained):
     """`LARPTokenizer(**options)`, with the keys of LARPTokenizerConfig; `bottleneck` and `prior_model` are nested
     dicts as in the released config.json."""
 

@@ -4,6 +4,7 @@ import pathlib
 import pickle
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -66,10 +67,10 @@ class IndexReader(dcp.FileSystemReader):
         return part
 
 
-def load_tensors(tensors: dict[str, Tensor], folder: Path, **options) -> None:
+def load_tensors(tensors: Mapping[str, Tensor], folder: Path, **options) -> None:
     """Read tensors in place. ValueError, in one line, where they are damaged."""
     try:
-        dcp.load(tensors, storage_reader=IndexReader(folder), **options)
+        dcp.load(dict(tensors), storage_reader=IndexReader(folder), **options)
     except dcp.api.CheckpointException as error:
         reasons = [str(reason) for reason, _ in error.failures.values()]
         raise ValueError(f"{folder} cannot be read as a checkpoint: {reasons[0]}") from error
@@ -77,7 +78,7 @@ def load_tensors(tensors: dict[str, Tensor], folder: Path, **options) -> None:
 
 def check(folder: Path) -> None:
     """Raises ValueError where a file of shards is missing or cut short, OSError where their index is."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     for entry in IndexReader(folder).read_metadata().storage_data.values():
         sizes[entry.relative_path] = max(sizes.get(entry.relative_path, 0), entry.offset + entry.length)
     for name, size in sizes.items():
@@ -90,7 +91,8 @@ def read_whole(folder: Path, path: str) -> dict[str, Tensor]:
     group."""
     held = IndexReader(folder).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
-               for name, entry in held.items() if name.startswith(path)}
+               for name, entry in held.items()
+               if name.startswith(path) and isinstance(entry, metadata.TensorStorageMetadata)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
         load_tensors(tensors, folder, no_dist=True)

@@ -116,7 +116,7 @@ FLAGS_BEHIND = {
 }
 
 
-class SiT(nn.Module, Pretrained):
+class SiT(Pretrained):
     """SiT over the tokens of three planes. Keyword arguments are the fields of `SiTConfig`. Of a trained one, `facts`
     hold the settings of its interpolant, the statistics of its latents, class names and its tokenizer's hash."""
 
@@ -254,7 +254,7 @@ class SiT(nn.Module, Pretrained):
         names = {"path": "path_type", "prediction": "prediction", "loss_weight": "loss_weight",
                  "train_eps": "train_eps", "sample_eps": "sample_eps"}
         interpolant = Interpolant(**{name: args[key] for name, key in names.items() if key in args})
-        facts = {"interpolant": asdict(interpolant), "classes": [], "args": args}
+        facts: dict[str, Any] = {"interpolant": asdict(interpolant), "classes": [], "args": args}
         if log := next((log for log in sit_logs(path) if log.is_file()), None):
             facts["statistics"] = read_sit_statistics(log)
         return None, content["ema"], facts

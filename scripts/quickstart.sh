@@ -19,7 +19,7 @@ coordtok_and_sit() {
     COORDTOK=(python train_coordtok.py --config "$CONFIGS/coordtok_quickstart.yaml" --perceptual "$PERCEPTUAL" "${TRAIN[@]}")
     "${COORDTOK[@]}" --lpips_loss_scale 0.0
     "${COORDTOK[@]}" --is_second_step --first_step_ckpt "$OUT/coordtok/checkpoints" --num_iters "${STEPS:-20}" \
-        --lr 2e-4 --lpips_loss_scale 0.01 --num_val 0
+        --num_views 4 --lr 2e-4 --warmup_iters 0 --lpips_loss_scale 0.01 --num_val 0
     say "3 CoordTok's reconstruction of test clips: rFVD, PSNR, SSIM, $PERCEPTUAL"
     python eval/eval_coordtok.py --tokenizer "$OUT/coordtok_second/checkpoints" --protocol larp_rfvd \
         --num_clips "$CLIPS" --perceptual "$PERCEPTUAL" "${TEST[@]}" --output_dir "$OUT/coordtok_evaluation"

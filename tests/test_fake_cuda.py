@@ -46,15 +46,24 @@ def available():
 def second_step(monkeypatch, script, *flags) -> tuple[FakeCuda, list[int]]:
     """Run two steps of a script on fake CUDA, and look at the second: (what it did, [live bytes before it, peak bytes
     in it])."""
-    memory, advance = [], RunLog.advance
+    memory, end_step, check = [], RunLog.end_step, NonFiniteGuard.check
 
-    def between_steps(log: RunLog) -> None:
-        advance(log)
-        cuda.counting = not memory
-        memory.append(cuda.peak if memory else cuda.live)
-        cuda.peak = cuda.live
+    def between_steps() -> None:
+        if len(memory) < 2:
+            cuda.counting = not memory
+            memory.append(cuda.peak if memory else cuda.live)
+            cuda.peak = cuda.live
 
-    monkeypatch.setattr(RunLog, "advance", between_steps)
+    def after_end(*args) -> None:
+        end_step(*args)
+        between_steps()
+
+    def before_reading(guard: NonFiniteGuard) -> None:  # what the last step logs is read
+        between_steps()
+        check(guard)
+
+    monkeypatch.setattr(RunLog, "end_step", after_end)
+    monkeypatch.setattr(NonFiniteGuard, "check", before_reading)
     monkeypatch.setattr(checkpoint, "save", lambda *_, **__: None)  # fake tensors hold no data
     with fake_cuda() as cuda:
         run_here(monkeypatch, script, *flags, "--device", "cuda", "--num_iters", 2)

@@ -37,6 +37,15 @@ def random_network():
     return model
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [
+    ((1, 3, 3), (1, 2, 2)), ((3, 3, 3), (2, 2, 2)), ((2, 2, 2), (2, 2, 2)), ((3, 3, 3), (1, 1, 1)),
+])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 9, 8), (1, 2, 3, 3, 4)])
+def test_pooling_axis_by_axis_is_max_pooling(kernel, stride, shape):
+    x = torch.randn(shape)
+    assert torch.equal(i3d.max_pool3d(x, kernel, stride), F.max_pool3d(x, kernel, stride))
+
+
 @pytest.mark.parametrize("eps, expected", [(1e-3, "logits"), (1e-5, "logits_eps1e-5")])
 def test_reference_logits(network, reference, eps, expected):
     _, case = reference.case("i3d_kinetics400")

@@ -58,6 +58,19 @@ def test_a_killed_run_resumes_bit_for_bit(data, coordtok, tmp_path):
     assert losses(tmp_path / "run") == losses(coordtok)
 
 
+def test_the_learning_rate_warms_up_and_decays(data, coordtok, tmp_path):
+    def rates(run):
+        states = (checkpoint.load(path) for path in checkpoint.list_checkpoints(run / "checkpoints"))
+        return {state["step"]: state["optimizer"]["param_groups"][0]["lr"] for state in states}
+
+    flags = ("--exp_name", "run", *PIXELS, "--lr", 1e-2, "--steps_til_save", 1, "--keep_checkpoints", 6)
+    schedule = ("--num_iters", 6, "--warmup_iters", 2, "--min_lr_mult", 0.1)
+    train(data, tmp_path, *flags, *schedule)
+    found = rates(tmp_path / "run")
+    assert found == pytest.approx({1: 5.5e-3, 2: 1e-2, 3: 8.682e-3, 4: 5.5e-3, 5: 2.318e-3, 6: 1e-3}, rel=1e-3)
+    assert set(rates(coordtok).values()) == {1e-4}, "without the flags it is constant, to the bit"
+
+
 @pytest.mark.parametrize(
     ("number", "name", "code"), [(signal.SIGTERM, b"SIGTERM", 143), (signal.SIGINT, b"Ctrl-C", 130)]
 )

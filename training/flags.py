@@ -75,8 +75,8 @@ def add_training(parser: Parser, batch_size: int, lr: float, num_iters: int | No
                  warmup_epoch: float | None = None) -> Group:
     """Add the flags of the training loop and return their group, to which a script adds its own.
 
-    The length of the training is `num_iters` steps or `epochs`. warmup_epoch: epochs of warm-up; None means that the
-    learning rate is constant.
+    The length of the training is `num_iters` steps or `epochs`. warmup_epoch: epochs of warm-up; None leaves the
+    learning rate's course to the script.
     """
     train = parser.add_argument_group("training")
     train.add_argument("--batch_size", "--num_views", "--global_batch_size", "-b", dest="batch_size", type=int,
@@ -88,8 +88,7 @@ def add_training(parser: Parser, batch_size: int, lr: float, num_iters: int | No
                            help="Passes over the videos")
     train.add_argument("--num_iters", type=int, default=num_iters,
                        help="Steps of training" if epochs is None else "Steps of training, instead of --max_epoch")
-    train.add_argument("--lr", type=float, default=lr,
-                       help="Learning rate, constant" if warmup_epoch is None else "Highest learning rate")
+    train.add_argument("--lr", type=float, default=lr, help="Highest learning rate")
     if warmup_epoch is not None:
         train.add_argument("--warmup_epoch", type=float, default=warmup_epoch, help="Epochs of linear warm-up")
         train.add_argument("--min_lr_mult", type=float, default=0.01,
@@ -307,6 +306,9 @@ def merge(config: Any, args: argparse.Namespace, carried: dict | None = None, so
 # --- CoordTok ---
 def add_coordtok_steps(train: Group) -> None:
     """Add the flags of the two steps in which CoordTok is trained."""
+    train.add_argument("--warmup_iters", type=int, default=0, help="Steps of linear warm-up, from MIN_LR_MULT on")
+    train.add_argument("--min_lr_mult", type=float, default=1.0,
+                       help="First and last learning rate, as a share of LR, on half a cosine; 1: constant")
     train.add_argument("--point_per_vid", type=int, default=1024, help="Patches of each clip that are decoded")
     train.add_argument("--is_second_step", action="store_true", help="Step 2: whole frames and a perceptual loss")
     train.add_argument("--first_step_ckpt", metavar="CKPT", help="Checkpoint of step 1, of this project or the authors")

@@ -1,7 +1,7 @@
 """Loads trained models from our checkpoints or the authors' files; turns a loader's batch into CoordTok's input."""
 import argparse
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from common.cli import check_carried
 from data.video import to_video
 from models.configs import SIT_SIZES
 from models.coordtok import CoordTok, CoordTokConfig, released_padding
-from models.hub import Pretrained, locate
+from models.hub import locate
 from models.interpolant import Interpolant
 from models.larp_ar import LARPGenerator
 from models.larp_tokenizer import LARPTokenizer
@@ -18,6 +18,8 @@ from models.pretrained import read_sit_statistics, weights_sha256
 from models.sit import SiT, sit_logs
 from training.flags import SIT_FLAGS, merge
 from training.latents import LatentStats
+
+LARP = TypeVar("LARP", LARPTokenizer, LARPGenerator)
 
 
 def load_coordtok(path: str, args: argparse.Namespace) -> CoordTok:
@@ -51,7 +53,7 @@ def load_larp_ar(source: str, version: str = "sd") -> TrainedLARP:
     return TrainedLARP(model, facts.get("tokenizer"), facts.get("classes") or [], facts.get("num_cond_frames"))
 
 
-def _load_larp(kind: type[Pretrained], source: str, version: str) -> LARPTokenizer | LARPGenerator:
+def _load_larp(kind: type[LARP], source: str, version: str) -> LARP:
     if version != "sd" and not version.startswith("ema_"):
         raise ValueError(f"--version is sd or ema_DECAY, got {version!r}")
     return kind.from_pretrained(source, version=version)
@@ -112,7 +114,7 @@ def load_sit(args: argparse.Namespace, tokenizer: CoordTok) -> TrainedSiT:
         held = facts["args"] or {}  # the authors', exported, name some
         for name, value in given.items():
             if name in held:
-                check_carried(name, value, held[name], path)
+                check_carried(name, value, held[name], str(path))
         sit, interpolant = SiT.from_stored(stored), Interpolant(**facts["interpolant"] or {})
         if facts["tokenizer"] not in (None, weights_sha256(tokenizer)):
             raise ValueError(f"{path} was not trained on the tokenizer {args.first_model_ckpt}: --first_model_ckpt was "
