@@ -139,9 +139,9 @@ def test_tables_are_interpolated():
 def test_coordtok_at_another_resolution_and_length(monkeypatch, scripts, coordtok, tmp_path):
     """A CoordTok of 8 frames of 32x32 goes on with 12 of 64x64, and planes of other sizes."""
     script, flags = scripts["coordtok_1"]
-    sizes = {"--img_size": 64, "--num_frames": 12, "--latent_resolution_t": 12, "--latent_resolution_xy": 12}
-    flags = [sizes.get(flags[max(0, i - 1)], flag) for i, flag in enumerate(flags)]
-    after = tuned(monkeypatch, tmp_path, script, [*flags, "--lr", 0], coordtok, "--interpolate_positions", steps=1)
+    sizes = "--img_size 64 --num_frames 12 --latent_resolution_t 12 --latent_resolution_xy 12".split()
+    after = tuned(monkeypatch, tmp_path, script, [*flags, *sizes, "--lr", 0], coordtok,
+                  "--interpolate_positions", steps=1)
     model = CoordTok(**after["config"])
     model.load_weights(after["model"], "here")
     assert model.render(model.eval().encode(torch.rand(1, 3, 12, 64, 64))).shape == (1, 3, 12, 64, 64)
@@ -157,9 +157,8 @@ def test_larp_at_another_resolution_and_length(monkeypatch, scripts, tmp_path, l
     script, flags = scripts["larp_tokenizer"]
     shape = ["--learned_encoder_patch_pe", learned, "--learned_decoder_patch_query_embed", learned]
     run_here(monkeypatch, script, *flags, *shape, "--save_dir", tmp_path, "--exp_name", "first", "--num_iters", 1)
-    sizes = {"--input_size": 48, "--frame_num": 12, "--bottleneck_token_num": 20}
-    flags = [sizes.get(flags[max(0, i - 1)], flag) for i, flag in enumerate(flags)]
-    after = tuned(monkeypatch, tmp_path, script, [*flags, *shape, "--lr", 0], tmp_path / "first",
+    sizes = "--input_size 48 --frame_num 12 --bottleneck_token_num 20".split()
+    after = tuned(monkeypatch, tmp_path, script, [*flags, *sizes, *shape, "--lr", 0], tmp_path / "first",
                   "--interpolate_positions", steps=1)
     model = LARPTokenizer(**after["config"])
     model.load_weights(after["model"], "here")
