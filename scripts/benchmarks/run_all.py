@@ -9,8 +9,8 @@ rows that it had by then count. The tables replace what RESULTS.md has between t
 import argparse
 import csv
 import datetime
+import itertools
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from scripts.benchmarks.common import device_name
 
@@ -93,35 +94,54 @@ def newest(path: Path) -> list[dict]:
     return list(rows.values())
 
 
-def bars(path: Path, title: str, values: dict[str, float], baseline: float | None = None) -> None:
-    """A horizontal bar a label, with its value. With a baseline, bars start there, on a logarithmic axis."""
-    row, left, width, font = 22, 440, 460, ImageFont.load_default(13)
-    image = Image.new("RGB", (left + width + 80, row * (len(values) + 2)), "white")
-    draw, numbers = ImageDraw.Draw(image), [*values.values()]
-    low, high = min(*numbers, baseline or 1), max(*numbers, 2 * (baseline or 0), 1e-9)
-
-    def place(value: float) -> float:
-        return left + width * (math.log(value / low) / math.log(high / low) if baseline else value / high)
-
-    draw.text((8, 4), title, "black", font)
-    for i, (label, value) in enumerate(values.items()):
-        top, start, end = row * (i + 1.5), place(baseline or 0), place(value)
-        draw.text((left - 8, top), label, "black", font, anchor="ra")
-        draw.rectangle((min(start, end), top, max(start, end), top + row - 6), "#4878a8" if end >= start else "#c08040")
-        draw.text((max(start, end) + 6, top), f"{value:.3g}", "black", font)
-    image.quantize(16).save(path, optimize=True)
+PLOTS = {  # field: (title, axis, baseline)
+    "ratio": ("Speed against the plain way, in the same run", "times as fast as plain", 1.0),
+    "mfu": ("Model FLOP utilisation", "share of the peak (on a CPU: of the rate of a large product)", None),
+    "memory_gib": ("Peak GPU memory", "GiB", None),
+}
 
 
 def plot(history: Path) -> None:
-    for field, title, baseline in [
-        ("ratio", "times as fast as plain in the same run (logarithmic, from 1)", 1.0),
-        ("mfu", "share of the device's peak (of a large product's rate on a CPU)", None),
-        ("memory_gib", "peak GPU memory, GiB", None),
-    ]:
-        values = {f"{row['benchmark']}: {row['variant']} ({row['device'][:16]})": float(row[field])
-                  for row in newest(history) if row[field] and row["variant"] not in ("plain", "fp32")}
-        if values:
-            bars(history.with_name(field.split("_")[0] + ".png"), title, values, baseline)
+    """A picture for each of PLOTS: a panel a device, bars grouped by benchmark, a line at the baseline."""
+    rows = [row for row in newest(history) if row["variant"] not in ("plain", "fp32")]
+    for field, (title, axis_name, baseline) in PLOTS.items():
+        found = {device: [row for row in rows if row["device"] == device and row[field]]
+                 for device in dict.fromkeys(row["device"] for row in rows)}
+        found = {device: sorted(part, key=lambda row: row["benchmark"]) for device, part in found.items() if part}
+        if not found:
+            continue
+        heights = [len(part) + len({row["benchmark"] for row in part}) for part in found.values()]
+        figure = Figure(figsize=(9, 0.24 * sum(heights) + 0.9 * len(found) + 0.4), layout="constrained")
+        figure.suptitle(title)
+        panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for panel, (device, part) in zip(panels, found.items()):
+            bars(panel, part, field, baseline)
+            panel.set(title=device, xlabel=axis_name)
+        figure.savefig(history.with_name(field.split("_")[0] + ".png"), dpi=90)
+
+
+def bars(panel: Axes, rows: list[dict], field: str, baseline: float | None) -> None:
+    """A horizontal bar a row, below the name of its benchmark. With a baseline they start there, on a log axis."""
+    names, top = {}, 0
+    for benchmark, group in itertools.groupby(rows, key=lambda row: row["benchmark"]):
+        names[top] = benchmark
+        for i, row in enumerate(group, top + 1):
+            value, start = float(row[field]), baseline or 0
+            panel.barh(i, value - start, left=start, color="#4878a8" if value >= start else "#c08040")
+            place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
+            panel.annotate(f"{value:.3g}", (max(value, start), i), **place)
+            names[i] = row["variant"]
+        top = i + 1
+    panel.set_yticks(list(names), list(names.values()))
+    for label in panel.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in {row["benchmark"] for row in rows} else "normal")
+    panel.set_ylim(top, -1)
+    panel.margins(x=0.1)
+    if baseline:
+        panel.set_xscale("log")
+        panel.axvline(baseline, color="black", linewidth=1)
+        panel.xaxis.set_major_formatter("{x:g}x")
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def tables(rows: list[dict]) -> str:
