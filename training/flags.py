@@ -95,12 +95,11 @@ def add_training(parser: Parser, batch_size: int, lr: float, num_iters: int | No
                            help=Rare("First and last learning rate, as a share of the highest"))
         train.add_argument("--ema_decays", type=float, nargs="*", default=[], metavar="X",
                            help="Decays of the moving averages of the weights that are kept")
-    train.add_argument("--micro_batch", choices=["auto", "off"], default="off",
-                       help="auto: try a step at the start, and raise --accum_iter until it fits the memory")
-    train.add_argument("--init_from", metavar="MODEL", help="Start from the weights of a trained model: a hub id, "
-                       "exported folder, run, checkpoint, or authors' file")
-    train.add_argument("--train", nargs="+", default=["all"], metavar="PART", help="What is trained, the rest is "
-                       "frozen: all, encoder, decoder, or the starts of parameters' names")
+    train.add_argument("--micro_batch", choices=["auto", "off"], default="off", help=Rare(
+        "auto: try a step at the start, and raise --accum_iter until it fits the memory"))
+    train.add_argument("--init_from", metavar="MODEL", help="Start from a trained model's weights")
+    train.add_argument("--train", nargs="+", default=["all"], metavar="PART", help=Rare(
+        "What is trained, the rest is frozen: all, encoder, decoder, or the starts of parameters' names"))
     train.add_argument("--interpolate_positions", action="store_true", help=Rare(
         "Fit the position tables of --init_from to another resolution or length"))
     train.add_argument("--clip_grad", "--clip_grad_max_norm", dest="clip_grad", type=float, default=0.0,
@@ -143,7 +142,7 @@ def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> N
     run.add_argument("--exp_name", "--name", dest="exp_name", type=run_name, default=exp_name,
                      help="Name of this run's folder")
     run.add_argument("--resume", "--ckpt", dest="resume", nargs="?", const="auto", metavar="auto|CKPT",
-                     help="Continue from the newest checkpoint, or from the one named")
+                     help="Continue from the newest checkpoint, or the one named")
     run.add_argument("--keep_checkpoints", type=int, default=3, help=Rare("Number of newest checkpoints to keep"))
     run.add_argument("--seed", "--global_seed", "--manualSeed", dest="seed", type=int, default=0,
                      help="Seed of the initial weights and of everything drawn in training")
