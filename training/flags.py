@@ -96,7 +96,7 @@ def add_training(parser: Parser, batch_size: int, lr: float, num_iters: int | No
         train.add_argument("--ema_decays", type=float, nargs="*", default=[], metavar="X",
                            help="Decays of the moving averages of the weights that are kept")
     train.add_argument("--micro_batch", choices=["auto", "off"], default="off", help=Rare(
-        "auto: try a step at the start, and raise --accum_iter until it fits the memory"))
+        "With auto a step is tried at the start, and --accum_iter raised until it fits the memory"))
     train.add_argument("--init_from", metavar="MODEL", help="Start from a trained model's weights")
     train.add_argument("--train", nargs="+", default=["all"], metavar="PART", help=Rare(
         "What is trained, the rest is frozen: all, encoder, decoder, or the starts of parameters' names"))
