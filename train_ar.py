@@ -53,7 +53,7 @@ from data.lists import check_classes, check_labels, class_names
 from models.larp_ar import LARPGenerator, code_loss
 from models.layers import compile_blocks, set_checkpointing
 from models.pretrained import build, weights_sha256
-from training import checkpoint, fsdp
+from training import checkpoint, fsdp, tune
 from training.codes import CodeCache, batches_from_cache, batches_from_video, draw_drops, encode_video
 from training.load import check_tokenizer, load_larp_tokenizer
 from training.log import NonFiniteGuard, count_parameters, start_log
@@ -77,10 +77,14 @@ def main():
     if state and ("shards" in state) != args.fsdp:
         how = "without" if args.fsdp else "with"
         raise ValueError(f"the run in {folder} was saved {how} --fsdp: continue it in the same way")
-    options, num_cond_frames = flags.larp_ar_config(args, clip_config, state, f"the run in {folder}")
+    if args.init_from and not state:
+        generator, num_cond_frames = tune.start_larp_ar(args, clip_config, tokenizer_hash)
+    else:
+        options, num_cond_frames = flags.larp_ar_config(args, clip_config, state, f"the run in {folder}")
+        generator = build(LARPGenerator, options, state.path if state else None)
+    tune.freeze(generator.train(), args, state, folder)
     if num_cond_frames and args.cfg_scale != 1:
         raise ValueError(f"--cfg_scale is {args.cfg_scale}, but frame prediction has no guidance: leave it out")
-    generator = build(LARPGenerator, options, state.path if state else None).train()
     set_checkpointing(generator, args.gradient_checkpointing)
     config, class_cond = generator.config, not generator.config.frame_prediction
     emas = {str(decay): EMA(generator, decay) for decay in args.ema_decays}

@@ -23,10 +23,7 @@ def parse_args():
     flags.add_run(parser, save_dir="./logs", exp_name="coordtok_large_step1_1M", num_workers=8)
     flags.add_flags(parser, CoordTokConfig)
     args = parser.parse_args()
-    if not args.is_second_step:
-        given = [f"--{name}" for name in ("first_step_ckpt", "lpips_dropout", "check") if getattr(args, name)]
-        if given:
-            parser.error(f"{', '.join(given)} is of step 2: add --is_second_step, or leave it out")
+    flags.check_coordtok_steps(parser, args)
     return args
 
 
@@ -35,63 +32,40 @@ if __name__ == "__main__":
 
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common import distributed
 from data.clips import open_quarantine
-from data.patch_sampling import count_frames
 from models.coordtok import CoordTok, coordtok_loss
 from models.layers import compile_blocks, set_checkpointing
-from models.lpips import FrameDistance
 from models.patches import gather_patches
-from models.pretrained import build
-from models.stlpips import perceptual_metric
-from training import checkpoint
-from training.load import coordtok_clips, load_coordtok
+from training import checkpoint, coordtok_steps, tune
+from training.load import coordtok_clips
 from training.log import NonFiniteGuard, count_parameters, start_log
 from training.optim import Precision, adamw, cosine_with_warmup, set_rates, update
 from training.setup import cached_clips, start_run, train_loader, train_sampler, training_files
 from training.validation import make_validation
 
 
-def second_step(args, config: CoordTokConfig) -> FrameDistance | None:
-    """The perceptual loss of step 2; None with --lpips_loss_scale 0. Raises ValueError or OSError where the flags do
-    not fit the tokenizer of `config`, or weights are missing."""
-    count_frames(args.point_per_vid, config.grid)
-    if args.lpips_loss_scale == 0:
-        return None
-    return perceptual_metric(args.perceptual, weights=args.lpips_weights, dropout=args.lpips_dropout)
-
-
 def main():
     args = parse_args()
     if args.check:
-        first = Path(args.first_step_ckpt or "")
-        options = flags.merge(CoordTokConfig, args)
-        there = first.is_file() or checkpoint.list_checkpoints(first)
-        second_step(args, load_coordtok(first, args).config if there else CoordTokConfig(**options))
+        coordtok_steps.check(args)
         return
     device, folder = start_run(args, suffix="_second" * args.is_second_step)
     world_size = distributed.world_size()
 
-    # Start from the run's own checkpoint, from the weights of step 1, or from fresh weights.
+    # Start from the run's own checkpoint, from the weights of step 1 or --init_from, or from fresh weights.
     state = checkpoint.find(folder / "checkpoints", args.resume, "coordtok")
-    if state:
-        options = flags.merge(CoordTokConfig, args, state["config"], f"the run in {folder}")
-        tokenizer = build(CoordTok, options, state.path)
-    elif args.is_second_step:
-        if args.first_step_ckpt is None:
-            raise ValueError("--is_second_step needs --first_step_ckpt, the checkpoint that step 1 wrote")
-        tokenizer = load_coordtok(args.first_step_ckpt, args)
-    else:
-        tokenizer = CoordTok(**flags.merge(CoordTokConfig, args))
+    source = None if state else coordtok_steps.starting_weights(args)
+    tokenizer = tune.start_tokenizer(CoordTok, CoordTokConfig, args, state, folder, source)
+    tune.freeze(tokenizer, args, state, folder)
     config = tokenizer.config
     tokenizer.to(device).train()
     set_checkpointing(tokenizer, args.gradient_checkpointing)
-    perceptual = second_step(args, config) if args.is_second_step else None
+    perceptual = coordtok_steps.perceptual_loss(args, config)
     if perceptual:
         perceptual.to(device)
 

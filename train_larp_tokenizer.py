@@ -54,7 +54,7 @@ from models.larp_tokenizer import LARPTokenizer
 from models.layers import compile_blocks, set_checkpointing
 from models.pretrained import build
 from models.stlpips import perceptual_metric
-from training import checkpoint
+from training import checkpoint, tune
 from training.adversary import Adversary, MicroBatch, Round, mean_of
 from training.log import NonFiniteGuard, count_parameters, start_log
 from training.optim import EMA, Precision, adam, cosine_with_warmup, groups_by_name, ramp, set_rates, update
@@ -70,7 +70,8 @@ def main():
     state = checkpoint.find(folder / "checkpoints", args.resume, "larp_tokenizer")
     carried, source = state or {}, f"the run in {folder}"
     path = state.path if state else None
-    tokenizer = build(LARPTokenizer, flags.merge(LARPTokenizerConfig, args, carried.get("config"), source), path)
+    tokenizer = tune.start_tokenizer(LARPTokenizer, LARPTokenizerConfig, args, state, folder, args.init_from)
+    tune.freeze(tokenizer, args, state, folder)
     tokenizer.to(device).train()
     config = tokenizer.config
     disc_options = flags.merge(DiscriminatorConfig, args, carried.get("disc_config"), source)

@@ -48,7 +48,7 @@ from models.pretrained import weights_sha256
 from models.sit import SiT
 from models.triplane import Planes
 from sampling.sit import sample_labels, sample_planes
-from training import checkpoint, latents
+from training import checkpoint, latents, tune
 from training.load import TrainedSiT, check_tokenizer, coordtok_clips, load_coordtok, sit_config
 from training.log import NonFiniteGuard, count_parameters, start_log
 from training.optim import EMA, Precision, adamw, update
@@ -67,9 +67,16 @@ def main():
         tokenizer.to(device)
     config, tokenizer_hash = tokenizer.config, weights_sha256(tokenizer)
     state = checkpoint.find(folder / "checkpoints", args.resume, "sit")
-    sit = SiT(**sit_config(args, config), condition_on_previous=args.condition_on_previous).to(device)
-    set_checkpointing(sit, args.gradient_checkpointing)
     interpolant = Interpolant(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
+    options = {**sit_config(args, config), "condition_on_previous": args.condition_on_previous}
+    statistics = None
+    if args.init_from and not state:
+        sit, statistics = tune.start_sit(args, interpolant, tokenizer_hash, options)
+    else:
+        sit = SiT(**options)
+    tune.freeze(sit, args, state, folder)
+    sit.to(device).train()
+    set_checkpointing(sit, args.gradient_checkpointing)
     if state:
         there, here = {**state["config"], **state["interpolant"]}, {**plain(sit.config), **asdict(interpolant)}
         if differ := config_diff(there, here):
@@ -124,9 +131,10 @@ def main():
     else:
         batches = latents.batches_from_video(train_loader(args, windows_of(), sampler, device), encode, device)
 
-    # Latents are standardised by statistics that are measured once. The checkpoint carries them.
-    if state:
-        stats = latents.LatentStats.from_state_dict(state["statistics"]).to(device)
+    # Latents are standardised by statistics that are measured once. Checkpoints and trained models carry them.
+    statistics = state["statistics"] if state else statistics
+    if statistics:
+        stats = latents.LatentStats.from_state_dict(statistics).to(device)
     else:
         chosen = [usable_files[i] for i in evenly_spaced(len(usable_files), args.stat_clips)]
         whole = windows_of(damaged="skip")

@@ -214,3 +214,15 @@ def test_compiled_parts_are_whole_graphs(name):
 
 def test_readme_has_the_table_of_costs():
     assert cost.table("H100", cost.MFU, cost.MEMORY_GIB, {}) in (ROOT / "docs/costs.md").read_text()
+
+
+def test_small_recipes_fit_a_gpu_of_24_gb_within_hours():
+    table = cost.small_table()
+    assert table in (ROOT / "docs/costs.md").read_text()
+    recipes = cost.small_recipes()
+    configs = {path.stem for path in (ROOT / "scripts/configs").glob("*_small.yaml")}
+    assert {name.split(",")[0] for name in recipes} == configs
+    peak = 1e12 * cost.flops.PEAKS[cost.SMALL_GPU]["bf16"]
+    for recipe in recipes.values():
+        assert cost.memory(recipe, 1, cost.SMALL_GIB)[1] <= cost.SMALL_GIB
+        assert cost.hours(recipe, 1, peak, cost.MFU, None) < 12

@@ -27,7 +27,7 @@ from models.interpolant import Interpolant
 from models.larp_ar import LARPGenerator
 from models.sit import SiT
 from models.triplane import Planes
-from training import checkpoint
+from training import checkpoint, tune
 from training.latents import LatentStats
 from training.load import load_sit, weights_sha256
 
@@ -135,7 +135,7 @@ def test_every_form_loads_and_saves(sources, tmp_path, kind, form):
 
 
 FLAGS = {  # a script's flag: (script, the module that loads, its function, kind, the command line with the flag last)
-    "first_step_ckpt": (train_coordtok, train_coordtok, "load_coordtok", "coordtok",
+    "first_step_ckpt": (train_coordtok, tune, "start_tokenizer", "coordtok",
                         [*ARCHITECTURE, "--save_dir", "OUT", "--is_second_step", "--first_step_ckpt"]),
     "first_model_ckpt": (train_sit, train_sit, "load_coordtok", "coordtok",
                          [*ARCHITECTURE, "--save_dir", "OUT", "--first_model_ckpt"]),

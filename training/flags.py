@@ -4,11 +4,21 @@ Nothing here needs torch. A flag whose help is `Rare` is shown by --help_all alo
 """
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from common import distributed
-from common.cli import Parser, Rare, add_perceptual, check_carried, is_none, run_name, str2bool, word_or_none
+from common.cli import (
+    Parser,
+    Rare,
+    add_perceptual,
+    check_carried,
+    check_range,
+    is_none,
+    run_name,
+    str2bool,
+    word_or_none,
+)
 from eval.protocols import PROTOCOLS
 from models.configs import (
     GAN_LOSSES,
@@ -85,6 +95,13 @@ def add_training(parser: Parser, batch_size: int, lr: float, num_iters: int | No
                            help=Rare("First and last learning rate, as a share of the highest"))
         train.add_argument("--ema_decays", type=float, nargs="*", default=[], metavar="X",
                            help="Decays of the moving averages of the weights that are kept")
+    train.add_argument("--micro_batch", choices=["auto", "off"], default="off", help=Rare(
+        "With auto a step is tried at the start, and --accum_iter raised until it fits the memory"))
+    train.add_argument("--init_from", metavar="MODEL", help="Start from a trained model's weights")
+    train.add_argument("--train", nargs="+", default=["all"], metavar="PART", help=Rare(
+        "What is trained, the rest is frozen: all, encoder, decoder, or the starts of parameters' names"))
+    train.add_argument("--interpolate_positions", action="store_true", help=Rare(
+        "Fit the position tables of --init_from to another resolution or length"))
     train.add_argument("--clip_grad", "--clip_grad_max_norm", dest="clip_grad", type=float, default=0.0,
                        help=Rare("Largest norm of the gradients; 0 turns clipping off"))
     return train
@@ -125,7 +142,7 @@ def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> N
     run.add_argument("--exp_name", "--name", dest="exp_name", type=run_name, default=exp_name,
                      help="Name of this run's folder")
     run.add_argument("--resume", "--ckpt", dest="resume", nargs="?", const="auto", metavar="auto|CKPT",
-                     help="Continue from the newest checkpoint, or from the one named")
+                     help="Continue from the newest checkpoint, or the one named")
     run.add_argument("--keep_checkpoints", type=int, default=3, help=Rare("Number of newest checkpoints to keep"))
     run.add_argument("--seed", "--global_seed", "--manualSeed", dest="seed", type=int, default=0,
                      help="Seed of the initial weights and of everything drawn in training")
@@ -229,7 +246,9 @@ def add_flags(parser: Parser, config: type, everyday: bool = True) -> Group:
                                       "Leave these out with a checkpoint of this project, which carries them.")
     for name, (_, hint, default, setting) in config_flags(config):
         kind: Callable[[str], Any]
-        if hint is bool:
+        if name == "num_classes":
+            kind = number_or_auto
+        elif hint is bool:
             kind = str2bool
         elif hint == str | None:
             kind = word_or_none
@@ -244,9 +263,23 @@ def add_flags(parser: Parser, config: type, everyday: bool = True) -> Group:
     return group
 
 
-def merge(config: Any, args: argparse.Namespace, carried: dict | None = None, source: str = "") -> dict:
+def number_or_auto(word: str) -> int | str:
+    """Type of --num_classes: auto counts the classes of the videos."""
+    if word == "auto":
+        return word
+    try:
+        number = int(word)
+        check_range("num_classes", number)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, or auto, got {word!r}") from error
+    return number
+
+
+def merge(config: Any, args: argparse.Namespace, carried: dict | None = None, source: str = "",
+          free: Collection[str] = ()) -> dict:
     """A configuration's values by key, nested as in config.json: the flags given, and all that the checkpoint `source`
-    carries, if there is one. Raises ValueError, naming both values, where a flag and the checkpoint differ."""
+    carries, if there is one. Raises ValueError, naming both values, where a flag and the checkpoint differ, but for the
+    flags in `free`, which win."""
     merged = carried or {}
     for name, flag in config_flags(config):
         if not hasattr(args, name):
@@ -256,7 +289,7 @@ def merge(config: Any, args: argparse.Namespace, carried: dict | None = None, so
         for outer_key in outer:
             inner = inner[outer_key] if carried else inner.setdefault(outer_key, {})
         part = flag.setting.part
-        if carried:
+        if carried and name not in free:
             held = inner[key] if part == slice(None) else inner[key][part][0]
             if not (given is None and is_none(held)):
                 check_carried(name, given, held, source)
@@ -287,10 +320,21 @@ def add_coordtok_steps(train: Group) -> None:
     train.add_argument("--world_size", type=int, help=Rare("Ignored: torchrun sets it"))
 
 
+def check_coordtok_steps(parser: Parser, args: argparse.Namespace) -> None:
+    """End with one line where flags of one step are given for the other."""
+    if not args.is_second_step:
+        given = [f"--{name}" for name in ("first_step_ckpt", "lpips_dropout", "check") if getattr(args, name)]
+        if given:
+            parser.error(f"{', '.join(given)} is of step 2: add --is_second_step, or leave it out")
+    elif args.first_step_ckpt and args.init_from:
+        parser.error("--first_step_ckpt and --init_from both name what step 2 starts from: leave one of them out")
+
+
 # --- SiT ---
 SIT_FLAGS: dict[str, dict[str, Any]] = {  # the options of each flag
     "model": {"choices": SIT_SIZES, "default": "SiT-L/2", "help": "Size and patch size of the model"},
-    "num_classes": {"type": int, "default": 1, "help": "Number of classes of the videos; 1 trains without classes"},
+    "num_classes": {"type": number_or_auto, "metavar": "N|auto", "default": 1,
+                    "help": "Number of classes of the videos; 1 trains without classes, auto counts them"},
     "class_dropout_prob": {"type": float, "default": 0.0,
                            "help": "Share of labels that are hidden in training, which guidance needs"},
     "path_type": {"choices": PATH_NAMES, "default": "Linear", "help": "Interpolant between noise and data"},
@@ -310,6 +354,7 @@ def add_sit(group: Group, carried: bool) -> None:
             options = {**options, "default": argparse.SUPPRESS, "help": Rare(options["help"] + default)}
         group.add_argument(f"--{name}", **options)
     if not carried:
+        add_new_classes(group)
         group.add_argument("--loss_weight", type=word_or_none, choices=LOSS_WEIGHT_NAMES,
                            help=Rare("Weighting of the loss over time, for score and noise predictions"))
         group.add_argument("--train_eps", type=float,
@@ -318,6 +363,11 @@ def add_sit(group: Group, carried: bool) -> None:
                            help="Train to continue the clip before too, for sample.py --rollout")
         group.add_argument("--previous_dropout_prob", type=float, default=0.2,
                            help=Rare("Share of clips that are then trained as the first ones of their videos"))
+
+
+def add_new_classes(group: Group) -> None:
+    group.add_argument("--new_classes", action="store_true",
+                       help=Rare("Take all but the table of classes from --init_from: the videos have other classes"))
 
 
 def add_sit_samples(logs: Group) -> None:
@@ -369,6 +419,7 @@ def add_larp_ar(parser: Parser) -> None:
     group = add_flags(parser, LARPGeneratorConfig)
     group.add_argument("--model", choices=SIZES, metavar="MODEL", default=argparse.SUPPRESS,
                        help=f"Size of the model (default: {AR_MODEL})")
+    add_new_classes(group)
     group.add_argument("--frame_prediction", "--fp", dest="frame_prediction", action="store_true",
                        default=argparse.SUPPRESS, help="Continue the first frames of a clip, instead of a class label")
     group.add_argument("--num_cond_frames", type=int, default=argparse.SUPPRESS,
@@ -389,16 +440,16 @@ def add_larp_samples(logs: Group) -> None:
 
 
 def larp_ar_config(args: argparse.Namespace, tokenizer: LARPTokenizerConfig, carried: dict | None = None,
-                   source: str = "") -> tuple[dict, int]:
+                   source: str = "", free: Collection[str] = ()) -> tuple[dict, int]:
     """The generator's configuration, and the number of frames it is given (0: it is given a class label).
 
     They follow from the flags given, the tokenizer and, if there is one, the state `carried` by the checkpoint
-    `source`. Raises ValueError, naming both values, where a flag and the checkpoint differ.
+    `source`. Raises ValueError, naming both values, where a flag and the checkpoint differ; free: as in `merge`.
     """
     size = SIZES[getattr(args, "model", AR_MODEL)]
     frames, frame_prediction = getattr(args, "num_cond_frames", None), hasattr(args, "frame_prediction")
     if carried is not None:
-        config, held = merge(LARPGeneratorConfig, args, carried["config"], source), carried["num_cond_frames"]
+        config, held = merge(LARPGeneratorConfig, args, carried["config"], source, free), carried["num_cond_frames"]
         for name, value in size.items() if hasattr(args, "model") else ():
             if not hasattr(args, name):
                 check_carried(f"model {args.model}, {name}", value, config[name], source)

@@ -65,8 +65,10 @@ def start_log(args: Namespace, folder: Path, start: int, total: int, what: str) 
 
 
 def count_parameters(model: nn.Module) -> str:
-    """The number of a model's parameters, as text."""
-    return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+    """The number of a model's parameters, as text, and of those that are trained where some are frozen."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"{total:,} parameters" + (f", {trained:,} of them trained" if trained < total else "")
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -30,14 +30,21 @@ class Precision:
         return torch.autocast(self.device.type, dtype=DTYPES[self.name])
 
 
+def trained(groups) -> list:
+    """Parameters, or parameter groups, without the frozen ones, which get no states."""
+    kept = [{**one, "params": [p for p in one["params"] if p.requires_grad]} if isinstance(one, dict) else one
+            for one in groups]
+    return [one for one in kept if isinstance(one, dict) or one.requires_grad]
+
+
 def adamw(groups, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
-    """AdamW with the fused kernel. groups: parameters, or parameter groups."""
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
+    """AdamW with the fused kernel. groups: parameters, or parameter groups; frozen ones are left out."""
+    return torch.optim.AdamW(trained(groups), lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
 
 
 def adam(groups, lr: float, betas: tuple[float, float]) -> torch.optim.Adam:
-    """Adam with the fused kernel. groups: parameters, or parameter groups."""
-    return torch.optim.Adam(groups, lr=lr, betas=betas, fused=True)
+    """Adam with the fused kernel. groups: parameters, or parameter groups; frozen ones are left out."""
+    return torch.optim.Adam(trained(groups), lr=lr, betas=betas, fused=True)
 
 
 def groups_by_name(model: nn.Module, lr: float, multipliers: dict[str, float]) -> list[dict]:

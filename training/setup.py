@@ -10,10 +10,11 @@ from common import distributed
 from common.console import print_main
 from common.files import manifest_sha256
 from data.clips import ClipDataset, Quarantine
-from data.lists import VideoFile, list_csv, list_folder
+from data.lists import VideoFile, class_names, list_csv, list_folder
 from data.loader import GlobalBatchSampler, Loader, make_loader
 from training.clip_cache import clip_cache
 from training.log import claim_run
+from training.micro_batch import fit_micro_batch
 
 
 def set_up_device(args: Namespace, group: bool = False) -> torch.device:
@@ -35,7 +36,23 @@ def start_run(args: Namespace, suffix: str = "", group: bool = False) -> tuple[t
     torch.manual_seed(args.seed)
     folder = Path(args.save_dir) / (args.exp_name + suffix)
     claim_run(folder)
+    if getattr(args, "num_classes", None) == "auto":
+        files, source = list_training(args)
+        if not (names := class_names(files)):
+            raise ValueError(f"--num_classes auto: {source} has videos outside of class folders, or without labels: "
+                             "put each into the folder of its class")
+        args.num_classes = len(names)
+    if args.micro_batch == "auto":
+        fit_micro_batch(args, folder)
     return device, folder
+
+
+def list_training(args: Namespace) -> tuple[list[VideoFile], str]:
+    """The videos to train on, and their source: the folder DATA_ROOT/VIDEO_NAME, or the list CSV_FILE."""
+    if args.video_name or "csv_file" not in args:
+        source = str(Path(args.data_root) / args.video_name)
+        return list_folder(source), source
+    return list_csv(args.csv_file), args.csv_file
 
 
 def training_files(args: Namespace, before: dict | None) -> tuple[list[VideoFile], str, dict]:
@@ -46,11 +63,7 @@ def training_files(args: Namespace, before: dict | None) -> tuple[list[VideoFile
     changed, the checkpoint's positions count other videos: --resume auto raises ValueError, a --resume that names a
     checkpoint continues with a warning. Raises ValueError too if the processes do not see the same list.
     """
-    if args.video_name or "csv_file" not in args:
-        source = str(Path(args.data_root) / args.video_name)
-        files = list_folder(source)
-    else:
-        files, source = list_csv(args.csv_file), args.csv_file
+    files, source = list_training(args)
     paths = [file.path for file in files]
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     listed = {"files": len(files), "sha256": manifest_sha256(paths, root)}

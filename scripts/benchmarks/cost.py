@@ -1,14 +1,19 @@
 """What the published recipes cost: GPU hours and memory on 1, 8 and 64 GPUs, as the Markdown table of docs/costs.md.
 
     python -m scripts.benchmarks.cost [--gpu H100] [--measured coordtok_1=38.5 sit=410]
+    python -m scripts.benchmarks.cost --small           (scripts/configs/*_small.yaml on one GPU of 24 GB)
 
 Computed, not measured: time is the FLOPs of flops.py over an assumed share of the GPU's bf16 peak (--mfu), memory is
 counted below. A step that has been timed (`samples/s` of scripts/benchmarks/train_step.py, published size, "all") goes
 in by --measured, and its row is marked; from it the assumed MFU of several GPUs scales as from one.
 """
 import argparse
+import importlib
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -20,6 +25,8 @@ from models.larp_tokenizer import LARPTokenizer, LARPTokenizerConfig
 from models.prior import PRIOR_SIZES
 from models.sit import SiT, SiTConfig
 from scripts.benchmarks import flops
+from training.flags import larp_ar_config, merge
+from training.load import sit_config
 
 UCF101_TRAIN = 9_537
 K600_TRAIN = 392_622  # of the data set as published (arXiv 1808.01340); some of it is gone from the web
@@ -38,6 +45,7 @@ LOGIT = 10  # in bf16 and float32, and their log-softmax
 
 MFU = {1: 0.40, 8: 0.38, 64: 0.32}  # assumed, by the number of GPUs
 MEMORY_GIB = 70  # of a GPU of 80 GB, less a reserve
+SMALL_GPU, SMALL_GIB = "RTX 4090", 21  # the small recipes' GPU, and its memory of 24 GB, less a reserve
 
 
 class Recipe(NamedTuple):
@@ -62,7 +70,8 @@ def coordtok_bytes(config: CoordTokConfig, points: int, lpips_frames: int = 0) -
 
 
 def sit_bytes(config: SiTConfig) -> int:
-    tokens = 64 + 128 + 128
+    rows_t, rows = (size // config.patch_size for size in config.input_size)
+    tokens = rows * rows + 2 * rows_t * rows
     return tokens * SIT * config.hidden_size * config.depth
 
 
@@ -109,6 +118,62 @@ def recipes() -> dict[str, Recipe]:
     }
 
 
+def flags_of(script: str, config: str) -> argparse.Namespace:
+    """The flags of an entry script with a file of scripts/configs."""
+    path = Path(__file__).parents[1] / "configs" / f"{config}.yaml"
+    needed = {"train_sit": ["--first_model_ckpt", "none"]}.get(script, [])
+    with patch.object(sys, "argv", [f"{script}.py", "--config", str(path), *needed]):
+        return importlib.import_module(script).parse_args()
+
+
+def small_recipes() -> dict[str, Recipe]:
+    """Those of scripts/configs/*_small.yaml, by the name of the file; step 2 of CoordTok takes 10,000 steps."""
+    coordtok_flags = flags_of("train_coordtok", "coordtok_small")
+    sit_flags, larp_flags = flags_of("train_sit", "sit_small"), flags_of("train_larp_tokenizer", "larp_tokenizer_small")
+    ar_flags = flags_of("train_ar", "larp_ar_small")
+    sit_flags.num_classes = ar_flags.num_classes = 101  # "auto" counts the user's
+    with torch.device("meta"):
+        coordtok = CoordTok(**merge(CoordTokConfig, coordtok_flags))
+        sit = SiT(**sit_config(sit_flags, coordtok.config))
+        tokenizer = LARPTokenizer(**merge(LARPTokenizerConfig, larp_flags))
+        disc = Discriminator(**merge(DiscriminatorConfig, larp_flags))
+        ar = LARPGenerator(**larp_ar_config(ar_flags, tokenizer.config)[0])
+    c, s, t, d, a = coordtok.config, sit.config, tokenizer.config, disc.config, ar.config
+    points, vgg = coordtok_flags.point_per_vid, VGG16 * FROZEN
+    frames = points // math.prod(c.grid[1:])
+
+    def recipe(title: str, flags: argparse.Namespace, *rest: int, steps: int | None = None) -> Recipe:
+        return Recipe(title, steps or flags.num_iters, flags.batch_size, *rest)
+
+    return {
+        "coordtok_small": recipe("CoordTok, step 1", coordtok_flags, flops.coordtok_training(c, points),
+                                 parameters(coordtok) * TRAINED, coordtok_bytes(c, points)),
+        "coordtok_small, step 2": recipe("CoordTok, step 2", coordtok_flags,
+                                         flops.coordtok_training(c, points, lpips=True),
+                                         parameters(coordtok) * TRAINED + vgg, coordtok_bytes(c, points, frames),
+                                         steps=10_000),
+        "sit_small": recipe("SiT-B/2 on cached latents", sit_flags, flops.sit_training(s),
+                            parameters(sit) * (TRAINED + AVERAGED), sit_bytes(s)),
+        "larp_tokenizer_small": recipe("LARP tokenizer", larp_flags, flops.larp_tokenizer_training(t, d),
+                                       parameters(tokenizer) * (TRAINED + AVERAGED) + parameters(disc) * TRAINED + vgg,
+                                       larp_tokenizer_bytes(t, d)),
+        "larp_ar_small": recipe("LARP-AR-B on cached codes", ar_flags, flops.larp_ar_training(a),
+                                parameters(ar) * (TRAINED + AVERAGED), larp_ar_bytes(a)),
+    }
+
+
+def small_table() -> str:
+    """In Markdown: the small recipes on one GPU."""
+    peak = 1e12 * flops.PEAKS[SMALL_GPU]["bf16"]
+    rows = [["recipe", "config", "steps", "clips a step", "TFLOP each", "time", "at a time", "GiB"], ["---"] * 8]
+    for name, recipe in small_recipes().items():
+        samples, gib = memory(recipe, 1, SMALL_GIB)
+        rows.append([recipe.title, f"`{name.split(',')[0]}.yaml`", f"{recipe.steps:,}", str(recipe.batch),
+                     f"{recipe.flops / 1e12:.2f}", in_words(hours(recipe, 1, peak, MFU, None)), str(samples),
+                     f"{gib:.0f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def hours(recipe: Recipe, gpus: int, peak: float, mfus: dict[int, float], measured: float | None) -> float:
     """Of wall time. peak: FLOP/s of a GPU. measured: samples/s on one GPU, or None."""
     speed = measured * mfus[gpus] / mfus[1] if measured else mfus[gpus] * peak / recipe.flops  # samples/s of a GPU
@@ -149,7 +214,11 @@ def main():
     parser.add_argument("--memory_gib", type=float, default=MEMORY_GIB, help="of a GPU, less a reserve")
     parser.add_argument("--mfu", type=float, nargs=3, default=MFU.values(), help="assumed, of 1, 8 and 64 GPUs")
     parser.add_argument("--measured", nargs="+", default=[], metavar="STEP=SAMPLES_PER_SECOND", help="on one GPU")
+    parser.add_argument("--small", action="store_true", help=f"the small recipes, on one {SMALL_GPU}")
     args = parser.parse_args()
+    if args.small:
+        print(small_table())
+        return
     measured = {}
     for word in args.measured:
         name, _, value = word.partition("=")
