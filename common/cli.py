@@ -262,6 +262,13 @@ def str2bool(word: str) -> bool:
     return truths[word.lower()]
 
 
+def fitting_workers(most: int) -> int:
+    """The default number of loader workers of a process: `most`, or fewer where its share of the cores is smaller, as
+    more would only wait for one another (torch warns of them)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def check_carried(flag: str, given: Any, held: Any, source: str) -> None:
     """Raise ValueError if a flag's value `given` differs from the value `held` by the checkpoint `source`."""
     if given != held:

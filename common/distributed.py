@@ -81,13 +81,6 @@ def wait_until(done: Callable[[], bool]) -> None:
         time.sleep(1)
 
 
-def fitting_workers(most: int) -> int:
-    """The default number of loader workers of a process: `most`, or fewer where its share of the cores is smaller, as
-    more would only wait for one another (torch warns of them)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(most, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum of `tensor` over all processes, in a new tensor."""
     tensor = tensor.detach().clone()

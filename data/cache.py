@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from common.errors import REMAKE, reading
+from common.errors import REMAKE, ArgumentParser, reading
 from common.files import atomic_write, remove_partials
 
 
@@ -193,10 +193,13 @@ class ClipCache(ShardCache):
 
 
 if __name__ == "__main__":
+    parser = ArgumentParser(description="Compare caches with their checksums.")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="such as data/cache/clips-0123456789ab")
+    folders = parser.parse_args().folders
     try:
-        shards = [shard for folder in sys.argv[1:] for shard in sorted(Path(folder).glob("shard_*.npy"))]
+        shards = [shard for folder in folders for shard in sorted(Path(folder).glob("shard_*.npy"))]
         if not shards:
-            raise ValueError(f"no shards in {', '.join(sys.argv[1:]) or 'no folder'}: give folders of caches, such as "
+            raise ValueError(f"no shards in {', '.join(folders)}: give folders of caches, such as "
                              "data/cache/clips-0123456789ab")
         for shard in shards:
             check(shard)

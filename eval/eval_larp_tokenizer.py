@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any folder
 from common.cli import Parser, Rare, one_line_errors
-from models.pretrained import weights_sha256
 from training import flags
 
 AMP = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -51,6 +50,7 @@ from common import distributed
 from common.rng import sample_generators
 from data.lists import list_csv, list_folder
 from eval.evaluate import evaluate
+from models.pretrained import weights_sha256
 from training.load import load_larp_tokenizer
 from training.optim import Precision
 from training.validation import CodeStats

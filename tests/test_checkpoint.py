@@ -1,4 +1,4 @@
-"""training/checkpoint.py and training/load.py."""
+"""training/checkpoint.py and training/load.py, and what reads files: models/checkpoint_files.py, models/sharded.py."""
 import errno
 import json
 import os

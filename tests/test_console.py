@@ -14,8 +14,8 @@ import pytest
 from helpers import ROOT, environment
 
 from common import console
+from common.cli import fitting_workers
 from common.console import Progress, print_main
-from common.distributed import fitting_workers
 from data.loader import make_loader
 
 

@@ -86,10 +86,12 @@ def test_commands_have_no_flag_that_their_script_lacks(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_flags_in_the_text_exist(page):
-    scripts = {target(command) for each in PAGES for _, command in commands(each)} - {None}
-    known = {flag.replace("-", "_") for flag in OTHERS}.union(*(flags_of(name) for name in scripts))
     text = FENCE.sub("", page.read_text())
-    named = {flag for code in re.findall(r"`([^`]+)`", text) for flag in re.findall(r"(?<!\S)--\w[\w-]*", code)}
+    spans = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+    scripts = {target(command) for each in PAGES for _, command in commands(each)}
+    scripts |= {target(code) for code in spans if code.startswith(("python ", "bash "))}
+    known = {flag.replace("-", "_") for flag in OTHERS}.union(*(flags_of(name) for name in scripts if name))
+    named = {flag for code in spans for flag in re.findall(r"(?<!\S)--\w[\w-]*", code)}
     assert {flag for flag in named if flag.replace("-", "_") not in known} == set()
 
 

@@ -1,4 +1,4 @@
-"""Every form of a model, in every flag that takes one."""
+"""models/hub.py: every form of a model, in every flag that takes one."""
 import argparse
 import json
 import sys

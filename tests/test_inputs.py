@@ -1,4 +1,4 @@
-"""What users get wrong about the models' inputs is one clear line."""
+"""models/inputs.py: what users get wrong about the models' inputs is one clear line."""
 import pytest
 import torch
 from helpers import tiny_larp

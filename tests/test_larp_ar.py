@@ -318,7 +318,8 @@ class NoReading(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("config", [{}, FP])
-def test_generate_does_not_wait_for_the_device(config):
+def test_generate_does_not_wait_for_the_device(monkeypatch, config):
+    monkeypatch.setattr("models.larp_ar.check_integers", lambda *_, **__: None)  # looks at tensors on the CPU alone
     generator = random_generator(**config)
     cond, cfg_scale = random_condition(generator, 2), 1.0 if config else 2.0
     settings = {"cfg_interval": 3, "temperature": 0.9, "top_k": 10, "top_p": 0.9, "return_nll": True}
@@ -424,6 +425,6 @@ def test_errors():
         with pytest.raises(ValueError, match=f"cfg_scale is {scale}, but frame prediction"):
             generator.generate(random_condition(generator), scale)
     with pytest.raises(ValueError, match=r"cond is \(8,\); expected codes and a separator, \(8, 25\)"):
-        generator.generate(LABELS)
+        generator.generate(LABELS.abs())
     with pytest.raises(ValueError, match="25 codes are more than max_seq_len 24"):
         generator(torch.zeros(8, 25, dtype=torch.long), random_condition(generator))

@@ -97,7 +97,7 @@ def test_label_dropout():
     dropped = (embedder(many) == embedder.embedding_table.weight[3]).all(dim=1).float().mean()
     assert abs(dropped - 0.5) < 0.06
     with pytest.raises(ValueError, match="no 'no label' row"):
-        tiny()(x, t, y, drop)
+        tiny()(x, t, torch.zeros_like(y), drop)
 
 
 def test_guidance_equals_two_calls_and_makes_one():

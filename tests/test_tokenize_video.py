@@ -1,4 +1,4 @@
-"""scripts/tokenize_video.py: files of any length, size and frame rate through tokenizers of random weights."""
+"""scripts/tokenize_video.py with data/stream.py and data/tokens.py: files of any length, size and frame rate."""
 import os
 import re
 import subprocess

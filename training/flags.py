@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from common import distributed
 from common.cli import (
     Parser,
     Rare,
     add_perceptual,
     check_carried,
     check_range,
+    fitting_workers,
     is_none,
     run_name,
     str2bool,
@@ -163,7 +163,7 @@ def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> N
 def add_device(group: Group, num_workers: int) -> None:
     group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="Where to compute")
     group.add_argument("--num_workers", "-j", dest="num_workers", type=int,
-                       default=distributed.fitting_workers(num_workers),
+                       default=fitting_workers(num_workers),
                        help=f"Loader workers of each process; by default {num_workers}, or fewer on fewer cores")
 
 
