@@ -88,13 +88,13 @@ def test_released_short_clip_equals_the_clip_with_released_padding(released):
 def test_excluded_padding_changes_nothing(n_frames):
     tok, video, n_frames = tiny(), clip(), torch.tensor(n_frames)
     expected = tok.encode(video, n_frames)
-    for content in (1000.0, float("nan")):
+    for content in (1.5, float("nan")):
         changed = video.clone()
         for one, real in zip(changed, n_frames):
             one[:, real:] = content
         close(tok.encode(changed, n_frames), expected, atol=0)
     changed = video.clone()
-    changed[0, :, n_frames[0] - 1] += 1  # the last real frame does count
+    changed[0, :, n_frames[0] - 1] += 0.4  # the last real frame does count
     assert (tok.encode(changed, n_frames).xy[0] - expected.xy[0]).abs().max() > 1e-4
 
 
