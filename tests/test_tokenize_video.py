@@ -271,7 +271,8 @@ def test_frames_are_those_of_the_loader(tmp_path):
 
 
 def test_the_page_own_videos_runs(monkeypatch, tokenizers, tmp_path):
-    """docs/own_videos.md, command by command, with CoordTok."""
+    """The commands of docs/own_videos.md on single files and exports, with CoordTok; tests/test_own_videos.py runs those
+    that train and sample."""
     blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "own_videos.md").read_text(), re.DOTALL)
     make(tmp_path / "VIDEO.mp4", 21)
     monkeypatch.chdir(tmp_path)
@@ -284,7 +285,8 @@ def test_the_page_own_videos_runs(monkeypatch, tokenizers, tmp_path):
             continue
         for line in content.splitlines():
             words = line.removeprefix("python ").removeprefix("-m ").split()
-            monkeypatch.setattr(sys, "argv", words)
-            scripts[words[0]]()
+            if words[0] in scripts:
+                monkeypatch.setattr(sys, "argv", words)
+                scripts[words[0]]()
     assert {"DECODED.mp4", "COMPARED.mp4", "COMPARED.csv", "EXPORTED", "COPY"} <= {p.name for p in tmp_path.iterdir()}
     assert len(list((tmp_path / "FRAMES").iterdir())) == 3
