@@ -29,19 +29,20 @@ class Progress(tqdm):
         super().__init__(iterable, desc, total, leave=False, disable=disable, unit=unit, initial=initial,
                          dynamic_ncols=True)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # type: ignore[override]  # stub: None
+        """Whether it was shown."""
         if self.terminal:
-            super().display(msg, pos)
-            return
+            return bool(super().display(msg, pos))
         elapsed = self.format_dict["elapsed"]
         if elapsed < self.next_line:
-            return
+            return False
         self.next_line = elapsed + max(LINE_EVERY, elapsed / 20)
         done, rate = self.n - self.initial, (self.n - self.initial) / elapsed
         count = f"{self.n} {self.unit}" if self.total is None else f"{self.n} of {self.total} {self.unit}"
         left = f", {self.format_interval((self.total - self.n) / rate)} left" if self.total and done else ""
         self.fp.write(f"{self.desc or 'progress'}: {count}, {self.format_interval(elapsed)} gone{left}\n")
         self.fp.flush()
+        return True
 
     def clear(self, nolock: bool = False) -> None:
         if self.terminal:

@@ -271,7 +271,7 @@ def test_frames_are_those_of_the_loader(tmp_path):
 
 
 def test_the_page_own_videos_runs(monkeypatch, tokenizers, tmp_path):
-    """The commands of docs/own_videos.md on files and exports, with CoordTok; tests/test_own_videos.py runs the others."""
+    """The commands of docs/own_videos.md on files and exports, with CoordTok; test_own_videos.py runs the others."""
     blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "own_videos.md").read_text(), re.DOTALL)
     make(tmp_path / "VIDEO.mp4", 21)
     monkeypatch.chdir(tmp_path)
