@@ -19,6 +19,7 @@ from data.lists import list_folder
 from models.larp_tokenizer import LARPTokenizer
 
 ROOT = Path(__file__).parents[1]
+LONG = pytest.mark.skipif("VT_LONG_TESTS" not in os.environ, reason="takes a minute or more: VT_LONG_TESTS=1 runs it")
 TINY_COORDTOK = (
     "--num_frames 8 --img_size 32 --enc_embed_dim 32 --enc_num_layers 1 --enc_num_heads 2 --enc_patch_size_xy 8 "
     "--enc_patch_size_t 4 --enc_patch_num_layers 1 --latent_resolution_xy 8 --latent_resolution_t 8 "

@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 
 import pytest
-from helpers import ROOT, TINY_COORDTOK, environment, losses, mistake, run, run_here
+from helpers import LONG, ROOT, TINY_COORDTOK, environment, losses, mistake, run, run_here
 
 import train_sit
 from training import checkpoint
@@ -58,6 +58,7 @@ def test_starts_at_accum_iter_and_says_what_does_not_fit(tmp_path):
         fit_micro_batch(Namespace(**{**vars(args), "fsdp": True}), tmp_path, lambda tried: None)
 
 
+@LONG
 def test_a_run_on_a_small_gpu(data, tmp_path):
     """Two processes train as one with that --accum_iter; a resumed run does not try again."""
     script = tmp_path / "small_gpu.py"

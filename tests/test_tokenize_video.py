@@ -10,7 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, command, environment, tiny_larp
+from helpers import LONG, ROOT, command, environment, tiny_larp
 from PIL import Image
 from safetensors.torch import load_file
 from test_hub import COORDTOK
@@ -224,7 +224,7 @@ def test_compare(monkeypatch, tokenizers, tmp_path, capsys):
     assert (left - given).abs().mean() < 0.06  # mp4 halves the colour planes
 
 
-@pytest.mark.parametrize("kind", ["coordtok", "larp"])
+@pytest.mark.parametrize("kind", [pytest.param("coordtok", marks=LONG), "larp"])
 def test_memory_does_not_grow_with_the_video(tokenizers, tmp_path, kind):
     """Ten times the frames, within 5 %: of encoding and of decoding."""
     peaks = {}
