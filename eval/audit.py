@@ -41,6 +41,7 @@ from eval.fvd import (
     CHOICES,
     DIVISORS,
     FeatureStats,
+    add_measurement,
     frechet_distance,
     frechet_infinity,
     list_videos,
@@ -447,21 +448,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--other_real", help="another set of real videos to measure against (default: the test folder or list beside "
         "a train one, and the other way round)")
     add("--rows", nargs="+", choices=ROWS, default=ROWS, help="which choices to change")
-    add("--protocol", choices=CHOICES, default="folders", help="gives the defaults of what follows")
+    add_measurement(parser)
     add("--num_clips", type=int, default=32, help="of each side; the full audit is up to 17 passes of so many through "
         "I3D, each a second on one CPU core for 16 frames")
-    add("--num_frames", type=int, help="frames of a clip")
-    add("--stride", type=int, help="frames between two frames of a clip")
-    add("--size", type=int, help="clips are resized and cropped to this before the extractor's own resize")
-    add("--resize", dest="i3d_resize", choices=RESIZE_RULES, help="the extractor's resize to 224x224")
-    add("--divisor", choices=DIVISORS, help="of the covariance")
-    add("--i3d_eps", type=float, help="1e-3 (the tfhub module) or 1e-5 (CoordTok's port)")
-    add("--i3d_weights", help="file of I3D weights (default: the cache, or a download)")
-    add("--seed", type=int, default=0, help="draws clips and resamples")
     add("--batch_size", type=int, default=4, help="clips at once in I3D")
     add("--num_workers", type=int, default=0, help="loader workers")
-    add("--decode_timeout", type=float, default=TIMEOUT, help="seconds after which a file counts as damaged")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where I3D runs")
     add("--output", default="results/audit", help="folder of the table and the picture")
     args = parser.parse_args(argv)
     if not args.self_test and args.generated is None:

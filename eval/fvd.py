@@ -298,28 +298,34 @@ def self_test(i3d: I3D, batch_size: int = 4) -> float:
     return error
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__.split("\n")[0], prog="python -m eval.fvd")
+def add_measurement(parser: Parser) -> None:
+    """Add the flags that say how FVD is measured; `eval.audit` has them too."""
     add = parser.add_argument
-    add("real", nargs="?", help="folder of videos, csv list, or text file with a path a line")
-    add("generated", nargs="?", help="the same")
-    add("--self_test", action="store_true", help="check this installation against the published value")
     add("--protocol", choices=CHOICES, default="folders", help="gives the defaults of what follows")
-    add("--num_clips", type=int, help="of each side (default: the protocol's, or all)")
-    add("--num_frames", type=int)
+    add("--num_frames", type=int, help="frames of a clip")
     add("--stride", type=int, help="frames between two frames of a clip")
     add("--size", type=int, help="clips are resized and cropped to this before the extractor's own resize")
     add("--resize", dest="i3d_resize", choices=RESIZE_RULES, help="the extractor's resize to 224x224")
     add("--divisor", choices=DIVISORS, help="of the covariance")
     add("--i3d_eps", type=float, help="1e-3 (the tfhub module) or 1e-5 (CoordTok's port)")
     add("--i3d_weights", help="file of I3D weights (default: the cache, or a download)")
+    add("--seed", type=int, default=0, help="draws clips and resamples")
+    add("--decode_timeout", type=float, default=TIMEOUT, help="seconds after which a file counts as damaged")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where I3D runs")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__.split("\n")[0], prog="python -m eval.fvd")
+    add = parser.add_argument
+    add("real", nargs="?", help="folder of videos, csv list, or text file with a path a line")
+    add("generated", nargs="?", help="the same")
+    add("--self_test", action="store_true", help="check this installation against the published value")
+    add_measurement(parser)
+    add("--num_clips", type=int, help="of each side (default: the protocol's, or all)")
     add("--dataset", help="what the real videos are, for the record (default: the name of their folder)")
     add("--split", help="likewise (default: all)")
-    add("--seed", type=int, default=0)
-    add("--batch_size", type=int, default=8)
-    add("--num_workers", type=int, default=2)
-    add("--decode_timeout", type=float, default=TIMEOUT, help="seconds after which a file counts as damaged")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--batch_size", type=int, default=8, help="clips at once in I3D")
+    add("--num_workers", type=int, default=2, help="loader workers")
     add("--out", help="JSON file for the numbers and their record")
     args = parser.parse_args(argv)
     if not args.self_test and args.generated is None:

@@ -129,7 +129,7 @@ GOOD = "def f(video):\n    return video, 8\nf.num_frames, f.size = 10, 32\n"
         ("import no_such_package", "g", "a.py cannot be imported: ModuleNotFoundError: No module named 'no_such_"),
         ("raise SystemExit('usage')", "g", "a.py cannot be imported: SystemExit: usage"),
     ],
-)  # fmt: skip
+)
 def test_wrong_adapters_get_one_line(monkeypatch, capsys, flags, tmp_path, code, name, message):
     inside = name == "f"
     (tmp_path / "a.py").write_text(GOOD.replace("return video, 8", code) if inside else f"{GOOD}{code or ''}\n")
@@ -154,7 +154,7 @@ def test_wrong_adapters_get_one_line(monkeypatch, capsys, flags, tmp_path, code,
         (["codec:h264", "codec:h264", "--bpp", 1], "--tokenizer has codec:h264 twice"),
         (["codec:h264", "--bpp", 1, "--size", 33], "takes frames of even height and width, got 33x33: change --size"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_on_the_command_line_get_one_line(monkeypatch, capsys, flags, words, message):
     error = mistake(monkeypatch, capsys, reconstruct, *flags, "--tokenizer", *words)
     assert message in error, error
