@@ -124,13 +124,15 @@ def test_ctrl_c_while_workers_start_leaves_nothing_half_made(folder):
     """What torch says of a half-made loader would follow the one line."""
     code = f"""
 import os, signal, threading, time
+import torch
 from data import loader
 from data.clips import ClipDataset, ClipKey
 from data.lists import list_folder
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this behind it
 threading.Thread(target=time.sleep, args=(5,), daemon=True).start()  # may be the one that gets the signal
-real = loader.DataLoader._get_iterator
-loader.DataLoader._get_iterator = lambda self: (os.kill(os.getpid(), signal.SIGINT), real(self))[1]
+half_made = torch.utils.data.dataloader._BaseDataLoaderIter
+real = half_made.__init__
+half_made.__init__ = lambda self, of: (os.kill(os.getpid(), signal.SIGINT), real(self, of))[1]
 files = list_folder({str(folder)!r})
 try:
     iter(loader.make_loader(ClipDataset(files, 8, 16, "coordtok"), [[ClipKey(0)]], 1))
