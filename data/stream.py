@@ -32,7 +32,9 @@ class StreamInfo(NamedTuple):
 
 
 def look(path: str | Path) -> StreamInfo:
-    """Raises VideoError where ffmpeg finds no video in the file."""
+    """Raises FileNotFoundError, and VideoError where ffmpeg finds no video in the file."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{shown(path)}: no such file")
     done = subprocess.run(_ffmpeg("-i", f"file:{path}", level="info"), capture_output=True, stdin=subprocess.DEVNULL)
     text = done.stderr.decode(errors="replace")
     video = re.search(r"Stream #.*?: Video: (?!.*\(attached pic\)).*", text)

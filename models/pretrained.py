@@ -12,7 +12,8 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import torch
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -163,10 +164,15 @@ def read_pretrained(source: str | Path, **hub: Any) -> tuple[dict, dict[str, Ten
 
     source: a folder, or the Hugging Face hub id of one. hub: revision, cache_dir, token, local_files_only, ... as
     huggingface_hub.snapshot_download takes them. Raises WeightsError where there is neither, FileNotFoundError for a
-    folder that lacks a file, and ValueError for a damaged one, each in one line.
+    path that is none or a folder that lacks a file, and ValueError for a damaged one, each in one line.
     """
     folder = Path(source)
     if not folder.is_dir():
+        try:
+            validate_repo_id(str(source))
+        except HFValidationError as error:
+            raise FileNotFoundError(f"{source}: no such file or folder; give one, or a Hugging Face hub id such as "
+                                    "NAME/MODEL") from error
         try:
             folder = Path(snapshot_download(str(source), allow_patterns=[*PRETRAINED, FACTS_FILE], **hub))
         except (HfHubHTTPError, OSError, ValueError) as error:  # no such id, no network, not in the cache, ...

@@ -307,7 +307,7 @@ def test_the_authors_run_folder_gives_the_same_samples(sampled, models, tmp_path
         (["--sit_model", "UNGUIDED", "--cfg_scale", "2"], "trained with --class_dropout_prob above 0"),
         (["--model", "SiT-L/2"], "--model SiT-L/2 was given, but .* has tiny"),
         (["--mode", "ODE", "--reverse", "--num_samples", "9"], "a real clip each"),
-        (["--sit_model", "/nowhere"], "/nowhere: not a folder, and as a Hugging Face hub id"),
+        (["--sit_model", "/nowhere"], "/nowhere: no such file or folder; give one, or a Hugging Face hub id"),
     ],
 )
 def test_mistakes_are_named(sampled, models, tmp_path, flags, message):

@@ -246,6 +246,7 @@ def test_mistakes_get_one_line(monkeypatch, capsys, tokenizers, tmp_path):
     (tmp_path / "no.mp4").write_bytes(b"no video")
     for line, message in (
         (["encode", path], "encode needs --tokenizer"),
+        (["encode", tmp_path / "none.mp4", "--tokenizer", tokenizers["larp"].path], "none.mp4: no such file"),
         (["encode", tmp_path / "no.mp4", "--tokenizer", tokenizers["larp"].path], "ffmpeg finds no video in it"),
         (["encode", path, "--tokenizer", tokenizers["larp"].path, "--overlap", 5], "--overlap is 5, expected at most"),
         (["decode", path], "cannot be read as a token file"),
