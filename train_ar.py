@@ -49,17 +49,17 @@ from torch import Tensor
 from common import distributed
 from common.distributed import on_device, prefetch, to_device
 from data.clips import open_quarantine
-from data.lists import check_classes, check_labels, class_names
+from data.lists import check_labels, class_names
 from models.larp_ar import LARPGenerator, code_loss
 from models.layers import compile_blocks, set_checkpointing
-from models.pretrained import build, weights_sha256
+from models.pretrained import weights_sha256
 from training import checkpoint, fsdp, tune
 from training.codes import CodeCache, batches_from_cache, batches_from_video, draw_drops, encode_video
-from training.load import check_tokenizer, load_larp_tokenizer
+from training.load import load_larp_tokenizer
 from training.log import NonFiniteGuard, count_parameters, start_log
 from training.optim import EMA, Precision, adamw, cosine_with_warmup, decay_groups, set_rates, update
 from training.setup import make_clips, start_run, train_loader, train_sampler, training_files
-from training.validation import make_held_out, validation_files
+from training.validation import held_out_files, make_held_out
 
 
 def main():
@@ -72,19 +72,8 @@ def main():
         tokenizer.to(device)
     tokenizer_hash, clip_config = weights_sha256(tokenizer), tokenizer.config
     state = checkpoint.find(folder / "checkpoints", args.resume, "larp_ar")
-    if state:
-        check_tokenizer(state, tokenizer_hash, folder, args, "tokenizer")
-    if state and ("shards" in state) != args.fsdp:
-        how = "without" if args.fsdp else "with"
-        raise ValueError(f"the run in {folder} was saved {how} --fsdp: continue it in the same way")
-    if args.init_from and not state:
-        generator, num_cond_frames = tune.start_larp_ar(args, clip_config, tokenizer_hash)
-    else:
-        options, num_cond_frames = flags.larp_ar_config(args, clip_config, state, f"the run in {folder}")
-        generator = build(LARPGenerator, options, state.path if state else None)
+    generator, num_cond_frames = tune.start_larp_ar(args, clip_config, tokenizer_hash, state, folder)
     tune.freeze(generator.train(), args, state, folder)
-    if num_cond_frames and args.cfg_scale != 1:
-        raise ValueError(f"--cfg_scale is {args.cfg_scale}, but frame prediction has no guidance: leave it out")
     set_checkpointing(generator, args.gradient_checkpointing)
     config, class_cond = generator.config, not generator.config.frame_prediction
     emas = {str(decay): EMA(generator, decay) for decay in args.ema_decays}
@@ -95,9 +84,8 @@ def main():
     optimizer = adamw(decay_groups(generator, args.weight_decay), args.lr, betas=tuple(args.betas))
     parts = {"model": generator, "optimizer": optimizer, "scaler": precision.scaler,
              **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}
-    if state and args.fsdp:  # each process reads its share into tensors that are allocated before
-        fsdp.allocate(optimizer)
-        fsdp.fill(state, checkpoint.state_dicts(parts))
+    if state and args.fsdp:
+        fsdp.restore(state, optimizer, checkpoint.state_dicts(parts))
     start, rng, best, before = checkpoint.resume(parts, state, best=float("inf"))
     del state  # frees a copy of the model
 
@@ -125,15 +113,10 @@ def main():
     # Validation scores the codes of held-out clips. Samples take the labels or the first frames of some of them.
     held_out = check = None
     if args.num_val != 0:
-        val_files, val_source = validation_files(args)
-        if class_cond:
-            check_labels(val_files, config.num_classes, val_source)
-        if class_cond and args.video_name:
-            check_classes(files, val_files, source, val_source)
+        val_files = held_out_files(args, files, source, config.num_classes if class_cond else None)
         with on_device(tokenizer, device):
-            held_out, check, captions = make_held_out(
-                args, val_files, clips_of(val_files), encode, num_cond_frames, device
-            )
+            held_out, check, captions = make_held_out(args, val_files, clips_of(val_files), encode, num_cond_frames,
+                                                      device)
     usable_files, cache = list(range(len(files))), None
     if args.cache_codes:
         cache = CodeCache(Path(args.cache_dir), clips_of(files, damaged="skip"), clip_config, args.cache_codes,
@@ -156,9 +139,8 @@ def main():
                     f"{precision.name}, {condition}; {len(usable_files):,} videos in {source}{cached}, {epoch_steps} "
                     "steps per epoch")
     guard = NonFiniteGuard(device)
-    eval_steps, sample_steps, save_steps = (
-        max(1, round(epochs * epoch_steps)) for epochs in (args.eval_every, args.sample_every, args.save_every)
-    )
+    eval_steps, sample_steps, save_steps = (max(1, round(n * epoch_steps)) for n in (
+        args.eval_every, args.sample_every, args.save_every))
 
     def save(step: int) -> None:
         guard.check()

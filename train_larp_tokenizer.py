@@ -48,11 +48,9 @@ from common.rng import sample_generators
 from data.augment import flip_half
 from data.clips import open_quarantine
 from data.video import to_video
-from models.discriminator import Discriminator
 from models.gan import frozen, generator_loss
 from models.larp_tokenizer import LARPTokenizer
 from models.layers import compile_blocks, set_checkpointing
-from models.pretrained import build
 from models.stlpips import perceptual_metric
 from training import checkpoint, tune
 from training.adversary import Adversary, MicroBatch, Round, mean_of
@@ -68,15 +66,11 @@ def main():
 
     # The tokenizer with its prior, the discriminator, their optimizers and averages.
     state = checkpoint.find(folder / "checkpoints", args.resume, "larp_tokenizer")
-    carried, source = state or {}, f"the run in {folder}"
-    path = state.path if state else None
     tokenizer = tune.start_tokenizer(LARPTokenizer, LARPTokenizerConfig, args, state, folder, args.init_from)
     tune.freeze(tokenizer, args, state, folder)
     tokenizer.to(device).train()
     config = tokenizer.config
-    disc_options = flags.merge(DiscriminatorConfig, args, carried.get("disc_config"), source)
-    disc_options |= {name: getattr(config, name) for name in ("input_size", "frame_num", "in_channels")}
-    discriminator = build(Discriminator, disc_options, path).to(device)
+    discriminator = tune.start_discriminator(args, config, state, folder).to(device)
     perceptual = None
     if args.perceptual_weight > 0:
         perceptual = perceptual_metric(args.perceptual, weights=args.lpips_weights).to(device)
@@ -98,7 +92,7 @@ def main():
     parts = {"model": tokenizer, "optimizer": optimizer, "scaler": precision.scaler, **adversary.parts,
              **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}
     start, rng, best, before = checkpoint.resume(parts, state, best=float("-inf"))
-    del state, carried  # frees a copy of the models
+    del state  # frees a copy of the models
 
     # Each sample is a function of the seed and its position in the run, whatever the number of processes and workers.
     files, _, listed = training_files(args, before)

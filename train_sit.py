@@ -6,7 +6,7 @@ torchrun --nproc_per_node=8 train_sit.py --data_root DATA --first_model_ckpt CKP
 With --cache_latents 4, four windows of every video are encoded once, and video is not read again.
 A run writes to SAVE_DIR/EXP_NAME and continues with --resume.
 """
-from common.cli import Parser, Rare, config_diff, one_line_errors
+from common.cli import Parser, Rare, one_line_errors
 from models.configs import CoordTokConfig, plain
 from training import flags
 
@@ -41,15 +41,14 @@ import torch
 from common import distributed
 from common.distributed import on_device, prefetch
 from data.clips import ClipKey, open_quarantine
-from data.lists import class_names
+from data.lists import check_num_classes, class_names
 from models.interpolant import Interpolant, check_sde
 from models.layers import compile_blocks, set_checkpointing
 from models.pretrained import weights_sha256
-from models.sit import SiT
 from models.triplane import Planes
 from sampling.sit import sample_labels, sample_planes
 from training import checkpoint, latents, tune
-from training.load import TrainedSiT, check_tokenizer, coordtok_clips, load_coordtok, sit_config
+from training.load import TrainedSiT, coordtok_clips, load_coordtok, sit_config
 from training.log import NonFiniteGuard, count_parameters, start_log
 from training.optim import EMA, Precision, adamw, update
 from training.setup import make_clips, micro_rows, start_run, train_loader, train_sampler, training_files
@@ -69,31 +68,21 @@ def main():
     state = checkpoint.find(folder / "checkpoints", args.resume, "sit")
     interpolant = Interpolant(args.path_type, args.prediction, args.loss_weight, args.train_eps, args.sample_eps)
     options = {**sit_config(args, config), "condition_on_previous": args.condition_on_previous}
-    statistics = None
-    if args.init_from and not state:
-        sit, statistics = tune.start_sit(args, interpolant, tokenizer_hash, options)
-    else:
-        sit = SiT(**options)
+    sit, statistics = tune.start_sit(args, options, interpolant, tokenizer_hash, state, folder)
     tune.freeze(sit, args, state, folder)
     sit.to(device).train()
     set_checkpointing(sit, args.gradient_checkpointing)
-    if state:
-        there, here = {**state["config"], **state["interpolant"]}, {**plain(sit.config), **asdict(interpolant)}
-        if differ := config_diff(there, here):
-            raise ValueError(f"the run in {folder} has other settings than the flags ({differ}): give the run's flags")
-        check_tokenizer(state, tokenizer_hash, folder, args, "first_model_ckpt")
     ema = EMA(sit, args.ema_decay)
     precision = Precision(args.precision, device)
     optimizer = adamw(sit.parameters(), lr=args.lr)
     parts = {"model": sit, "ema": ema.model, "optimizer": optimizer, "scaler": precision.scaler}
     start, rng, _, before = checkpoint.resume(parts, state)
+    del state  # frees a copy of the model
 
     # Clips are encoded as they come, or once for the cache.
     files, source, listed = training_files(args, before)
     names = class_names(files)
-    if args.num_classes not in (1, len(names)):
-        raise ValueError(f"--num_classes is {args.num_classes}, but {source} has {len(names)} classes: give that, or 1 "
-                         "for a model without classes")
+    check_num_classes(args.num_classes, names, source)
     quarantine = open_quarantine(folder, args.decode_timeout)
     clips_of = partial(make_clips, args, files, *config.video_shape[:2], "coordtok", device, quarantine)
 
@@ -119,8 +108,8 @@ def main():
         captions = [names[label] if args.num_classes > 1 else f"sample {i}" for i, label in enumerate(labels)]
     usable_files, cache = list(range(len(files))), None
     if args.cache_latents:
-        key = {"tokenizer": tokenizer_hash, "precision": precision.name}
-        cache = latents.LatentCache(Path(args.cache_dir), windows_of(damaged="skip"), config, args.cache_latents, key)
+        cache = latents.LatentCache(Path(args.cache_dir), windows_of(damaged="skip"), config, args.cache_latents,
+                                    {"tokenizer": tokenizer_hash, "precision": precision.name})
         with on_device(tokenizer, device):
             cache.fill(encode, args.batch_size // world_size, args.num_workers)
         usable_files = cache.good_files()
@@ -132,15 +121,12 @@ def main():
         batches = latents.batches_from_video(train_loader(args, windows_of(), sampler, device), encode, device)
 
     # Latents are standardised by statistics that are measured once. Checkpoints and trained models carry them.
-    statistics = state["statistics"] if state else statistics
-    if statistics:
-        stats = latents.LatentStats.from_state_dict(statistics).to(device)
-    else:
+    if statistics is None:
         chosen = [usable_files[i] for i in evenly_spaced(len(usable_files), args.stat_clips)]
-        whole = windows_of(damaged="skip")
-        found = latents.of_videos(chosen, cache or whole, encode, args.val_batch_size, args.num_workers)
-        stats = latents.measure(found, config.latent_n_features, device)
-    del state
+        windows = cache or windows_of(damaged="skip")
+        found = latents.of_videos(chosen, windows, encode, args.val_batch_size, args.num_workers)
+        statistics = latents.measure(found, config.latent_n_features, device).state_dict()
+    stats = latents.LatentStats.from_state_dict(statistics).to(device)
 
     if args.compile:
         compile_blocks(sit, ema.model)
@@ -176,22 +162,16 @@ def main():
     log.make_up(scores)
     for step in range(start + 1, num_iters + 1):
         # Every process draws for the whole batch and takes its rows, so draws do not depend on the number of processes.
-        all_noise, all_uniform = latents.draw_step(args.seed, step, args.batch_size, sit.plane_shapes, device)
+        draws = latents.draw_step(args.seed, step, args.batch_size, sit.plane_shapes, device)
         means = 0
         for micro in range(args.accum_iter):
             planes, y, paths = log.next(batches, step, save)
-            rows = micro_rows(args, micro)
-            noise = Planes(*(plane[rows] for plane in all_noise))
-            uniform, label_drop_uniform, previous_drop_uniform = all_uniform[:, rows]
+            noise, time, drop, hidden = draws.of(micro_rows(args, micro), args)
             y = y if args.num_classes > 1 else torch.zeros_like(y)
-            drop = label_drop_uniform < args.class_dropout_prob if args.class_dropout_prob else None
-            hidden = previous_drop_uniform < args.previous_dropout_prob
             planes, before = latents.split_pairs(planes, stats, hidden)
             with distributed.sync_gradients(model, micro == args.accum_iter - 1), precision.autocast():
-                losses, logs = interpolant.loss(
-                    model, stats.standardise(planes), interpolant.training_times(uniform), noise, y=y, drop=drop,
-                    **before,
-                )
+                losses, logs = interpolant.loss(model, stats.standardise(planes), interpolant.training_times(time),
+                                                noise, y=y, drop=drop, **before)
                 loss = losses.sum() * (world_size / args.batch_size)  # world_size undoes DDP's mean
             precision.scaler.scale(loss).backward()
             logs = {"loss": losses.detach().mean(), **logs}

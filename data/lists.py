@@ -161,6 +161,13 @@ def check_labels(files: Sequence[VideoFile], num_classes: int, source: str, trai
                          "ucf; a model for --frame_prediction needs none")
 
 
+def check_num_classes(num_classes: int, names: Sequence[str], source: str) -> None:
+    """ValueError where a model's `num_classes` is neither 1 nor the number of the classes `names` of `source`."""
+    if num_classes not in (1, len(names)):
+        raise ValueError(f"--num_classes is {num_classes}, but {source} has {len(names)} classes: give that, or 1 for "
+                         "a model without classes")
+
+
 def check_class_names(files: Sequence[VideoFile], known: Sequence[str], source: str) -> None:
     """ValueError where a label is another class in `files` than in a trained model, which knows it as known[label]."""
     for label, (here, there) in enumerate(zip(class_names(files), known)):

@@ -145,7 +145,7 @@ def test_coordtok(case, step):
 def test_sit(case, monkeypatch):
     case = case("sit")
     first, rules, tag = case.first_step_file(), case.rules, case.tag
-    case.start_filled(train_sit.SiT)
+    case.start_filled(train_sit.tune.SiT)
     monkeypatch.setitem(models.configs.SIT_SIZES, "SiT-L/2", rules.SIT)
     measure, loss, steps = train_sit.latents.measure, train_sit.Interpolant.loss, iter(range(case.steps))
 
@@ -176,7 +176,7 @@ def larp_flags(case) -> list:
 def test_larp_tokenizer(case, monkeypatch):
     case = case("larp_tokenizer")
     rules, tag = case.rules, case.tag
-    case.start_filled(LARPTokenizer, train_larp_tokenizer.Discriminator)
+    case.start_filled(LARPTokenizer, train_larp_tokenizer.tune.Discriminator)
     step, codes_drawn = -1, (case.batch, rules.LARP["bottleneck_token_num"], rules.CODES)
     released_loss = adversary.discriminator_loss
 

@@ -1,5 +1,6 @@
 """CoordTok's planes as training data of a diffusion model: statistics, and batches from videos or from a cache."""
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -121,14 +122,29 @@ def split_pairs(planes: Planes, stats: LatentStats, hidden: Tensor) -> tuple[Pla
     return planes.map(lambda plane: plane[..., :channels]), {"previous": before, "first": absent | hidden}
 
 
-def draw_step(seed: int, step: int, batch_size: int, shapes: Sequence[tuple[int, ...]],
-              device: torch.device) -> tuple[Planes, Tensor]:
+class Draws(NamedTuple):
     """What a training step draws for its whole batch, on every process alike: noise (B, *shape) for each plane, and
     (3, B) uniform numbers in [0, 1), for times, hidden labels and hidden clips before."""
+
+    noise: Planes
+    uniform: Tensor
+
+    def of(self, rows: slice, args: Namespace) -> tuple[Planes, Tensor, Tensor | None, Tensor]:
+        """The noise of these rows, the numbers for their times, whose label is hidden (None: nobody's can be), and
+        whose clip before."""
+        time, label, previous = self.uniform[:, rows]
+        drop = label < args.class_dropout_prob if args.class_dropout_prob else None
+        return self.noise.map(lambda plane: plane[rows]), time, drop, previous < args.previous_dropout_prob
+
+
+def draw_step(seed: int, step: int, batch_size: int, shapes: Sequence[tuple[int, ...]],
+              device: torch.device) -> Draws:
+    """The draws of one step; shapes: of the noise, plane by plane."""
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
     noise = Planes(*(torch.randn(batch_size, *shape, generator=generator, device=device) for shape in shapes))
     # Two draws, so that the first one is the same as before there was a second.
-    return noise, torch.cat([torch.rand(rows, batch_size, generator=generator, device=device) for rows in (2, 1)])
+    uniform = [torch.rand(rows, batch_size, generator=generator, device=device) for rows in (2, 1)]
+    return Draws(noise, torch.cat(uniform))
 
 
 def plane_shapes(config: CoordTokConfig) -> tuple[tuple[int, int, int], ...]:

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from common.cli import check_carried, config_diff
 from common.console import print_main
+from models.configs import DiscriminatorConfig, plain
+from models.discriminator import Discriminator
 from models.hub import Stored
 from models.interpolant import Interpolant
 from models.larp_ar import LARPGenerator
 from models.pretrained import build, read_sit_statistics
 from models.sit import SiT, sit_logs
 from training.flags import larp_ar_config, merge
+from training.load import check_tokenizer
 
 # The settings that decide the sizes of position tables and of nothing else, and the tables with their grids. A table is
 # a tensor whose last axis is the width, and whose others, flattened or not, are the grid.
@@ -101,12 +104,32 @@ def start_tokenizer(kind: Any, config: Any, args: Namespace, state: Any, folder:
     return load(kind, stored, options)
 
 
+def start_discriminator(args: Namespace, tokenizer_config: Any, state: Any, folder: Path) -> Discriminator:
+    """The discriminator of a LARP tokenizer's clips, on the CPU; state, folder: as in `start_tokenizer`."""
+    options = merge(DiscriminatorConfig, args, state["disc_config"] if state else None, f"the run in {folder}")
+    options |= {name: getattr(tokenizer_config, name) for name in ("input_size", "frame_num", "in_channels")}
+    return build(Discriminator, options, state.path if state else None)
+
+
 INTERPOLATE = "; or add --interpolate_positions, which fits its position tables to this size"
 
 
-def start_sit(args: Namespace, interpolant: Interpolant, tokenizer: str, options: dict) -> tuple[SiT, dict | None]:
-    """The SiT of --init_from, for planes and classes as in `options`, on the CPU; and the statistics that its latents
-    are standardised by, None where its files do not say. tokenizer: `weights_sha256` of this run's."""
+def start_sit(
+    args: Namespace, options: dict, interpolant: Interpolant, tokenizer: str, state: Any, folder: Path,
+) -> tuple[SiT, dict | None]:
+    """The SiT of the configuration `options` that a run in `folder` starts from, on the CPU: for the run's own
+    checkpoint `state`, which must have these settings, with the weights of --init_from, or a fresh one. And the
+    statistics that its latents are standardised by, None where they are to be measured. tokenizer: `weights_sha256` of
+    this run's."""
+    if not args.init_from or state:
+        sit = SiT(**options)
+        if not state:
+            return sit, None
+        there, here = {**state["config"], **state["interpolant"]}, {**plain(sit.config), **asdict(interpolant)}
+        if differ := config_diff(there, here):
+            raise ValueError(f"the run in {folder} has other settings than the flags ({differ}): give the run's flags")
+        check_tokenizer(state, tokenizer, folder, args, "first_model_ckpt")
+        return sit, state["statistics"]
     stored = SiT.read(args.init_from)
     facts: Any = stored.facts
     here = asdict(interpolant)
@@ -126,9 +149,29 @@ def start_sit(args: Namespace, interpolant: Interpolant, tokenizer: str, options
     return load(SiT, stored, options, args), statistics
 
 
-def start_larp_ar(args: Namespace, tokenizer_config: Any, tokenizer: str) -> tuple[LARPGenerator, int]:
-    """The generator of --init_from on the codes of a tokenizer, on the CPU, and the number of frames it is given.
-    tokenizer: `weights_sha256` of this run's."""
+def start_larp_ar(
+    args: Namespace, tokenizer_config: Any, tokenizer: str, state: Any, folder: Path,
+) -> tuple[LARPGenerator, int]:
+    """The generator that a run in `folder` starts from, on the codes of a tokenizer, on the CPU: of the run's own
+    checkpoint `state`, with the weights of --init_from, or a fresh one. And the number of frames it is given (0: it is
+    given a class label). tokenizer: `weights_sha256` of this run's."""
+    if state:
+        check_tokenizer(state, tokenizer, folder, args, "tokenizer")
+        if ("shards" in state) != args.fsdp:
+            how = "without" if args.fsdp else "with"
+            raise ValueError(f"the run in {folder} was saved {how} --fsdp: continue it in the same way")
+    if args.init_from and not state:
+        generator, frames = tuned_larp_ar(args, tokenizer_config, tokenizer)
+    else:
+        options, frames = larp_ar_config(args, tokenizer_config, state, f"the run in {folder}")
+        generator = build(LARPGenerator, options, state.path if state else None)
+    if frames and args.cfg_scale != 1:
+        raise ValueError(f"--cfg_scale is {args.cfg_scale}, but frame prediction has no guidance: leave it out")
+    return generator, frames
+
+
+def tuned_larp_ar(args: Namespace, tokenizer_config: Any, tokenizer: str) -> tuple[LARPGenerator, int]:
+    """`start_larp_ar` with --init_from."""
     stored = LARPGenerator.read(args.init_from)
     carried = copy.deepcopy(dict(stored.config or {}))
     frames = stored.facts.get("num_cond_frames")

@@ -12,7 +12,7 @@ from common import distributed
 from common.console import print_main
 from common.rng import Stream, generator
 from data.clips import ClipDataset, ClipKey, Quarantine
-from data.lists import VideoFile, list_csv, list_folder
+from data.lists import VideoFile, check_classes, check_labels, list_csv, list_folder
 from data.loader import make_loader
 from data.video import write_video
 from eval.fvd import fvd_scores
@@ -179,6 +179,18 @@ class HeldOut:
         count, *means = distributed.all_sum(sums).tolist()
         names = ("loss", "accuracy", "loss_uncond", "accuracy_uncond")[: 4 if labelled else 2]
         return {"clips": int(count), **{name: mean / count for name, mean in zip(names, means)}}
+
+
+def held_out_files(args: Namespace, files: Sequence[VideoFile], source: str,
+                   num_classes: int | None) -> list[VideoFile]:
+    """The videos to validate a generator on, which is trained on `files` of `source`. ValueError where its
+    `num_classes` classes (None: it has none) are not theirs."""
+    val_files, val_source = validation_files(args)
+    if num_classes:
+        check_labels(val_files, num_classes, val_source)
+        if args.video_name:
+            check_classes(files, val_files, source, val_source)
+    return val_files
 
 
 def held_out_keys(num_files: int, num_clips: int | None, seed: int) -> list[ClipKey]:
