@@ -84,8 +84,9 @@ def main():
     optimizer = adamw(decay_groups(generator, args.weight_decay), args.lr, betas=tuple(args.betas))
     parts = {"model": generator, "optimizer": optimizer, "scaler": precision.scaler,
              **{f"ema/{decay}": ema.model for decay, ema in emas.items()}}
-    if state and args.fsdp:
-        fsdp.restore(state, optimizer, checkpoint.state_dicts(parts))
+    if state and args.fsdp:  # each process reads its share into tensors that are allocated before
+        fsdp.allocate(optimizer)
+        fsdp.fill(state, checkpoint.state_dicts(parts))
     start, rng, best, before = checkpoint.resume(parts, state, best=float("inf"))
     del state  # frees a copy of the model
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from common.console import Progress
 from models.configs import LAST_STEPS, PREDICTIONS
@@ -389,6 +388,8 @@ class Interpolant:
         progress: bool,
     ) -> tuple[Tensor, ...]:
         """`state` taken from noise to data or back; field(t, state, rows) is its derivative for the samples `rows`."""
+        from torchdiffeq import odeint  # here, since it imports scipy.integrate: half a second of every command's start
+
         if num_steps < 2:
             raise ValueError(f"num_steps is {num_steps}, expected at least 2 time points: change --num-sampling-steps")
         low, high = self._interval(self.sample_eps)

@@ -1,8 +1,10 @@
 """Running the scripts as users do."""
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,11 +59,30 @@ def environment() -> dict[str, str]:
 
 def run(script: str, *flags, processes: int = 0, fails: bool = False) -> subprocess.CompletedProcess:
     """Run a script to its end, which must be a success, or with `fails` an error."""
-    done = subprocess.run(
-        command(script, *flags, processes=processes), cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    line = command(script, *flags, processes=processes)
+    if processes:
+        done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    else:
+        done = run_fork(line)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
+
+
+@functools.cache
+def fork_server() -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, ROOT / "tests" / "fork_server.py"], env=environment(), text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def run_fork(line: list[str]) -> subprocess.CompletedProcess:
+    """As subprocess.run of this command line with text and captured output, by tests/fork_server.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = [os.path.join(folder, name) for name in ("out", "err")]
+        job = {"argv": line[1:], "cwd": str(ROOT), "environ": environment(), "out": out}
+        server = fork_server()
+        print(json.dumps(job), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(line, code, *(Path(path).read_text() for path in out))
 
 
 def run_bash(script: str, *flags, gpus: int) -> None:

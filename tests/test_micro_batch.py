@@ -83,10 +83,9 @@ def test_a_run_on_a_small_gpu(data, tmp_path):
 def test_another_error_of_the_step_that_is_tried(data, tmp_path):
     script = tmp_path / "broken.py"
     script.write_text(SMALL_GPU.replace('torch.OutOfMemoryError("CUDA', 'ValueError("NO CUDA'))
-    done = subprocess.run(
-        [sys.executable, script, "--data_root", data, "--save_dir", tmp_path, "--exp_name", "run", *TINY_COORDTOK,
-         "--point_per_vid", "16", "--micro_batch", "auto"], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode != 0 and "the step that was tried has failed: NO CUDA out of memory" in done.stderr
+    done = run(str(script), "--data_root", data, "--save_dir", tmp_path, "--exp_name", "run", *TINY_COORDTOK,
+               "--point_per_vid", 16, "--lpips_loss_scale", 0, "--micro_batch", "auto", fails=True)
+    assert "the step that was tried has failed: NO CUDA out of memory" in done.stderr
 
 
 def test_classes_are_counted(monkeypatch, capsys, scripts, folder, tmp_path):

@@ -224,7 +224,8 @@ def test_compare(monkeypatch, tokenizers, tmp_path, capsys):
     assert (left - given).abs().mean() < 0.06  # mp4 halves the colour planes
 
 
-@pytest.mark.parametrize("kind", [pytest.param("coordtok", marks=LONG), "larp"])
+@LONG
+@pytest.mark.parametrize("kind", ["coordtok", "larp"])
 def test_memory_does_not_grow_with_the_video(tokenizers, tmp_path, kind):
     """Ten times the frames, within 5 %: of encoding and of decoding."""
     peaks = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY_COORDTOK, error_line, logged, losses, mistake, num_lines, run, run_here, start, wait
+from helpers import ROOT, TINY_COORDTOK, logged, losses, mistake, num_lines, run, run_here, start, wait
 
 import train_coordtok
 from data.video import write_video
@@ -184,9 +184,9 @@ def test_a_folder_of_damaged_files_ends_the_run_and_its_workers(tmp_path):
         (["--resume", "/nowhere.pt"], "no checkpoint at /nowhere.pt"),
     ],
 )
-def test_mistakes_get_one_line(data, tmp_path, flags, message):
-    done = train(data, tmp_path, "--exp_name", "run", "--num_iters", 1, *flags, fails=True)
-    assert message in error_line(done)
+def test_mistakes_get_one_line(monkeypatch, capsys, data, tmp_path, flags, message):
+    flags = arguments(data, tmp_path, "--num_iters", 1, *flags)
+    assert message in mistake(monkeypatch, capsys, train_coordtok, *flags)
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="the script would set up .venv")
@@ -210,11 +210,10 @@ def test_the_reproducing_script_has_the_released_settings(monkeypatch, tmp_path)
         assert {name: step[name] for name in recipe} == recipe
 
 
-def test_a_foreign_architecture_flag_names_both_values(data, coordtok, tmp_path):
-    done = train(data, tmp_path, "--num_iters", 1, "--is_second_step", "--first_step_ckpt", coordtok / "checkpoints",
-                 "--enc_embed_dim", 64, fails=True)
-    assert "--enc_embed_dim 64 was given, but" in done.stderr
-    assert "has 32" in done.stderr
+def test_a_foreign_architecture_flag_names_both_values(monkeypatch, capsys, data, coordtok, tmp_path):
+    line = mistake(monkeypatch, capsys, train_coordtok, *arguments(data, tmp_path), "--num_iters", 1,
+                   "--is_second_step", "--first_step_ckpt", coordtok / "checkpoints", "--enc_embed_dim", 64)
+    assert "--enc_embed_dim 64 was given, but" in line and "has 32" in line
 
 
 @pytest.mark.parametrize("flags", [["--first_step_ckpt", "x.pt"], ["--lpips_dropout"], ["--check"]])

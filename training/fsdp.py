@@ -56,12 +56,6 @@ def unsharded(model: LARPGenerator) -> LARPGenerator:
     return copy.requires_grad_(False)
 
 
-def restore(state: dict, optimizer: torch.optim.Optimizer, like: dict) -> None:
-    """`fill`, for a run that resumes: each process reads its share into tensors that are allocated before."""
-    allocate(optimizer)
-    fill(state, like)
-
-
 def allocate(optimizer: torch.optim.Optimizer) -> None:
     """Create the states of an optimizer that has not stepped yet, so that `fill` can read into them."""
     for group in optimizer.param_groups:
