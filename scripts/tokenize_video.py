@@ -88,14 +88,16 @@ class Codec:
     """A tokenizer with how frames of a video of `height` x `width` come to its size and back."""
 
     def __init__(self, tokenizer: CoordTok | LARPTokenizer, height: int, width: int, fit: str, overlap: int | None,
-                 device: torch.device, precision: Precision, batch_size: int = 8):
+                 device: torch.device, precision: Precision, batch_size: int = 8, tile_overlap: int | None = None):
         self.tokenizer, self.fit, self.device = tokenizer, fit, device
         self.precision, self.batch_size = precision, batch_size
         self.is_coordtok = isinstance(tokenizer, CoordTok)
         config = tokenizer.config
         self.window, self.side = config.video_shape[:2] if self.is_coordtok else (config.frame_num, config.input_size)
         self.overlap = self.window // 8 if overlap is None else overlap
-        self.tile_overlap = self.side // 8 if overlap is None else min(overlap, self.side // 2)
+        if tile_overlap is None:
+            tile_overlap = self.side // 8 if overlap is None else min(overlap, self.side // 2)
+        self.tile_overlap = tile_overlap
         if not 0 <= self.overlap <= self.window // 2:
             raise ValueError(f"--overlap is {self.overlap}, expected at most half of a clip's {self.window} frames")
         self.size = (height, width)
@@ -250,8 +252,7 @@ def open_tokens(args, device: torch.device) -> tuple[TokenReader, Codec]:
         raise ValueError(f"{args.input} was encoded by a tokenizer of SHA-256 {about['tokenizer_sha256'][:12]}, and "
                          f"{args.tokenizer} has {sha256[:12]}: give --tokenizer, the one that encoded it")
     codec = Codec(tokenizer, *about["size"], about["fit"], about["overlap"], device, Precision(args.precision, device),
-                  args.batch_size)
-    codec.tile_overlap = about["tile_overlap"]
+                  args.batch_size, about["tile_overlap"])
     return reader, codec
 
 

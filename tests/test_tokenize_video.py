@@ -70,7 +70,8 @@ def convert(monkeypatch, tokenizers, tmp_path):
 def codec_of(tokens, tokenizer) -> tuple:
     reader = TokenReader(tokens)
     about = reader.metadata
-    codec = tokenize_video.Codec(tokenizer, *about["size"], about["fit"], about["overlap"], CPU, Precision("fp32", CPU))
+    codec = tokenize_video.Codec(tokenizer, *about["size"], about["fit"], about["overlap"], CPU,
+                                 Precision("fp32", CPU), tile_overlap=about["tile_overlap"])
     return reader, codec
 
 
@@ -222,6 +223,20 @@ def test_compare(monkeypatch, tokenizers, tmp_path, capsys):
     left = read_frames(str(out), [20])[0, :, :32].float() / 255
     given = to_video(read_frames(str(path), [20])[None], 32, "larp", CPU)[0, :, 0].permute(1, 2, 0)
     assert (left - given).abs().mean() < 0.06  # mp4 halves the colour planes
+
+
+@pytest.mark.parametrize("kind", ["coordtok", "larp"])
+@pytest.mark.parametrize("size", ["64x48", "176x144"])
+def test_decoded_tiles_are_those_of_compare(convert, monkeypatch, tokenizers, tmp_path, kind, size):
+    """Bit for bit, as they go to the writer. Clips and tiles of these tokenizers overlap by different numbers."""
+    path, written = make(tmp_path / "v.mp4", 10, size, audio=False), []
+    monkeypatch.setattr(tokenize_video.StreamWriter, "write", lambda self, frames: written.append(frames))
+    monkeypatch.setattr(tokenize_video.StreamWriter, "__exit__", lambda *_: None)
+    convert(path, kind, "--fit", "tile")
+    found = torch.cat(written)
+    written.clear()
+    here(monkeypatch, "compare", path, "--tokenizer", tokenizers[kind].path, "--fit", "tile")
+    assert torch.equal(found, torch.cat(written)[:, :, found.shape[2] :])
 
 
 @LONG
