@@ -27,7 +27,8 @@ def parse_args():
     parser = Parser(__doc__)
     parser.add_argument("action", choices=["encode", "decode", "compare"])
     parser.add_argument("input", type=Path, help="Video file, or file of tokens")
-    parser.add_argument("--out", type=Path, help="File to write; of chosen frames a folder (default: beside the input)")
+    parser.add_argument("--out", type=Path, help="File to write, an mp4 of decode and compare; of chosen "
+                        "frames a folder (default: beside the input, which is never overwritten)")
     parser.add_argument("--tokenizer", help="The tokenizer (decode's default: the one that encoded)")
     parser.add_argument("--version", default="sd", metavar="sd|ema_DECAY", help="Which weights of a LARP checkpoint")
     parser.add_argument("--fit", choices=["crop", "resize", "tile"], default="resize",
@@ -196,6 +197,33 @@ def to_frames(piece: Tensor) -> Tensor:
     return rearrange(to_bytes(piece), "c t h w -> t h w c").cpu()
 
 
+def check_out(args) -> None:
+    """Give --out its default, and look at it before the work. Raises ValueError, and OSError for a folder that cannot
+    be written to."""
+    name, frames = args.input.stem, args.action == "decode" and args.frames
+    args.out = args.out or args.input.with_name(
+        name if frames else f"{name}.safetensors" if args.action == "encode" else f"{name}_{args.action}d.mp4")
+    out, table = args.out, args.out.with_suffix(".csv")
+    if frames:
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file, expected a folder for the frames: give another name")
+    elif out.is_dir():
+        raise ValueError(f"--out {out} is a folder, expected a file: give a name in it")
+    elif args.action != "encode" and out.suffix.lower() != ".mp4":
+        raise ValueError(f"--out {out} is to be an mp4 file: give a name that ends in .mp4")
+    for file in [out, table] if args.action == "compare" else [out]:
+        if file.exists() and args.input.exists() and file.samefile(args.input):
+            raise ValueError(f"{file} is the input, and would be overwritten: give --out another name")
+    folder = out if frames else out.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"--out {out}: the folder {folder} cannot be written to ({error.strerror}): give another") \
+            from error
+
+
 def open_video(args, device: torch.device) -> tuple:
     """(info, frames, codec) of a video and the tokenizer."""
     if args.tokenizer is None:
@@ -211,7 +239,6 @@ def open_video(args, device: torch.device) -> tuple:
 
 def encode(args, device: torch.device) -> None:
     info, frames, codec = open_video(args, device)
-    out = args.out or args.input.with_suffix(".safetensors")
     count = 0
     with TokenWriter() as writer, tempfile.NamedTemporaryFile(suffix=".mka") as audio:
         for start, clip in windows(frames, codec.window, codec.overlap):
@@ -224,7 +251,7 @@ def encode(args, device: torch.device) -> None:
         if extract_audio(args.input, info, audio.name):
             writer.append_file("audio", audio.name)
         source = Path(args.tokenizer)
-        writer.finish(out, {
+        writer.finish(args.out, {
             "tokenizer": str(source.absolute() if source.exists() else args.tokenizer), "version": args.version,
             "tokenizer_sha256": weights_sha256(codec.tokenizer), "num_frames": count, "fps": str(info.fps),
             "size": codec.size, "fit": args.fit, "window": codec.window, "overlap": codec.overlap,
@@ -234,7 +261,7 @@ def encode(args, device: torch.device) -> None:
         })
     values *= len(starts(count, codec.window, codec.overlap))
     bits = codec.bits / (2 if args.half and codec.is_coordtok else 1)
-    print_main(f"{out}: {count} frames of {codec.size[1]}x{codec.size[0]}, "
+    print_main(f"{args.out}: {count} frames of {codec.size[1]}x{codec.size[0]}, "
                f"{values * bits / (count * codec.size[0] * codec.size[1]):.5f} bits a pixel")
 
 
@@ -274,28 +301,26 @@ def decode(args, device: torch.device) -> None:
     if args.frames:
         decode_chosen(args, reader, codec)
         return
-    out = args.out or args.input.with_suffix(".mp4")
     with tempfile.NamedTemporaryFile(suffix=".mka") as audio, tqdm(total=count, desc="decode", unit=" frames") as bar:
         sound = audio.name if reader.copy_file("audio", audio.name) else None
-        with StreamWriter(out, codec.out_size, fps, args.crf, sound, float(count / fps)) as writer:
+        with StreamWriter(args.out, codec.out_size, fps, args.crf, sound, float(count / fps)) as writer:
             for piece in blend(decoded(reader, codec), codec.overlap):
                 writer.write(to_frames(piece))
                 bar.update(piece.shape[1])
-    print_main(f"{out}: {count} frames of {codec.out_size[1]}x{codec.out_size[0]}, {float(count / fps):.2f} s"
+    print_main(f"{args.out}: {count} frames of {codec.out_size[1]}x{codec.out_size[0]}, {float(count / fps):.2f} s"
                + ", with audio" * bool(sound))
 
 
 def decode_chosen(args, reader: TokenReader, codec: Codec) -> None:
     """Write the frames asked for as PNG files."""
-    count, out = reader.metadata["num_frames"], args.out or args.input.with_suffix("")
+    count = reader.metadata["num_frames"]
     if wrong := [frame for frame in args.frames if frame >= count]:
         raise ValueError(f"--frames {wrong[0]} is not in {args.input}, which has frames 0 to {count - 1}")
-    out.mkdir(parents=True, exist_ok=True)
     for frame in args.frames:
         picture = to_frames(chosen_frame(reader, codec, frame)[:, None])[0]
-        with atomic_write(out / f"frame_{frame:07d}.png") as file:
+        with atomic_write(args.out / f"frame_{frame:07d}.png") as file:
             Image.fromarray(picture.numpy()).save(file, format="PNG")
-    print_main(f"{out}: {len(args.frames)} frames")
+    print_main(f"{args.out}: {len(args.frames)} frames")
 
 
 def chosen_frame(reader: TokenReader, codec: Codec, frame: int) -> Tensor:
@@ -318,7 +343,7 @@ def chosen_frame(reader: TokenReader, codec: Codec, frame: int) -> Tensor:
 
 def compare(args, device: torch.device) -> None:
     info, frames, codec = open_video(args, device)
-    out = args.out or args.input.with_name(f"{args.input.stem}_compared.mp4")
+    out = args.out
     height, width = codec.out_size
     kept, values, count, rows = deque(), 0, 0, []
 
@@ -355,6 +380,7 @@ def compare(args, device: torch.device) -> None:
 
 def main():
     args = parse_args()
+    check_out(args)
     device = distributed.setup(args.device)
     {"encode": encode, "decode": decode, "compare": compare}[args.action](args, device)
 

@@ -273,6 +273,39 @@ def test_mistakes_get_one_line(monkeypatch, capsys, tokenizers, tmp_path):
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("action, out, message", [
+    ("encode", "v.mp4", "v.mp4 is the input, and would be overwritten: give --out another name"),
+    ("encode", "link", "link is the input"),
+    ("compare", "v.mp4", "v.mp4 is the input"),
+    ("decode", "v.mp4", "v.mp4 is the input"),
+    ("compare", "x.csv", "x.csv is to be an mp4 file: give a name that ends in .mp4"),
+    ("decode", "x.avi", "x.avi is to be an mp4 file"),
+    ("encode", ".", "is a folder, expected a file: give a name in it"),
+    ("decode", ".", "is a folder, expected a file"),
+    ("encode", "/proc/x/y.safetensors", "the folder /proc/x cannot be written to (No such file or directory)"),
+    ("encode", "v.mp4/y.safetensors", "v.mp4 cannot be written to (File exists)"),
+    ("frames", "v.mp4", "v.mp4 is a file, expected a folder for the frames"),
+])
+def test_out_is_looked_at_before_the_work(monkeypatch, capsys, tmp_path, action, out, message):
+    """The input is never overwritten; nothing is read, so that no tokenizer is needed."""
+    (tmp_path / "v.mp4").write_bytes(b"input")
+    (tmp_path / "link").symlink_to("v.mp4")
+    more = ["--frames", 0] if action == "frames" else []
+    with pytest.raises(SystemExit), one_line_errors():
+        here(monkeypatch, "decode" if more else action, tmp_path / "v.mp4", "--out", tmp_path / out, *more)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "v.mp4").read_bytes() == b"input"
+
+
+def test_the_way_there_and_back_keeps_the_input(monkeypatch, tokenizers, tmp_path):
+    """Without --out, too."""
+    path = make(tmp_path / "v.mp4", 8, audio=False)
+    content = path.read_bytes()
+    here(monkeypatch, "encode", path, "--tokenizer", tokenizers["larp"].path)
+    here(monkeypatch, "decode", tmp_path / "v.safetensors")
+    assert path.read_bytes() == content and (tmp_path / "v_decoded.mp4").exists()
+
+
 def test_another_tokenizer_does_not_decode(convert, monkeypatch, tokenizers, tmp_path):
     tokens, _ = convert(make(tmp_path / "v.mp4", 8, audio=False), "larp")
     torch.manual_seed(1)
