@@ -19,6 +19,7 @@ from common.console import print_main
 from common.errors import shown
 from data.video import VideoError
 
+IN_MP4 = {"aac", "ac3", "alac", "dts", "eac3", "flac", "mp2", "mp3", "opus", "vorbis"}  # audio codecs
 NTSC = [Fraction(1000 * rate, 1001) for rate in (24, 30, 48, 60, 120)]  # ffmpeg prints two decimals of a rate
 
 
@@ -29,6 +30,8 @@ class StreamInfo(NamedTuple):
     constant: bool  # whether all frames last equally long
     seconds: float  # 0 where unknown
     audio: str | None  # codec of the first audio stream
+    offset: float  # seconds from the first frame to the first sound; negative where the sound starts first
+    sar: str  # width of a pixel over its height, upright: "1/1" where they are square, or nothing is said
 
 
 def look(path: str | Path) -> StreamInfo:
@@ -39,8 +42,9 @@ def look(path: str | Path) -> StreamInfo:
     text = done.stderr.decode(errors="replace")
     video = re.search(r"Stream #.*?: Video: (?!.*\(attached pic\)).*", text)
     if not video:
-        reason = text.strip().split("\n")[-2 if "At least one output" in text else -1]
-        raise VideoError(f"{shown(path)}: ffmpeg finds no video in it ({reason.strip()})")
+        streams = ", ".join(re.findall(r"Stream #.*?: (\w+: \w+)", text))
+        reason = f"it holds {streams}" if streams else text.strip().split("\n")[-1].strip()
+        raise VideoError(f"{shown(path)}: ffmpeg finds no video in it ({reason})")
     rates = [re.search(rf"([\d.]+)(k?) {unit}\b", video[0]) for unit in ("fps", "tbr")]
     fps, base = (float(rate[1]) * (1000 if rate[2] else 1) if rate else None for rate in rates)
     fps, base = fps or base or 25.0, base or fps or 25.0
@@ -50,7 +54,19 @@ def look(path: str | Path) -> StreamInfo:
     length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", text)
     seconds = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length else 0.0
     audio = re.search(r"Stream #.*?: Audio: (\w+)", text)
-    return StreamInfo(exact, constant, seconds, audio[1] if audio else None)
+    begin, sar = _begin(path, "V")
+    sound = _begin(path, "a")[0] if audio else None
+    offset = 0.0 if begin is None or sound is None else sound - begin
+    return StreamInfo(exact, constant, seconds, audio[1] if audio else None, offset, sar)
+
+
+def _begin(path: str | Path, kind: str) -> tuple[float | None, str]:
+    """When the first stream of a kind (V, a) begins, in seconds, None where unknown; and the shape of its pixels."""
+    command = _ffmpeg("-copyts", "-i", f"file:{path}", "-map", f"0:{kind}:0", "-fps_mode", "passthrough",
+                      "-enc_time_base", "1:1000000", "-frames", "1", "-f", "framecrc", "-")
+    text = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL).stdout.decode(errors="replace")
+    first, sar = re.search(r"^0, *-?\d+, *(-?\d+)", text, re.MULTILINE), re.search(r"#sar 0: ([1-9]\d*/[1-9]\d*)", text)
+    return int(first[1]) / 1e6 if first else None, sar[1] if sar else "1/1"
 
 
 def read_stream(path: str | Path, info: StreamInfo) -> Iterator[Tensor]:
@@ -89,11 +105,11 @@ def read_stream(path: str | Path, info: StreamInfo) -> Iterator[Tensor]:
 
 
 def extract_audio(path: str | Path, info: StreamInfo, target: str | Path) -> bool:
-    """Write the first audio stream as it is (PCM, which mp4 files cannot hold, as AAC) to a Matroska file. Returns
-    whether there is any."""
+    """Write the first audio stream as it is (a codec that mp4 files do not hold, such as PCM, as AAC) to a Matroska
+    file. Returns whether there is any."""
     if info.audio is None:
         return False
-    codec = "aac" if info.audio.startswith("pcm") else "copy"
+    codec = "copy" if info.audio in IN_MP4 else "aac"
     command = _ffmpeg("-y", "-i", f"file:{path}", "-map", "0:a:0", "-c:a", codec, "-f", "matroska", f"file:{target}")
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
     if done.returncode:
@@ -106,21 +122,21 @@ class StreamWriter:
     """Writes an mp4 (H.264) frame by frame; a context manager. The file appears under its name when the block ends
     without an error. Raises OSError.
 
-    size: (H, W). audio: a file whose audio is copied, cut to `seconds`. crf: of x264, 0 is lossless.
+    size: (H, W). sar: shape of the pixels. crf: of x264, 0 is lossless. audio: a file whose audio is copied, from
+    `offset` seconds after the first frame to the end of the last; where that fails it is left out, with a message.
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int], fps: Fraction, crf: int = 5,
-                 audio: str | Path | None = None, seconds: float | None = None):
+                 audio: str | Path | None = None, offset: float = 0.0, sar: str = "1/1"):
         self.path, (height, width) = Path(path), size
+        self.fps, self.audio, self.offset, self.count = fps, audio, offset, 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         absolute = self.path.absolute()
-        self.part = absolute.with_name(f".{absolute.stem}.{os.getpid()}.part.mp4")
-        sound = []
-        if audio:
-            sound = [*(["-t", f"{seconds:.6f}"] if seconds else []), "-i", f"file:{audio}"]
+        self.part, self.whole = (absolute.with_name(f".{absolute.stem}.{os.getpid()}.{name}.mp4")
+                                 for name in ("part", "whole"))
         self.command = _ffmpeg(
-            "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-", *sound,
-            "-map", "0:v:0", *(["-map", "1:a:0", "-c:a", "copy"] if audio else []), "-c:v", "libx264", "-crf", str(crf),
+            "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
+            "-vf", f"setsar={sar}", "-c:v", "libx264", "-crf", str(crf),
             "-pix_fmt", "yuv420p" if height % 2 == width % 2 == 0 else "yuv444p", f"file:{self.part}", stdin=True,
         )
 
@@ -132,6 +148,7 @@ class StreamWriter:
 
     def write(self, frames: Tensor) -> None:
         """frames: (T, H, W, 3) uint8 on the CPU."""
+        self.count += len(frames)
         with contextlib.suppress(BrokenPipeError):  # __exit__ says why
             cast(BinaryIO, self.ffmpeg.stdin).write(frames.contiguous().numpy().data)
 
@@ -144,12 +161,30 @@ class StreamWriter:
         self.errors.seek(0)
         reason = self.errors.read().decode(errors="replace").strip().split("\n")[0]
         self.errors.close()
-        if kind is None and not code:
-            os.replace(self.part, self.path)
-            return
-        self.part.unlink(missing_ok=True)
+        try:
+            if kind is None and not code:
+                os.replace(self.part if self.audio is None else self._with_sound(), self.path)
+                return
+        finally:
+            self.part.unlink(missing_ok=True)
+            self.whole.unlink(missing_ok=True)
         if kind is None:
             raise OSError(f"{self.path} cannot be written: {reason or f'ffmpeg ended with status {code}'}")
+
+    def _with_sound(self) -> Path:
+        """The file with the audio in it, or that without where there is none to add."""
+        seconds = float(self.count / self.fps)
+        if seconds <= self.offset:
+            return self.part
+        begin = ["-itsoffset", f"{self.offset:.6f}"] if self.offset > 0 else ["-ss", f"{-self.offset:.6f}"]
+        done = subprocess.run(
+            _ffmpeg("-y", "-i", f"file:{self.part}", *begin, "-i", f"file:{self.audio}", "-map", "0:v:0", "-map",
+                    "1:a:0", "-c", "copy", "-t", f"{seconds:.6f}", f"file:{self.whole}"),
+            capture_output=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            reason = done.stderr.decode(errors="replace").strip().split("\n")[0]
+            print_main(f"{self.path}: the audio cannot be added ({reason}): it is left out")
+        return self.part if done.returncode else self.whole
 
 
 def _ffmpeg(*arguments: str, level: str = "error", stdin: bool = False) -> list[str]:

@@ -256,6 +256,7 @@ def encode(args, device: torch.device) -> None:
             "tokenizer_sha256": weights_sha256(codec.tokenizer), "num_frames": count, "fps": str(info.fps),
             "size": codec.size, "fit": args.fit, "window": codec.window, "overlap": codec.overlap,
             "tile_overlap": codec.tile_overlap, "precision": args.precision,
+            "audio_offset": info.offset, "sar": info.sar,
             "architecture": {name: getattr(args, name) for name, _ in config_flags(CoordTokConfig)
                              if hasattr(args, name)},
         })
@@ -303,7 +304,8 @@ def decode(args, device: torch.device) -> None:
         return
     with tempfile.NamedTemporaryFile(suffix=".mka") as audio, tqdm(total=count, desc="decode", unit=" frames") as bar:
         sound = audio.name if reader.copy_file("audio", audio.name) else None
-        with StreamWriter(args.out, codec.out_size, fps, args.crf, sound, float(count / fps)) as writer:
+        with StreamWriter(args.out, codec.out_size, fps, args.crf, sound, about.get("audio_offset", 0.0),
+                          about.get("sar", "1/1")) as writer:
             for piece in blend(decoded(reader, codec), codec.overlap):
                 writer.write(to_frames(piece))
                 bar.update(piece.shape[1])
@@ -358,7 +360,7 @@ def compare(args, device: torch.device) -> None:
 
     with tempfile.NamedTemporaryFile(suffix=".mka") as audio:
         sound = audio.name if extract_audio(args.input, info, audio.name) else None
-        with StreamWriter(out, (height, 2 * width), info.fps, args.crf, sound) as writer:
+        with StreamWriter(out, (height, 2 * width), info.fps, args.crf, sound, info.offset, info.sar) as writer:
             for piece in blend(clips(), codec.overlap):
                 for frame in piece.unbind(1):
                     shown = kept.popleft()

@@ -187,6 +187,67 @@ def test_a_damaged_tail_is_cut(convert, tmp_path, capsys):
     assert 8 < probe(str(out)).num_frames < 60
 
 
+@pytest.fixture
+def both(convert, monkeypatch, tokenizers, tmp_path):
+    """The mp4 files of decode and of compare."""
+    def both(video):
+        here(monkeypatch, "compare", video, "--tokenizer", tokenizers["larp"].path, "--out", tmp_path / "compared.mp4")
+        return convert(video, "larp")[1], tmp_path / "compared.mp4"
+    return both
+
+
+def sound_seconds(path) -> float:
+    """How long the sound of a file lasts."""
+    done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", path, "-map", "0:a", "-ac", "1", "-ar",
+                           "8000", "-f", "s16le", "-"], check=True, capture_output=True)
+    return len(done.stdout) / 16000
+
+
+def test_sound_of_a_damaged_video_is_cut_with_it(both, tmp_path):
+    path = make(tmp_path / "v.avi", 60)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 3000] = bytes(3000)
+    path.write_bytes(content)
+    for out in both(path):
+        assert 8 < probe(str(out)).num_frames < 50
+        assert abs(sound_seconds(out) - probe(str(out)).num_frames / 25) < 0.06
+
+
+@pytest.mark.parametrize("picture, sound", [(0, 1), (0.52, 0)])
+def test_sound_keeps_its_offset_to_the_picture(both, tmp_path, picture, sound):
+    """From starts in seconds. What is heard before the first picture is cut."""
+    ffmpeg("-itsoffset", picture, "-f", "lavfi", "-i", "testsrc2=size=48x36:duration=2",
+           "-itsoffset", sound, "-f", "lavfi", "-i", "sine=440:duration=2", "-c:a", "aac", tmp_path / "v.mkv")
+    for out in both(tmp_path / "v.mkv"):
+        assert abs(sound_seconds(out) - (1 if sound else 1.48)) < 0.06
+        assert abs(look(out).offset - sound) < 0.03
+    assert abs(look(tmp_path / "v.mkv").offset - (sound - picture)) < 0.03
+
+
+def test_sound_that_mp4_does_not_hold_becomes_aac(both, tmp_path):
+    for out in both(make(tmp_path / "v.mkv", 20, "48x36", "25", "-c:a", "wmav2")):
+        assert look(out).audio == "aac"
+
+
+def test_sound_that_cannot_be_added_is_left_out(convert, monkeypatch, capsys, tmp_path):
+    """The pictures are not lost: here with the sound of a file that an older version encoded."""
+    monkeypatch.setattr("data.stream.IN_MP4", {"wmav2"})
+    finish = TokenWriter.finish
+    monkeypatch.setattr(TokenWriter, "finish", lambda self, path, about: finish(
+        self, path, {name: about[name] for name in about if name not in ("audio_offset", "sar")}))
+    _, out = convert(make(tmp_path / "v.mkv", 20, "48x36", "25", "-c:a", "wmav2"), "larp")
+    assert "the audio cannot be added" in capsys.readouterr().out and look(out).audio is None
+    assert probe(str(out)).num_frames == 20 and len(list(tmp_path.glob(".*"))) == 0
+
+
+def test_the_shape_of_pixels_is_kept(both, tmp_path):
+    """Of a turned video as it is shown."""
+    make(tmp_path / "v.mp4", 8, "48x36", "25", "-vf", "setsar=2/1")
+    ffmpeg("-display_rotation", "90", "-i", tmp_path / "v.mp4", "-c", "copy", tmp_path / "tall.mp4")
+    assert [look(out).sar for out in both(tmp_path / "v.mp4")] == ["2/1"] * 2
+    assert [look(out).sar for out in both(tmp_path / "tall.mp4")] == ["1/2"] * 2
+
+
 @pytest.mark.parametrize("kind", ["coordtok", "larp"])
 @torch.no_grad()
 def test_chosen_frames_alone(convert, tokenizers, monkeypatch, tmp_path, kind):
@@ -260,10 +321,13 @@ def test_memory_does_not_grow_with_the_video(tokenizers, tmp_path, kind):
 def test_mistakes_get_one_line(monkeypatch, capsys, tokenizers, tmp_path):
     path = make(tmp_path / "v.mp4", 8, audio=False)
     (tmp_path / "no.mp4").write_bytes(b"no video")
+    ffmpeg("-f", "lavfi", "-i", "sine=440:duration=0.2", tmp_path / "tone.mp4")
     for line, message in (
         (["encode", path], "encode needs --tokenizer"),
         (["encode", tmp_path / "none.mp4", "--tokenizer", tokenizers["larp"].path], "none.mp4: no such file"),
         (["encode", tmp_path / "no.mp4", "--tokenizer", tokenizers["larp"].path], "ffmpeg finds no video in it"),
+        (["encode", tmp_path / "tone.mp4", "--tokenizer", tokenizers["larp"].path],
+         "tone.mp4: ffmpeg finds no video in it (it holds Audio: aac)"),
         (["encode", path, "--tokenizer", tokenizers["larp"].path, "--overlap", 5], "--overlap is 5, expected at most"),
         (["decode", path], "cannot be read as a token file"),
     ):
