@@ -45,7 +45,7 @@ RANGES = {
         "perceptual_weight", "loss_q_weight", "loss_q_warmup_from", "loss_q_warmup_epoch", "loss_latent_ce_weight",
         "temperature_epoch", "disc_weight", "disc_start", "lecam_weight", "r1_weight", "cfg_scale", "val_cfg_scale",
         "temperature", "top_k", "diffusion_norm", "commitment_loss_weight", "codebook_loss_weight",
-        "entropy_loss_weight", "initializer_range", "query_init_std", "overlap", "crf", "frames",
+        "entropy_loss_weight", "initializer_range", "query_init_std", "overlap", "frames",
     ),
     "(0, inf)": (
         "eval_every", "sample_every", "save_every", "decode_timeout", "i3d_eps", "bpp", "bitrates", "atol", "rtol",
@@ -59,6 +59,7 @@ RANGES = {
     "(0, 1)": ("previous_dropout_prob",),
     "[0, 1]": ("min_lr_mult", "guidance_interval", "top_p", "mix_ss_max_ratio"),
     "[8, 32]": ("plane_bits",),
+    "[0, 51]": ("crf",),  # of x264
     "[0, 0.5)": ("train_eps", "sample_eps"),
     "[0, 4294967295]": ("seed", "dataset_split_seed"),  # what numpy and torch take, also times a million
     "[-1, inf)": ("cfg_interval",),

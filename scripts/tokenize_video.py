@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any folder
-from common.cli import Parser, one_line_errors
+from common.cli import Parser, check_carried, one_line_errors
 from models.configs import CoordTokConfig
 from training.flags import add_flags, config_flags
 
@@ -31,9 +31,9 @@ def parse_args():
                         "frames a folder (default: beside the input, which is never overwritten)")
     parser.add_argument("--tokenizer", help="The tokenizer (decode's default: the one that encoded)")
     parser.add_argument("--version", default="sd", metavar="sd|ema_DECAY", help="Which weights of a LARP checkpoint")
-    parser.add_argument("--fit", choices=["crop", "resize", "tile"], default="resize",
+    parser.add_argument("--fit", choices=["crop", "resize", "tile"],
                         help="How frames come to the tokenizer's size: the central square, the whole frame squeezed, "
-                        "or tiles at full resolution")
+                        "or tiles at full resolution (default: resize; decode takes it and --overlap from the file)")
     parser.add_argument("--overlap", type=int, help="Frames, and pixels of tiles, that fade into the next (default: an "
                         "eighth of a clip, and of a tile)")
     parser.add_argument("--frames", type=int, nargs="+", help="Decode these alone, to PNG files; CoordTok decodes only "
@@ -229,6 +229,7 @@ def open_video(args, device: torch.device) -> tuple:
     if args.tokenizer is None:
         raise ValueError(f"{args.action} needs --tokenizer")
     tokenizer = load_tokenizer(args).to(device)
+    args.fit = args.fit or "resize"
     info = look(args.input)
     first, frames = peek(read_stream(args.input, info))
     total = round(info.seconds * info.fps) or None
@@ -269,6 +270,9 @@ def encode(args, device: torch.device) -> None:
 def open_tokens(args, device: torch.device) -> tuple[TokenReader, Codec]:
     reader = TokenReader(args.input)
     about = reader.metadata
+    for name in ("fit", "overlap"):
+        if (given := getattr(args, name)) is not None:
+            check_carried(name, given, about[name], str(args.input))
     if args.tokenizer is None:
         args.tokenizer, args.version = about["tokenizer"], about["version"]
     for name, value in about["architecture"].items():

@@ -370,6 +370,20 @@ def test_the_way_there_and_back_keeps_the_input(monkeypatch, tokenizers, tmp_pat
     assert path.read_bytes() == content and (tmp_path / "v_decoded.mp4").exists()
 
 
+def test_decode_takes_fit_and_overlap_from_the_file(convert, monkeypatch, capsys, tmp_path):
+    """A flag that differs is an error, and so is a quality that x264 lacks."""
+    tokens, _ = convert(make(tmp_path / "v.mp4", 8, audio=False), "larp")
+    for line, message in (
+        (["--fit", "crop"], "--fit crop was given, but .*v.safetensors has resize: leave the flag out"),
+        (["--overlap", 3], "--overlap 3 was given, but .*v.safetensors has 1: leave the flag out"),
+        (["--crf", 52], r"--crf is 52, expected a number in \[0, 51\]"),
+    ):
+        with pytest.raises(SystemExit), one_line_errors():
+            here(monkeypatch, "decode", tokens, *line)
+        assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+    here(monkeypatch, "decode", tokens, "--fit", "resize", "--overlap", 1)
+
+
 def test_another_tokenizer_does_not_decode(convert, monkeypatch, tokenizers, tmp_path):
     tokens, _ = convert(make(tmp_path / "v.mp4", 8, audio=False), "larp")
     torch.manual_seed(1)
