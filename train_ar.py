@@ -33,7 +33,9 @@ def parse_args():
     flags.add_larp_samples(logs)
     flags.add_run(parser, save_dir="./logs", exp_name="larp_ar", num_workers=16)
     parser.set_defaults(video_name=None, seed=66667)
-    return parser.parse_args()
+    args = parser.parse_args()
+    flags.check_given(parser, args)
+    return args
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def parse_args():
     flags.add_flags(parser, CoordTokConfig)
     args = parser.parse_args()
     flags.check_coordtok_steps(parser, args)
+    flags.check_given(parser, args)
     return args
 
 

@@ -30,7 +30,9 @@ def parse_args():
     flags.add_flags(parser, LARPTokenizerConfig)
     flags.add_flags(parser, DiscriminatorConfig)
     parser.set_defaults(video_name=None, seed=66667)
-    return parser.parse_args()
+    args = parser.parse_args()
+    flags.check_given(parser, args)
+    return args
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ def parse_args():
     flags.add_sit_samples(flags.add_logging(parser, log_every=100, save_every=10000))
     flags.add_run(parser, save_dir="results", exp_name="coordtok_large", num_workers=6)
     flags.add_flags(parser, CoordTokConfig)
-    return parser.parse_args()
+    args = parser.parse_args()
+    flags.check_given(parser, args)
+    return args
 
 
 if __name__ == "__main__":

@@ -58,7 +58,6 @@ RANGES = {
     ),
     "(0, 1)": ("previous_dropout_prob",),
     "[0, 1]": ("min_lr_mult", "guidance_interval", "top_p", "mix_ss_max_ratio"),
-    "[8, 32]": ("plane_bits",),
     "[0, 51]": ("crf",),  # of x264
     "[0, 0.5)": ("train_eps", "sample_eps"),
     "[0, 4294967295]": ("seed", "dataset_split_seed"),  # what numpy and torch take, also times a million
@@ -170,6 +169,7 @@ class Parser(configargparse.ArgumentParser):
     """
 
     show_rare = False
+    given: frozenset[str] = frozenset()  # names of the arguments on the command line that was parsed last
 
     def __init__(self, description: str, **options):
         super().__init__(
@@ -215,13 +215,15 @@ class Parser(configargparse.ArgumentParser):
     def parse_known_args(self, args=None, *rest, **options):
         args = sys.argv[1:] if args is None else args
         args = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
+        words = {arg.partition("=")[0] for arg in args}
+        self.given = frozenset(action.dest for action in self._actions if words & {*action.option_strings})
         for action in self._actions:  # a variable may have any of a flag's names
             variables = ["VT_" + option[2:].upper() for option in action.option_strings if option.startswith("--")]
             if len(variables) > 1 and not action.is_config_file_arg:
                 action.env_var = next((name for name in variables if name in os.environ), variables[0])
         parsed, unknown = super().parse_known_args(args, *rest, **options)
         for action in self._actions:
-            if action.type not in (int, float):
+            if action.type not in (int, float) or action.choices:
                 continue
             value = getattr(parsed, action.dest, None)
             for number in value if isinstance(value, (list, tuple)) else [value] * (value is not None):

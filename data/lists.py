@@ -6,9 +6,11 @@ import csv
 import os
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from common.console import print_main
 from common.errors import reading, shown
 from common.files import manifest_sha256
 from data.metadata import REPOSITORY, UCF_NAME, VIDEO_SUFFIXES, walk_videos
@@ -22,21 +24,34 @@ class VideoFile(NamedTuple):
     label: int = -1  # -1: unknown
 
 
-def list_folder(root: str | Path) -> list[VideoFile]:
+def list_folder(root: str | Path, flags: str = " (--data_root, --video_name)") -> list[VideoFile]:
     """The videos in ROOT and ROOT/CLASS, sorted by path; hidden files and folders are left out (`walk_videos`).
 
     Only classes that have videos count; they are numbered in byte order. A file named as in UCF-101 (v_CLASS_gGG_cCC)
-    has the class in its name, since folder HandstandPushups holds v_HandStandPushups files. Another video has the class
-    of its folder, and one directly in ROOT has none (-1). Raises FileNotFoundError where there are no videos.
+    has the class in its name, since folder HandstandPushups holds v_HandStandPushups files; a line says so where it is
+    another word. Another video has the class of its folder, and one directly in ROOT has none (-1). Raises
+    FileNotFoundError where there are no videos.
+
+    flags: those that name ROOT, for the message.
     """
     root = Path(root)
     paths = sorted(map(str, walk_videos(root, depth=2))) if root.is_dir() else []
     if not paths:
         raise FileNotFoundError(f"no videos under {root.absolute()}: looked there and in its class folders for "
-                                f"{', '.join(VIDEO_SUFFIXES)} files (--data_root, --video_name)")
+                                f"{', '.join(VIDEO_SUFFIXES)} files{flags}")
     names = [_class_name(Path(path), root) for path in paths]
+    for path, name in zip(paths, names):
+        folder = Path(path).parent
+        if name and folder != root and folder.name.lower() != name.lower():  # UCF-101's differ in capitals
+            _say_once(f"{shown(path)} is named as in UCF-101: its class is {name}, of its name, and not its folder's")
+            break
     labels: dict[str | None, int] = {name: label for label, name in enumerate(sorted({name for name in names if name}))}
     return [VideoFile(path, labels.get(name, -1)) for path, name in zip(paths, names)]
+
+
+@cache
+def _say_once(line: str) -> None:
+    print_main(line)
 
 
 def _class_name(path: Path, root: Path) -> str | None:
@@ -101,9 +116,9 @@ def list_videos(source: str) -> list[VideoFile]:
     """Videos of a folder, of a csv list, or of a text file with one path a line; sorted by path. Of an output folder of
     sample.py these are the samples alone, without the given clips beside them."""
     if (samples := Path(source, "sampled_videos")).is_dir():
-        return list_folder(samples)
+        return list_folder(samples, flags="")
     if Path(source).is_dir():
-        return list_folder(source)
+        return list_folder(source, flags="")
     if source.endswith(".csv") or "+" in source and not Path(source).is_file():
         return list_csv(source)
     if not Path(source).is_file():

@@ -22,7 +22,7 @@ def parse_args():
     model.add_argument("--slices", type=int, default=1,
                        help="Decode a clip's patches in so many sequences of equal length")
     model.add_argument("--precision", choices=["bf16", "fp16", "fp32"], default="fp32", help="Autocast of the model")
-    model.add_argument("--plane_bits", type=int, metavar="8|16|32", help="Store each value of the planes in so many "
+    model.add_argument("--plane_bits", type=int, choices=[8, 16, 32], help="Store each value of the planes in so many "
                        "bits before it is decoded (default: as it is computed)")
     flags.add_data(parser)
     flags.add_evaluation(parser, protocol="coordtok_rfvd10k_128f")

@@ -37,7 +37,9 @@ def parse_args():
                       help="Lists of videos, in place of --video_name")
     flags.add_evaluation(parser, protocol="larp_rfvd", batch_size=32)
     parser.set_defaults(video_name=None)
-    return parser.parse_args()
+    args = parser.parse_args()
+    flags.check_given(parser, args)
+    return args
 
 
 if __name__ == "__main__":

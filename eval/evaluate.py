@@ -15,7 +15,7 @@ from common.files import manifest_sha256
 from data.clips import ClipDataset, open_quarantine
 from data.lists import VideoFile
 from data.loader import make_loader
-from eval.i3d import I3D
+from eval.i3d import I3D, MIN_FRAMES
 from eval.metrics import psnr_frame
 from eval.motion import check_vmaf, evenly_spaced_clips
 from eval.pictures import contact_sheet, write_clips
@@ -45,6 +45,9 @@ def evaluate(
     """
     if args.vmaf:
         check_vmaf()
+    if num_frames < MIN_FRAMES and not args.no_fvd:
+        raise ValueError(f"the clips have {num_frames} frames, but rFVD is measured by I3D, which needs {MIN_FRAMES} "
+                         "or more: leave rFVD out by --no_fvd")
     protocol = PROTOCOLS[args.protocol]
     folder = Path(args.output_dir or Path("results/eval") / protocol.name)
     quarantine = open_quarantine(folder, args.decode_timeout)

@@ -298,6 +298,13 @@ def self_test(i3d: I3D, batch_size: int = 4) -> float:
     return error
 
 
+def check_enough(count: int, what: str, side: str, source: str) -> None:
+    """ValueError where a side has fewer than two videos or clips, of which there is no covariance."""
+    if count < 2:
+        raise ValueError(f"the {side} side, {source}, has {count} {what}, but a distance needs 2 or more: give more "
+                         "videos")
+
+
 def add_measurement(parser: Parser) -> None:
     """Add the flags that say how FVD is measured; `eval.audit` has them too."""
     add = parser.add_argument
@@ -345,6 +352,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--num_frames {protocol.num_frames}: I3D needs clips of at least {MIN_FRAMES} frames")
 
     files, features, left_out = {side: list_videos(getattr(args, side)) for side in ("real", "generated")}, {}, {}
+    for side in files:
+        check_enough(len(files[side]), "video", side, getattr(args, side))
     i3d = I3D.from_weights(args.i3d_weights, eps=protocol.i3d_eps).to(args.device)
     for side, planned_clips in (("real", planned.num_real), ("generated", planned.num_generated)):
         num_clips = planned_clips if args.num_clips is None else args.num_clips
@@ -352,6 +361,7 @@ def main(argv: list[str] | None = None) -> int:
             i3d, files[side], protocol, num_clips, args.seed, args.batch_size, args.num_workers, side,
             args.decode_timeout,
         )
+        check_enough(len(features[side]), "whole clip", side, getattr(args, side))
     results = fvd_scores(features["real"], features["generated"], protocol.divisor, args.seed)
     full = run_record(
         planned,

@@ -190,7 +190,7 @@ class I3D(nn.Module):
         if x.ndim != 5 or x.shape[1] != 3 or x.shape[3:] != (224, 224):
             raise ValueError(f"I3D expects (B, 3, T, 224, 224), got {tuple(x.shape)}; choose a resize rule")
         if x.shape[2] < MIN_FRAMES:
-            raise ValueError(f"I3D needs clips of at least {MIN_FRAMES} frames, got {x.shape[2]}; raise --num_frames")
+            raise ValueError(f"I3D needs clips of at least {MIN_FRAMES} frames, got {x.shape[2]}: take longer ones")
         # Half precision or TF32 would move the distance by more than the differences that it is read for.
         with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = x.float()

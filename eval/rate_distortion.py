@@ -27,11 +27,17 @@ MARKERS = "osD^vP*X"
 def read_points(sources: Sequence[str | Path]) -> tuple[list[tuple[str, dict]], dict]:
     """([(name, results)] of reports "NAME=PATH" or "PATH", by name and bits; the record that they share).
 
-    A report without a name has that of its model. ValueError where reports were measured differently, or have no bits.
+    A report without a name has that of its model. ValueError where reports were measured differently, have no bits, or
+    one NAME is given to two of as many bits, which are no two points of one curve.
     """
+    given: set[tuple[str, float]] = set()
     points, records = [], []
     for source in map(str, sources):
-        name, _, path = source.rpartition("=") if not Path(source).is_file() else ("", "", source)
+        name, _, path = source.rpartition("=") if not Path(source).exists() else ("", "", source)
+        if not Path(path).is_file():
+            what = "is a folder, expected a report.json: give a file in it" if Path(path).is_dir() else \
+                "no such file; expected a report.json of an evaluation"
+            raise FileNotFoundError(f"{path}: {what}")
         report = read_record(path)
         results, record = report["results"], report["record"]
         records.append((path, record))
@@ -41,6 +47,9 @@ def read_points(sources: Sequence[str | Path]) -> tuple[list[tuple[str, dict]], 
                              "them in tables of their own")
         if results.get("bits_per_pixel") is None:
             raise ValueError(f"{path} has no bits_per_pixel: evaluate again with this version")
+        if (point := (name, results["bits_per_pixel"])) in given:
+            raise ValueError(f"{name} has two reports of {point[1]:g} bits per pixel: give each a name of its own")
+        given |= {point} if name else set()
         points.append((name or record["model"].split()[0], results))
     return sorted(points, key=lambda point: (point[0], point[1]["bits_per_pixel"])), records[0][1]
 

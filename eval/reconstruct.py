@@ -28,7 +28,7 @@ from eval.protocols import PROTOCOLS
 from eval.rate_distortion import write_comparison
 from eval.tokenizers import DECLARED, clip_of, load_tokenizer, parse_arguments
 from models.pretrained import weights_sha256
-from training.flags import add_evaluation
+from training.flags import add_evaluation, check_given
 
 CODEC = "codec:"
 
@@ -53,6 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="seconds after which a file counts as damaged")
     add_evaluation(parser, protocol="larp_rfvd")
     args = parser.parse_args(argv)
+    check_given(parser, args)
     codecs = [name for name in args.tokenizer if name.startswith(CODEC)]
     if bool(codecs) != bool(args.bpp or args.bitrates):
         parser.error(f"{codecs[0]} needs --bpp or --bitrates" if codecs else "--bpp and --bitrates are of codecs: give "

@@ -182,19 +182,25 @@ EXPORTED = {
 }
 
 
+def kind_of_export(config: dict) -> str | None:
+    """The kind of the model whose config.json this is; None where it is of something else."""
+    if (kind := config.get("kind")) is not None:
+        return kind if kind in EXPORTED else None
+    return "larp_tokenizer" if "bottleneck" in config else "larp_ar" if "n_layer" in config else None
+
+
 def load_export(source: str | Path, **hub) -> State:
     """What save_pretrained wrote, as a checkpoint whose "model" (of a SiT also "ema") are these weights.
 
     source, hub: as `read_pretrained` takes them. Raises what it does, and ValueError for files of something else.
     """
     config, weights, path = read_pretrained(source, **hub)
-    folder, kind = path.parent, config.get("kind")
-    if kind is None and "bottleneck" in config:
-        config = {"kind": "larp_tokenizer", "config": config, **read_facts(folder)}
-    elif kind is None and "n_layer" in config:
-        config = {"kind": "larp_ar", "config": config, **read_facts(folder)}
-    elif kind not in EXPORTED:
-        raise ValueError(f"{folder / 'config.json'} is not of an exported model of this project: kind {kind!r}")
+    folder, kind = path.parent, kind_of_export(config)
+    if kind is None:
+        raise ValueError(f"{folder / 'config.json'} is not of an exported model of this project: "
+                         f"kind {config.get('kind')!r}")
+    if kind not in EXPORTED:
+        config = {"kind": kind, "config": config, **read_facts(folder)}
     elif missing := [name for name in ("config", *EXPORTED[kind]) if name not in config]:
         raise ValueError(f"{folder / 'config.json'} is damaged: it lacks {', '.join(missing)}")
     check_finite(weights, path)

@@ -268,7 +268,7 @@ class CoordTok(Pretrained):
         blanks padding as -3 (`released_padding`); here the given frames are used unchanged, and frames missing up to
         the trained length are blanked like that.
         """
-        check_video(video, values=not self.training)
+        check_video(video, values=not self.training, dtype=self.weight_tokens_xy.dtype)
         batch, channels, given, *size = video.shape
         frames, *trained_size = self.config.video_shape
         if channels != 3 or not 1 <= given <= frames or size != trained_size:

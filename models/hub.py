@@ -1,5 +1,6 @@
 """One loader of models: `Pretrained` gives CoordTok, SiT, LARPTokenizer and LARPGenerator save_pretrained,
 from_pretrained and push_to_hub."""
+import contextlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from models.checkpoint_files import (
     is_export,
     is_ours,
     is_sharded,
+    kind_of_export,
     list_checkpoints,
     load,
     load_export,
@@ -156,7 +158,8 @@ def write_pretrained(
     folder: Path, kind: str | None, config: dict, weights: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> list[Path]:
     """Write a model's folder (see `Pretrained.save_pretrained`) and return the paths of its files. Reports of other
-    weights than these are left out."""
+    weights than these are left out. Raises ValueError as `check_folder` does."""
+    check_folder(folder, kind)
     facts = {name: facts[name] for name in FACTS if name in facts}
     sha256 = weights_sha256(weights)
     facts["reports"] = [report for report in facts.get("reports") or [] if is_of(report, sha256)]
@@ -169,12 +172,40 @@ def write_pretrained(
     for name, value in content.items():
         with atomic_write(folder / name, "w") as file:
             file.write(json.dumps(value, indent=2, default=as_plain) + "\n")
+    if FACTS_FILE not in content:
+        (folder / FACTS_FILE).unlink(missing_ok=True)  # of our earlier export
     names = ["model.safetensors", *content]
     if kind in CARDS:
         with atomic_write(folder / "README.md", "w") as file:
             file.write(model_card(kind, config, weights, facts))
         names.append("README.md")
     return [folder / name for name in names]
+
+
+def check_folder(folder: Path, kind: str | None) -> None:
+    """ValueError where a model of this kind would hide a run's checkpoints in `folder`, or replace a file that is not
+    of an earlier export of its kind."""
+    if (folder / "checkpoints").is_dir() or list_checkpoints(folder):
+        raise ValueError(f"{folder} is a run's folder, whose checkpoints an export would hide: export to another one")
+    held = None
+    for name in ("config.json", FACTS_FILE, "model.safetensors", "README.md"):
+        if not (path := folder / name).exists():
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace") if path.suffix in (".json", ".md") else ""
+        content: Any = None
+        if path.suffix == ".json":
+            with contextlib.suppress(ValueError):
+                content = json.loads(text)
+        if name == "config.json":
+            held = kind_of_export(content) if isinstance(content, dict) else None
+        ours = held is not None
+        if name == FACTS_FILE:
+            ours = ours and isinstance(content, dict) and content.keys() <= {*FACTS}
+        elif name == "README.md":
+            ours = CARD_MARK in text
+        if not ours or held not in (None, kind):
+            what = f"of an exported {held} model" if ours and held else "not of an earlier export"
+            raise ValueError(f"{path} is {what}, and would be lost: export to another folder, or move it away")
 
 
 def as_plain(value) -> list | str:
@@ -188,6 +219,7 @@ def is_of(report: dict, sha256: str) -> bool:
 
 
 # --- the model card ---
+CARD_MARK = '.from_pretrained("FOLDER_OR_HUB_ID")'  # every card has it
 CARDS = {  # kind: (what it is, tags, class, lines that use `model`)
     "coordtok": (
         "A CoordTok video tokenizer ([arXiv 2411.14762](https://arxiv.org/abs/2411.14762))", ["video-tokenizer"],
@@ -221,7 +253,7 @@ def model_card(kind: str, config: dict, weights: Mapping[str, Tensor], facts: Ma
     number = sum(tensor.numel() for tensor in weights.values())
     text = ["---", "library_name: pytorch", "tags:", *(f"- {tag}" for tag in tags), "---", f"{what}; {number:,} "
             "values in `model.safetensors`.", "", "```python", f"from {module} import {name}", "",
-            f'model = {name}.from_pretrained("FOLDER_OR_HUB_ID")', use, "```"]
+            f"model = {name}{CARD_MARK}", use, "```"]
     if facts.get("tokenizer"):
         text += ["", f"Its tokenizer's weights have SHA-256 `{facts['tokenizer']}`."]
     if facts.get("classes"):

@@ -175,6 +175,9 @@ class LARPTokenizer(Pretrained):
         clamped: clamp before measuring or writing."""
         check_integers("codes", codes, self.config.bottleneck.args.regularizer.args.codebook_size,
                        advice=": are they of another tokenizer?")
+        if codes.shape[1:] != (self.config.bottleneck_token_num,):
+            raise ValueError(f"codes are of shape {tuple(codes.shape)}, expected (B, "
+                             f"{self.config.bottleneck_token_num}): give all codes of each clip")
         return self.decode_vectors(self.bottleneck.lookup(codes), num_frames)
 
     def forward(

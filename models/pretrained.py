@@ -185,9 +185,10 @@ def read_pretrained(source: str | Path, **hub: Any) -> tuple[dict, dict[str, Ten
             ) from error
     missing = [name for name in PRETRAINED if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{folder}: no {' and no '.join(missing)} in it; expected both, as save_pretrained writes them"
-        )
+        expected = "both, as save_pretrained writes them"
+        if len(missing) > 1:  # else it is an export that lacks a file
+            missing, expected = ["checkpoint", *missing], f"a run that has saved one, or {expected}"
+        raise FileNotFoundError(f"{folder}: no {' and no '.join(missing)} in it; expected {expected}")
     config, weights = (folder / name for name in PRETRAINED)
     advice = "fetch it again"
     content = read_json(config, "a model's configuration", advice)

@@ -165,6 +165,11 @@ def main():
     add("--num_clips", type=int, default=3, help="Rows of the grid of reconstructions")
     add("--diagrams", action="store_true", help="Only draw the diagrams")
     args = parser.parse_args()
+    names = ("sit_samples", "larp_ar_samples", "larp_ar_fp_samples")
+    parts = [name for name in ("coordtok_second", "larp_tokenizer", *names) if not (args.run / name).is_dir()]
+    if parts and not args.diagrams:
+        raise FileNotFoundError(f"{args.run} is no run of the quickstart, for lack of {', '.join(parts)}: give the "
+                                "folder of one (scripts/quickstart.sh makes it), or --diagrams")
     draw_diagrams(args.output)
     if args.diagrams:
         return
@@ -173,7 +178,6 @@ def main():
     write_gif(args.output / "reconstructions.gif", clips, titles)
     contact_sheet(args.output / "reconstructions.png", [[enlarged(video) for video in clip] for clip in clips],
                   [""] * len(clips), titles, num_frames=6)
-    names = ("sit_samples", "larp_ar_samples", "larp_ar_fp_samples")
     columns = [sampled(args.run / name, args.num_clips) for name in names]
     write_gif(args.output / "samples.gif", list(zip(*columns)), ("SiT", "LARP, by class", "LARP, 5 given frames"))
     print(f"pictures: {args.output}")

@@ -87,6 +87,7 @@ class Run(NamedTuple):
     folder: Path
     args: dict[str, Any]
     step: int  # the last in metrics.jsonl
+    diverged: int | None  # the step from which on no loss is finite
     curves: dict[str, dict[str, list[tuple[int, float]]]]  # {chart: {"train loss": [(step, value)]}}
 
 
@@ -138,15 +139,20 @@ def read_report(folder: Path) -> Report:
 
 def read_run(folder: Path) -> Run:
     """A last line cut short by a kill is left out. ValueError or OSError for damaged files."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    *lines, cut = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
     lines = [read_json(line, f"metrics.jsonl, line {i}") for i, line in enumerate(lines, 1)]
     if not lines:
-        raise ValueError("metrics.jsonl is empty: the run has not come to its first line")
+        raise ValueError("metrics.jsonl is cut within its first line" if cut else
+                         "metrics.jsonl is empty: the run has not come to its first line")
+    diverged = None
     curves = {chart: {} for chart in CHARTS}
     for i, line in enumerate(lines, 1):
         check_number(line.get("step"), f"metrics.jsonl, line {i}, step")
         if not isinstance(line.get("kind"), str):
             raise ValueError(f"metrics.jsonl, line {i} is damaged: its kind is no text")
+        if line["kind"] == "train" and (values := [line[name] for name in CHARTS["loss"] if name in line]):
+            bad = all(value is None or value != value or abs(value) == math.inf for value in values)
+            diverged = None if not bad else line["step"] if diverged is None else diverged
         for chart, names in CHARTS.items():
             for name in names:
                 if line.get(name) is None:  # null: it was not finite
@@ -156,7 +162,7 @@ def read_run(folder: Path) -> Run:
                     curves[chart].setdefault(f"{line['kind']} {name}", []).append((line["step"], line[name]))
     args = folder / "args.json"
     args = read_json(args.read_text(encoding="utf-8"), "args.json") if args.exists() else {}
-    return Run(folder, args, lines[-1]["step"], curves)
+    return Run(folder, args, lines[-1]["step"], diverged, curves)
 
 
 def gather(root: Path) -> tuple[list[Report], list[Run], list[str]]:
@@ -387,6 +393,8 @@ def caveats(reports: list[Report], runs: list[Run]) -> list[str]:
     if any("RANDOM" in report.record[name] for report in reports for name in ("lpips", "stlpips")) or any(
             run.args.get("lpips_weights") == "random" for run in runs):
         found.append("LPIPS or ST-LPIPS stands on a RANDOM network, for want of its weights: its values mean nothing.")
+    found += [f"{run.folder.name}: no finite loss from step {run.diverged} on." for run in runs
+              if run.diverged is not None]
     return found
 
 
@@ -414,6 +422,10 @@ def main() -> None:
         raise ValueError(f"{args.folder}: no such folder; give one of runs and reports, such as results/quickstart")
     folder = args.folder.resolve()
     reports, runs, problems = gather(folder)
+    if not reports and not runs:
+        for problem in problems:
+            print(f"left out: {problem}")
+        raise ValueError(f"{args.folder}: nothing in it can be read: give the folder of a whole run or evaluation")
     html = page(folder, reports, runs, problems)
     output = args.output or args.folder / "index.html"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ def parser_of(script, monkeypatch) -> Parser:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_each_numeric_flag_has_its_range(script, monkeypatch, capsys):
     parser = parser_of(script, monkeypatch)
-    numeric = [action for action in parser._actions if action.type in (int, float)]
+    numeric = [action for action in parser._actions if action.type in (int, float) and not action.choices]
     assert len(numeric) > 5
     for action in numeric:
         interval = RANGE_OF[action.dest]
@@ -150,6 +150,27 @@ def test_published_names_are_aliases_everywhere(tmp_path, monkeypatch, dest, nam
 def test_flags_of_sampling_that_exclude_each_other(flags, error, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--output_dir", "out", *flags.split()])
     assert error in refusal(capsys, sample.parse_args)
+
+
+@pytest.mark.parametrize(("script", "flags", "error"), [
+    (train_larp_tokenizer, "--csv_file a --video_name b", "--csv_file is a list, --video_name a folder of videos"),
+    (train_ar, "--csv_file a --video_name b", "--csv_file is a list, --video_name a folder of videos"),
+    (eval_larp_tokenizer, "--tokenizer x --dataset_csv=a --video-name b", "--dataset_csv is a list, --video_name a"),
+    (reconstruct, "--tokenizer x --dataset_csv a --video_name b", "--dataset_csv is a list, --video_name a"),
+    (train_coordtok, "--interpolate_positions", "--interpolate_positions is for the weights of --init_from: give that"),
+    (train_sit, "--first_model_ckpt x --new_classes", "--new_classes is for the weights of --init_from: give that, or"),
+    (train_sit, "--first_model_ckpt x --previous_dropout_prob 0.2", "--previous_dropout_prob is for --condition_on_pr"),
+    (eval_coordtok, "--tokenizer x --plane_bits 9", "--plane_bits: invalid choice: 9 (choose from 8, 16, 32)"),
+])
+def test_flags_that_would_have_no_effect(script, flags, error, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", *flags.split()])
+    assert error in refusal(capsys, script.parse_args).replace("'", "")
+
+
+def test_a_folder_wins_over_the_list_of_a_file(tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text("csv_file: k600_train.csv\n")
+    monkeypatch.setattr(sys, "argv", ["script", "--config", str(tmp_path / "run.yaml"), "--video_name", "mine"])
+    assert train_ar.parse_args().video_name == "mine"
 
 
 def parse_names(*argv):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -99,6 +100,17 @@ def folder(tmp_path_factory):
         write_video(root / f"{i}.mp4", torch.rand(3, 6 if i == 2 else 12, 32, 32))
     (root / "9.mp4").write_text("not a video")
     return root
+
+
+@pytest.mark.parametrize("keep", [["0"], ["0", "2"]])
+def test_one_clip_is_of_a_side(folder, tmp_path, monkeypatch, keep):
+    """Of one video, or of two of which one is short."""
+    for name in keep:
+        shutil.copy(folder / f"{name}.mp4", tmp_path)
+    monkeypatch.setattr(fvd.I3D, "from_weights", lambda *_, **__: MeanColours())
+    flags = ["--num_frames", "10", "--size", "16", "--num_workers", "0", "--device", "cpu"]
+    with pytest.raises(ValueError, match=f"the generated side, {tmp_path}, has 1 (video|whole clip), but a dist"):
+        fvd.main([str(folder), str(tmp_path), *flags])
 
 
 class MeanColours(nn.Module):

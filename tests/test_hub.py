@@ -224,6 +224,39 @@ def test_a_card_has_the_numbers_of_its_weights_alone(sources, monkeypatch, tmp_p
     assert "a report is of logs/run 000000000000, not of these weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "content"), [
+    ("README.md", "# My project"), ("config.json", '{"name": "mine"}'), ("config.json", "["), ("facts.json", "{}"),
+    ("model.safetensors", "weights"),
+])
+def test_an_export_replaces_no_other_files(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{tmp_path / name} is not of an earlier export, and would be lost: export t"):
+        SiT(**SIT).save_pretrained(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == [content]
+
+
+def test_an_export_replaces_one_of_its_kind(sources, tmp_path):
+    """With its facts, which may be of other weights."""
+    larp, sit = sources.made["larp_tokenizer"], sources.made["sit"]
+    larp.facts = {"args": {"lr": 1}}
+    larp.save_pretrained(tmp_path)
+    assert (tmp_path / "facts.json").exists()
+    with pytest.raises(ValueError, match="config.json is of an exported larp_tokenizer model, and would be lost"):
+        sit.save_pretrained(tmp_path)
+    larp.facts = {}
+    larp.save_pretrained(tmp_path)
+    assert not (tmp_path / "facts.json").exists()
+    check_equal(type(larp).from_pretrained(tmp_path), larp)
+
+
+@pytest.mark.parametrize("form", ["run folder", "folder of checkpoints"])
+def test_an_export_hides_no_checkpoints(sources, form):
+    folder = sources.named["coordtok"][form]
+    with pytest.raises(ValueError, match="is a run's folder, whose checkpoints an export would hide: export to an"):
+        checkpoint.export(checkpoint.load(sources.named["coordtok"]["checkpoint file"]), folder)
+    assert not (folder / "config.json").exists()
+
+
 def test_an_exported_sit_of_the_authors_samples(sources, tmp_path):
     """Its statistics and interpolant go with it."""
     sit = SiT.from_pretrained(sources.named["sit"]["authors' file"], config=SIT)
@@ -242,6 +275,9 @@ def test_mistakes_get_one_line(sources, monkeypatch, capsys, tmp_path):
     assert "holds a coordtok model, expected a larp_tokenizer" in error(
         eval_larp_tokenizer, "--tokenizer", coordtok["run folder"])
     assert "neither in the cache" in error(eval_coordtok, "--tokenizer", "someone/nothing")
+    (tmp_path / "run").mkdir()
+    assert "no checkpoint and no config.json and no model.safetensors in it; expected a run that has saved" in error(
+        eval_coordtok, "--tokenizer", tmp_path / "run")
     assert "holds one set of weights" in error(
         eval_larp_tokenizer, "--version", "ema_0.9", "--tokenizer", sources.named["larp_tokenizer"]["exported folder"])
     with pytest.raises(ValueError, match="--enc_num_layers 3 was given, but .* has 1"):

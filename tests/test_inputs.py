@@ -41,6 +41,33 @@ def test_codes_are_of_the_codebook():
         tokenizer.decode(codes.float())
 
 
+    for wrong in (codes[:, :5], codes[0]):
+        with pytest.raises(ValueError, match=r"codes are of shape \(.*\), expected \(B, 12\): give all codes"):
+            tokenizer.decode(wrong)
+
+
+@torch.no_grad()
+def test_a_video_is_a_tensor_of_numbers(tokenizer):
+    video = torch.rand(1, 3, 8, 32, 32)
+    with pytest.raises(ValueError, match="the video must be a tensor, got ndarray: give torch.as_tensor of it"):
+        tokenizer.encode(video.numpy())
+    with pytest.raises(ValueError, match="the video's values are nan to nan, expected"):
+        tokenizer.encode(video * torch.nan)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_a_video_is_of_the_weights_type(kind):
+    """LARP's tokenizer converts it."""
+    video = torch.rand(1, 3, 8, 32, 32).to(kind)
+    tiny_larp(32, 8, 12).encode(video)
+    tokenizer = CoordTok(**COORDTOK).eval()
+    with pytest.raises(ValueError, match=r"of type float(64|16), but the model of float32: give video.to"):
+        tokenizer.encode(video)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokenizer.encode(video.bfloat16())
+
+
 @torch.no_grad()
 def test_patch_indices_are_of_the_grid():
     tokenizer = CoordTok(**COORDTOK).eval()
@@ -56,6 +83,8 @@ def test_labels_and_conditions_are_of_the_model():
     options = {"dim": 32, "n_layer": 1, "n_head": 2, "multiple_of": 8, "vocab_size": 64, "max_seq_len": 4}
     model = LARPGenerator(**options, num_classes=5).eval()
     model.generate(torch.tensor([-1, 4]))
+    with pytest.raises(ValueError, match="labels must be a tensor, got list"):
+        model.generate([0, 1])
     with pytest.raises(ValueError, match="labels are 0 to 5, expected negative for none, or 0 to 4"):
         model.generate(torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="labels are of type float32"):

@@ -6,11 +6,11 @@ import torch
 
 from data import clips
 from data.clips import ClipDataset, ClipKey
-from data.lists import VideoFile, find_lists, list_csv, list_folder
+from data.lists import VideoFile, find_lists, list_csv, list_folder, list_videos
 from data.metadata import find_videos, write_list
 
 
-def test_labels_of_ucf_names_are_in_byte_order(tmp_path):
+def test_labels_of_ucf_names_are_in_byte_order(tmp_path, capsys):
     for name in ("HammerThrow/v_HammerThrow_g01_c01", "Hammering/v_Hammering_g01_c02", "JumpRope/v_JumpRope_g01_c01",
                  "JumpingJack/v_JumpingJack_g02_c01", "HandstandPushups/v_HandStandPushups_g01_c01"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -18,8 +18,26 @@ def test_labels_of_ucf_names_are_in_byte_order(tmp_path):
     (tmp_path / "HammerThrow" / "notes.txt").touch()
     files = list_folder(tmp_path)
     assert [file.path for file in files] == sorted(file.path for file in files)
+    assert not capsys.readouterr().out  # UCF-101's own folders differ in capitals
     labels = {Path(file.path).stem.split("_")[1]: file.label for file in files}
     assert labels == {"HammerThrow": 0, "Hammering": 1, "HandStandPushups": 2, "JumpRope": 3, "JumpingJack": 4}
+
+
+def test_a_class_from_a_name_is_said_once(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    for name in ("v_Theirs_g01_c01.avi", "v_Theirs_g01_c02.avi"):
+        (tmp_path / "mine" / name).touch()
+    list_folder(tmp_path)
+    list_folder(tmp_path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("c01.avi is named as in UCF-101: its class is Theirs, of its name, and not its folder's")
+
+
+def test_an_empty_folder_names_only_flags_that_are_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="files$"):
+        list_videos(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="files .--data_root, --video_name.$"):
+        list_folder(tmp_path)
 
 
 def test_other_folders(tmp_path, folder):

@@ -196,6 +196,27 @@ def test_what_cannot_be_read_is_named(results, monkeypatch, capsys):
     assert "2 reports, 1 runs" in said and "3,333.3" in page.text and "1,111.1" not in page.text
 
 
+def test_where_nothing_can_be_read_no_page_is_made(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "ki')
+    with pytest.raises(ValueError, match=f"{tmp_path}: nothing in it can be read"):
+        make_page(monkeypatch, tmp_path)
+    assert capsys.readouterr().out == "left out: run: metrics.jsonl is cut within its first line\n"
+    assert not (tmp_path / "index.html").exists()
+
+
+@pytest.mark.parametrize(("losses", "remark"), [
+    (["NaN", "null"], "run: no finite loss from step 1 on."), (["1.0", "NaN", "Infinity"], "loss from step 2 on."),
+    (["NaN", "1.0"], None),
+])
+def test_a_loss_that_is_not_finite_is_remarked(tmp_path, losses, remark):
+    (tmp_path / "run").mkdir()
+    lines = [f'{{"step": {step}, "kind": "train", "loss": {loss}}}\n' for step, loss in enumerate(losses, 1)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join([*lines, '{"step": 9, "kind": "val", "psnr": 1}\n']))
+    found = report.caveats([], [report.read_run(tmp_path / "run")])
+    assert remark in found[0] if remark else not found
+
+
 def change(path: Path, place: tuple, value) -> None:
     """Put a value into a JSON file, or the first line of one; without the checksum, as a file from elsewhere."""
     first, newline, rest = path.read_text().partition("\n" if path.suffix == ".jsonl" else "\0")

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, environment
 
+from scripts import make_assets
+
 STUB = """#!/usr/bin/env bash
 printf '%s\\n' "${0##*/}" "$@" '' >>"$CALLS"
 case "$*" in *device_count*) echo 0 ;; esac
@@ -17,6 +19,13 @@ case "$*" in *device_count*) echo 0 ;; esac
 def no_environment() -> dict[str, str]:
     """As in a shell where no environment is active."""
     return {name: value for name, value in environment().items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+
+
+def test_pictures_are_of_a_quickstart(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make_assets.py", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
+    with pytest.raises(FileNotFoundError, match="run is no run of the quickstart, for lack of coordtok_second, "):
+        make_assets.main()
+    assert not (tmp_path / "out").exists()
 
 
 class Repository:

@@ -42,6 +42,7 @@ def i3d(monkeypatch) -> TinyI3D:
     """In place of I3D; LPIPS and ST-LPIPS are out of reach."""
     network = TinyI3D()
     monkeypatch.setattr(I3D, "from_weights", lambda *_, **__: network)
+    monkeypatch.setattr(evaluate, "MIN_FRAMES", 1)
     monkeypatch.setattr(evaluate, "perceptual_metric", perceptual_metric_out_of_reach)
     return network
 
@@ -95,6 +96,25 @@ def test_real_clips_pass_the_extractor_once(monkeypatch, capsys, data, tmp_path,
     assert report(tmp_path / "other")["record"]["model"] == "codec:h264 0.5"  # 51,200 / 25 / 64 / 64
     with pytest.raises(ValueError, match="were not measured alike .*seed differ"):
         rate_distortion.read_points([tmp_path / "h264_1" / "report.json", tmp_path / "other" / "report.json"])
+
+
+def test_clips_too_short_for_i3d_are_said_before(monkeypatch, capsys, flags):
+    monkeypatch.setattr(evaluate, "MIN_FRAMES", 10)
+    line = ["--tokenizer", ADAPTERS / "identity.py:identity", *flags, "--num_frames", 8]
+    assert "have 8 frames, but rFVD is measured by I3D, which needs 10 or more: leave rFVD out by --no_fvd" in mistake(
+        monkeypatch, capsys, reconstruct, *line)
+
+
+@pytest.mark.parametrize(("source", "error"), [
+    ("", "is a folder, expected a report.json: give a file in it"), ("x.json", "no such file; expected a report.json"),
+    ("A", "A has two reports of 0.5 bits per pixel: give each a name of its own"),
+])
+def test_what_is_compared_are_reports(tmp_path, source, error):
+    path = tmp_path / "report.json"
+    path.write_text('{"results": {"bits_per_pixel": 0.5}, "record": {"model": "m"}}')
+    sources = [f"A={path}"] * 2 if source == "A" else [tmp_path / source]
+    with pytest.raises((ValueError, OSError), match=error):
+        rate_distortion.read_points(sources)
 
 
 GOOD = "def f(video):\n    return video, 8\nf.num_frames, f.size = 10, 32\n"

@@ -291,7 +291,7 @@ def test_evaluation_of_what_is_not_there(monkeypatch, capsys, tmp_path):
     for tokenizer, message in (
         ("hywang66/no-such-tokenizer", "HF_HUB_OFFLINE=1"),
         (tmp_path / "nothing.pt", "no checkpoint at"),
-        (tmp_path, "no config.json and no model.safetensors in it"),
+        (tmp_path, "no checkpoint and no config.json and no model.safetensors in it"),
     ):
         error = mistake(monkeypatch, capsys, eval_larp_tokenizer, "--tokenizer", tokenizer, *flags)
         assert message in error

@@ -101,7 +101,8 @@ def test_mistakes(monkeypatch, capsys, data, scripts, coordtok, tmp_path):
     assert "--img_size 64 was given" in (line := says("--img_size", 64)) and "--interpolate_positions" in line
     line = says("--enc_embed_dim", 64)
     assert "--enc_embed_dim 64 was given" in line and "--interpolate_positions" not in line
-    assert "known" not in (line := says("--train", "decodr")) and "among encoder, decoder" in line
+    assert says("--train", "decodr").endswith("or among encoder, decoder, " + ", ".join(
+        f"weight_tokens_{plane}" for plane in ("xy", "yt", "xt")))
     assert "leave one of them out" in says("--is_second_step", "--first_step_ckpt", coordtok)
     script, flags = scripts["sit"]
     run_here(monkeypatch, script, *flags, "--save_dir", tmp_path, "--exp_name", "sit", "--num_iters", 1)
@@ -109,7 +110,16 @@ def test_mistakes(monkeypatch, capsys, data, scripts, coordtok, tmp_path):
     line = says("--num_classes", 2, script=script, flags=flags)
     assert "num_classes 1 there, 2 here" in line and "--new_classes" in line
     assert "path Linear there, GVP here" in says("--path_type", "GVP", script=script, flags=flags)
+    line = says("--model", "SiT-S/2", script=script, flags=flags)
+    assert "--model is SiT-S/2, but" in line and line.endswith("has SiT-XS/4: give --model SiT-XS/4")
     run_here(monkeypatch, script, *flags, "--exp_name", "classes", "--num_classes", 2, "--new_classes")
+    renamed = tmp_path / "data" / "renamed"
+    for name in ("Apple", "Pear"):
+        (renamed / name).mkdir(parents=True)
+        (renamed / name / "x.mp4").touch()
+    line = says("--num_classes", 2, "--init_from", tmp_path / "classes", "--data_root", renamed.parent, "--video_name",
+                "renamed", script=script, flags=flags)
+    assert "label 0 is Apple in" in line and "PanLeft to the model" in line and "or add --new_classes" in line
     assert checkpoint.load(tmp_path / "classes" / "checkpoints")["config"]["num_classes"] == 2
     assert "--train ['x_embedder'] was given" in says(
         "--exp_name", "sit", "--resume", "--train", "x_embedder", script=script, flags=flags)
@@ -119,9 +129,12 @@ def test_mistakes(monkeypatch, capsys, data, scripts, coordtok, tmp_path):
     tiny_larp(32, 8, 16).save_pretrained(tmp_path / "longer")
     line = says("--tokenizer", tmp_path / "longer", script=script, flags=flags)
     assert "max_seq_len 12 there, 16 here" in line and "--interpolate_positions" in line
-    run_here(monkeypatch, script, *flags, "--exp_name", "longer", "--tokenizer", tmp_path / "longer",
+    run_here(monkeypatch, script, *flags, "--exp_name", "longer_ar", "--tokenizer", tmp_path / "longer",
              "--interpolate_positions", "--num_classes", 3, "--new_classes")
-    after = checkpoint.load(tmp_path / "longer" / "checkpoints")
+    line = says("--tokenizer", tmp_path / "longer", "--init_from", tmp_path / "longer_ar", "--data_root",
+                renamed.parent, "--video_name", "renamed", script=script, flags=flags)
+    assert "label 0 is Apple in" in line and "or add --new_classes" in line
+    after = checkpoint.load(tmp_path / "longer_ar" / "checkpoints")
     assert after["config"]["max_seq_len"] == 16 and after["model"]["abs_pe"].shape[1] == 16
 
 

@@ -181,6 +181,19 @@ def add_code_draws(group: Group) -> list[argparse.Action]:
     ]
 
 
+def check_given(parser: Parser, args: argparse.Namespace) -> None:
+    """End with one line where a flag would have no effect, for lack of another or beside it."""
+    for name in ("csv_file", "dataset_csv"):
+        if {name, "video_name"} <= parser.given and getattr(args, name):
+            parser.error(f"--{name} is a list, --video_name a folder of videos: give one of them")
+    if not (getattr(args, "init_from", None) or getattr(args, "first_step_ckpt", None)):
+        for name in ("interpolate_positions", "new_classes"):
+            if getattr(args, name, False):
+                parser.error(f"--{name} is for the weights of --init_from: give that, or leave it out")
+    if "previous_dropout_prob" in parser.given and not args.condition_on_previous:
+        parser.error("--previous_dropout_prob is for --condition_on_previous: add that, or leave it out")
+
+
 # --- evaluation ---
 def add_i3d(group: Group) -> None:
     group.add_argument("--i3d_weights", metavar="PATH",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from common.cli import check_carried, config_diff
 from common.console import print_main
-from models.configs import DiscriminatorConfig, plain
+from data.lists import check_class_names
+from models.configs import SIT_SIZES, DiscriminatorConfig, plain
 from models.discriminator import Discriminator
 from models.hub import Stored
 from models.interpolant import Interpolant
@@ -21,6 +22,7 @@ from models.pretrained import build, read_sit_statistics
 from models.sit import SiT, sit_logs
 from training.flags import larp_ar_config, merge
 from training.load import check_tokenizer
+from training.setup import list_training
 
 # The settings that decide the sizes of position tables and of nothing else, and the tables with their grids. A table is
 # a tensor whose last axis is the width, and whose others, flattened or not, are the grid.
@@ -134,6 +136,9 @@ def start_sit(
     facts: Any = stored.facts
     here = asdict(interpolant)
     if stored.config is not None:
+        size = next((name for name, size in SIT_SIZES.items() if size.items() <= stored.config.items()), args.model)
+        if size != args.model:
+            raise ValueError(f"--model is {args.model}, but {stored.path} has {size}: give --model {size}")
         there = facts["interpolant"] or here
         flow = config_diff(*({name: each[name] for name in ("path", "prediction")} for each in (there, here)))
         if flow:
@@ -211,6 +216,7 @@ def load(kind: Any, stored: Stored, options: dict, args: Namespace | None = None
             held = kind.construct(dict(stored.config), stored.path)
         if args:
             check_sizes(kind.kind, asdict(held.config), asdict(model.config), args, stored.path)
+            check_known_classes(stored, model.config.num_classes, args)
         old, new = (TABLES[kind.kind](each.config) for each in (held, model))
         for name, grid in new.items():
             if name in weights and grid != old[name]:
@@ -221,6 +227,18 @@ def load(kind: Any, stored: Stored, options: dict, args: Namespace | None = None
         weights |= {name: value for name, value in model.state_dict().items() if name.startswith(CLASS_TABLES)}
     model.load_weights(weights, stored.path)
     return model.eval()
+
+
+def check_known_classes(stored: Stored, num_classes: int, args: Namespace) -> None:
+    """ValueError where the videos have other classes than those that the model knows by its labels."""
+    known = stored.facts.get("classes")
+    if not known or num_classes == 1 or args.new_classes:
+        return
+    files, source = list_training(args)
+    try:
+        check_class_names(files, known, source)
+    except ValueError as error:
+        raise ValueError(f"{error}{NEW_CLASSES}") from error
 
 
 def check_sizes(kind: str, there: dict, here: dict, args: Namespace, path: Path) -> None:
@@ -263,7 +281,7 @@ def freeze(model: nn.Module, args: Namespace, state: Any, folder: Path) -> None:
     for word in args.train:
         found = [name for name in names if name.startswith(parts.get(word, (word,)))]
         if not found:
-            known = [*parts, *dict.fromkeys(name.split(".")[0] for name in names)]
+            known = dict.fromkeys([*parts, *(name.split(".")[0] for name in names)])
             raise ValueError(f"--train {word}: no parameter's name starts so; give all, or among {', '.join(known)}")
         chosen |= {*found}
     for name, parameter in model.named_parameters():
