@@ -150,9 +150,6 @@ def read_run(folder: Path) -> Run:
         check_number(line.get("step"), f"metrics.jsonl, line {i}, step")
         if not isinstance(line.get("kind"), str):
             raise ValueError(f"metrics.jsonl, line {i} is damaged: its kind is no text")
-        if line["kind"] == "train" and (values := [line[name] for name in CHARTS["loss"] if name in line]):
-            bad = all(value is None or value != value or abs(value) == math.inf for value in values)
-            diverged = None if not bad else line["step"] if diverged is None else diverged
         for chart, names in CHARTS.items():
             for name in names:
                 if line.get(name) is None:  # null: it was not finite
@@ -160,6 +157,9 @@ def read_run(folder: Path) -> Run:
                 check_number(line[name], f"metrics.jsonl, line {i}, {name}")
                 if math.isfinite(line[name]):
                     curves[chart].setdefault(f"{line['kind']} {name}", []).append((line["step"], line[name]))
+        if line["kind"] == "train" and (losses := [line[name] for name in CHARTS["loss"] if name in line]):
+            finite = any(loss is not None and math.isfinite(loss) for loss in losses)
+            diverged = None if finite else line["step"] if diverged is None else diverged
     args = folder / "args.json"
     args = read_json(args.read_text(encoding="utf-8"), "args.json") if args.exists() else {}
     return Run(folder, args, lines[-1]["step"], diverged, curves)

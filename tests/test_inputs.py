@@ -51,8 +51,6 @@ def test_a_video_is_a_tensor_of_numbers(tokenizer):
     video = torch.rand(1, 3, 8, 32, 32)
     with pytest.raises(ValueError, match="the video must be a tensor, got ndarray: give torch.as_tensor of it"):
         tokenizer.encode(video.numpy())
-    with pytest.raises(ValueError, match="the video's values are nan to nan, expected"):
-        tokenizer.encode(video * torch.nan)
 
 
 @torch.no_grad()
