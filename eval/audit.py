@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from common.cli import Parser, one_line_errors
+from common.console import Progress
 from common.errors import DamagedFile, read_json, reading, shown
 from common.files import atomic_write, manifest_sha256
 from data.clips import ClipDataset, ClipKey, Quarantine
@@ -131,7 +131,7 @@ class Extractor:
                 pending.clear()
 
         total = min(self.num_clips, len(files))
-        for _, clip in tqdm(self.clips(files, choice), name, total, unit="clip", leave=False, disable=None):
+        for _, clip in Progress(self.clips(files, choice), name, total, unit="clips"):
             clip = clip if choice.crf is None else through_mp4(clip, choice.crf, self.timeout)
             parts = [part for part in clip.split(choice.chunk or self.num_frames, dim=1)
                      if part.shape[1] == (choice.chunk or self.num_frames)]

@@ -56,10 +56,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from common import distributed
-from common.console import print_main
+from common.console import Progress, print_main
 from common.files import atomic_write
 from data.stream import (
     StreamWriter,
@@ -235,7 +234,7 @@ def open_video(args, device: torch.device) -> tuple:
     total = round(info.seconds * info.fps) or None
     codec = Codec(tokenizer, *first.shape[:2], args.fit, args.overlap, device, Precision(args.precision, device),
                   args.batch_size)
-    return info, tqdm(frames, args.action, total, unit=" frames"), codec
+    return info, Progress(frames, args.action, total, unit="frame"), codec
 
 
 def encode(args, device: torch.device) -> None:
@@ -306,7 +305,7 @@ def decode(args, device: torch.device) -> None:
     if args.frames:
         decode_chosen(args, reader, codec)
         return
-    with tempfile.NamedTemporaryFile(suffix=".mka") as audio, tqdm(total=count, desc="decode", unit=" frames") as bar:
+    with tempfile.NamedTemporaryFile(suffix=".mka") as audio, Progress(desc="decode", total=count, unit="frame") as bar:
         sound = audio.name if reader.copy_file("audio", audio.name) else None
         with StreamWriter(args.out, codec.out_size, fps, args.crf, sound, about.get("audio_offset", 0.0),
                           about.get("sar", "1/1")) as writer:
