@@ -80,6 +80,7 @@ def test_a_run_on_a_small_gpu(data, tmp_path):
     assert checkpoint.load(tmp_path / "run" / "checkpoints")["args"]["accum_iter"] == 2
 
 
+@LONG
 def test_another_error_of_the_step_that_is_tried(data, tmp_path):
     script = tmp_path / "broken.py"
     script.write_text(SMALL_GPU.replace('torch.OutOfMemoryError("CUDA', 'ValueError("NO CUDA'))
