@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole product at a small size on the demo data: CoordTok and SiT on its planes; beside them a LARP tokenizer and
 # its generators, for classes and for frame prediction; each trained and measured; then one page of results. A quarter
-# of an hour on two CPU cores after the install. Run again, it goes on where it stopped. STEPS=6 CLIPS=4 only looks
+# to half an hour on two CPU cores after the install. Run again, it goes on where it stopped. STEPS=6 CLIPS=4 only looks
 # whether everything runs.
 source "$(dirname "$0")/setup.sh"
 OUT=${OUT:-results/quickstart}

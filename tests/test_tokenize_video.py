@@ -300,8 +300,7 @@ def test_decoded_tiles_are_those_of_compare(convert, monkeypatch, tokenizers, tm
     assert torch.equal(found, torch.cat(written)[:, :, found.shape[2] :])
 
 
-@LONG
-@pytest.mark.parametrize("kind", ["coordtok", "larp"])
+@pytest.mark.parametrize("kind", [pytest.param("coordtok", marks=LONG), "larp"])
 def test_memory_does_not_grow_with_the_video(tokenizers, tmp_path, kind):
     """Ten times the frames, within 5 %: of encoding and of decoding."""
     peaks = {}
