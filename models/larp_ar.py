@@ -133,6 +133,7 @@ class LARPGenerator(Pretrained):
         self.tok_dropout = nn.Dropout(config.token_dropout_p)
         rates = torch.linspace(0, config.drop_path_rate, config.n_layer, device="cpu").tolist()
         self.layers = Blocks(Layer(config, rate) for rate in rates)
+        self.layers.compiled_on_cpu = True  # its RMSNorm and SwiGLU are many small operations
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)
         self.initialize()

