@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
 # The whole product at a small size on the demo data: CoordTok and SiT on its planes; beside them a LARP tokenizer and
-# its generators, for classes and for frame prediction; each trained and measured; then one page of results. A quarter
-# to half an hour on two CPU cores after the install. Run again, it goes on where it stopped. STEPS=6 CLIPS=4 only looks
+# its generators, for classes and for frame prediction; each trained and measured; then one page of results. Fifteen
+# minutes on two idle CPU cores after the install. Run again, it goes on where it stopped. STEPS=6 CLIPS=4 only looks
 # whether everything runs.
 source "$(dirname "$0")/setup.sh"
 OUT=${OUT:-results/quickstart}
 DEMO=data/cache/demo
-CLIPS=${CLIPS:-32}
+CLIPS=${CLIPS:-24}
 CONFIGS=scripts/configs
 TRAIN=(--data_root "$DEMO" --video_name UCF-101_train --save_dir "$OUT" --resume auto ${STEPS:+--num_iters "$STEPS"})
 TEST=(--data_root "$DEMO" --video_name UCF-101_test --num_workers 1)
 SAMPLE=("${TEST[@]}" --num_samples "$CLIPS" --sample_batch_size 16)
 
+# finished PID LOG: waits for a process in the background; where it failed, shows the end of its log and leaves.
+finished() {
+    if ! wait "$1"; then
+        tail -n 3 "$2" >&2
+        exit 1
+    fi
+}
 say() { printf '\n== %s  [%dm%02ds]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 coordtok_and_sit() {
@@ -19,15 +26,20 @@ coordtok_and_sit() {
     COORDTOK=(python train_coordtok.py --config "$CONFIGS/coordtok_quickstart.yaml" --perceptual "$PERCEPTUAL" "${TRAIN[@]}")
     "${COORDTOK[@]}" --lpips_loss_scale 0.0
     "${COORDTOK[@]}" --is_second_step --first_step_ckpt "$OUT/coordtok/checkpoints" --num_iters "${STEPS:-20}" \
-        --num_views 4 --lr 2e-4 --warmup_iters 0 --lpips_loss_scale 0.01 --num_val 0
-    say "3 CoordTok's reconstruction of test clips: rFVD, PSNR, SSIM, $PERCEPTUAL"
+        --num_views 4 --lr 2e-4 --warmup_iters 0 --lpips_loss_scale 0.01
+    # Beside the training that follows: LARP's half ends first and leaves its core.
     python eval/eval_coordtok.py --tokenizer "$OUT/coordtok_second/checkpoints" --protocol larp_rfvd \
-        --num_clips "$CLIPS" --perceptual "$PERCEPTUAL" "${TEST[@]}" --output_dir "$OUT/coordtok_evaluation"
-    say "4 SiT on CoordTok's planes: clips of a class, and their FVD"
+        --num_clips "$CLIPS" --perceptual "$PERCEPTUAL" "${TEST[@]}" --output_dir "$OUT/coordtok_evaluation" \
+        >"$OUT/coordtok_evaluation.log" 2>&1 &
+    EVALUATION=$!
+    say "3 SiT on CoordTok's planes: clips of a class, and their FVD"
     python train_sit.py --config $CONFIGS/sit_quickstart.yaml --first_model_ckpt "$OUT/coordtok_second/checkpoints" \
         "${TRAIN[@]}"
     python sample.py --sit_model "$OUT/sit" --first_model_ckpt "$OUT/coordtok_second/checkpoints" \
         --num_sampling_steps 50 --cfg_scale 2 "${SAMPLE[@]}" --output_dir "$OUT/sit_samples"
+    say "4 CoordTok's reconstruction of test clips: rFVD, PSNR, SSIM, $PERCEPTUAL"
+    finished $EVALUATION "$OUT/coordtok_evaluation.log"
+    cat "$OUT/coordtok_evaluation.log"
 }
 
 larp() {
@@ -75,13 +87,10 @@ mkdir -p "$OUT"
 echo "LARP's half (5 to 8) runs beside CoordTok's, and writes $OUT/larp.log"
 larp >"$OUT/larp.log" 2>&1 &
 LARP_HALF=$!
-trap 'pkill -P $LARP_HALF 2>/dev/null; kill $LARP_HALF 2>/dev/null || true' EXIT
+trap 'pkill -P $LARP_HALF 2>/dev/null; kill $LARP_HALF ${EVALUATION:-} 2>/dev/null || true' EXIT
 coordtok_and_sit
 say "Waiting for LARP's half"
-if ! wait $LARP_HALF; then
-    tail -n 3 "$OUT/larp.log" >&2
-    exit 1
-fi
+finished $LARP_HALF "$OUT/larp.log"
 trap - EXIT
 grep -E "^== |psnr_clip|fvd  |nll|psnr_given" "$OUT/larp.log"
 

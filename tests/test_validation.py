@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data.clips import ClipDataset, ClipKey
+from data.clips import ClipDataset, ClipKey, open_quarantine
 from data.lists import VideoFile
 from data.video import read_frames, write_video
+from eval.i3d import I3D
 from eval.pictures import MARGIN, OUTLINE, SMALLEST, TEXT
-from training.validation import SampleCheck, validation_source
+from training.validation import SampleCheck, make_validation, validation_source
 
 
 @pytest.mark.parametrize(("flags", "expected", "says"), [
@@ -56,3 +57,18 @@ def test_pictures_of_samples(tmp_path, num_given):
     assert video.shape[1:3] == (32 * len(greys) // 2, 64)
     corners = np.asarray(video)[:, 0, 0].astype(int)
     assert [abs(corner - 255 * np.array(OUTLINE)).max() < 60 for corner in corners] == [i < num_given for i in range(4)]
+
+
+def test_no_fvd_loads_no_i3d(monkeypatch, tmp_path):
+    loaded = []
+    monkeypatch.setattr(I3D, "from_weights", lambda *_: loaded.append(1) or torch.nn.Identity())
+    (tmp_path / "A_test" / "Run").mkdir(parents=True)
+    write_video(str(tmp_path / "A_test" / "Run" / "a.mp4"), torch.rand(3, 12, 32, 32))
+    device, quarantine = torch.device("cpu"), open_quarantine(tmp_path, 60)
+    args = Namespace(data_root=str(tmp_path), video_name="A_test", val_name=None, num_val=1, val_batch_size=1,
+                     num_workers=0, perceptual="stlpips", lpips_weights="random", decode_timeout=60)
+    for no_fvd in (False, True):
+        validation = make_validation(Namespace(**vars(args), no_fvd=no_fvd), 12, 32, "larp", device, quarantine)
+        check = SampleCheck(validation.loader.dataset, [ClipKey(0, 0)] * 2, 1, 0, device, fvd=not no_fvd)
+        assert (validation.i3d is None) == (check.i3d is None) == no_fvd
+    assert len(loaded) == 2
