@@ -26,7 +26,7 @@ coordtok_and_sit() {
     COORDTOK=(python train_coordtok.py --config "$CONFIGS/coordtok_quickstart.yaml" --perceptual "$PERCEPTUAL" "${TRAIN[@]}")
     "${COORDTOK[@]}" --lpips_loss_scale 0.0
     "${COORDTOK[@]}" --is_second_step --first_step_ckpt "$OUT/coordtok/checkpoints" --num_iters "${STEPS:-20}" \
-        --num_views 4 --lr 2e-4 --warmup_iters 0 --lpips_loss_scale 0.01
+        --num_views 4 --lr 1e-4 --warmup_iters 0 --lpips_loss_scale 0.01
     # Beside the training that follows: LARP's half ends first and leaves its core.
     python eval/eval_coordtok.py --tokenizer "$OUT/coordtok_second/checkpoints" --protocol larp_rfvd \
         --num_clips "$CLIPS" --perceptual "$PERCEPTUAL" "${TEST[@]}" --output_dir "$OUT/coordtok_evaluation" \
