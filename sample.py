@@ -53,7 +53,9 @@ def main():
 
     # The samples of this shard, of all shards together, and the settings on which all must agree.
     total = args.num_samples_total or args.starting_index + args.num_samples
-    if not (0 <= args.starting_index < total and args.num_samples > 0):
+    if args.num_samples < 1:
+        raise ValueError(f"--num_samples is {args.num_samples}, expected 1 or more")
+    if not 0 <= args.starting_index < total:
         raise ValueError(f"--starting_index {args.starting_index} --num_samples {args.num_samples} are none of the "
                          f"samples 0 to {total - 1} (--num_samples_total)")
     indices = range(args.starting_index, min(args.starting_index + args.num_samples, total))

@@ -93,8 +93,8 @@ def main():
     del state  # frees a copy of the model
 
     if args.compile:
-        compile_blocks(tokenizer)
-        compile_generator = fsdp.compile_blocks if args.fsdp else compile_blocks
+        compile_blocks(device, tokenizer)
+        compile_generator = fsdp.compile_blocks if args.fsdp else partial(compile_blocks, device)
         compile_generator(generator)
 
     # Clips are encoded as they come, or once for the cache.

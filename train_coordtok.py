@@ -88,7 +88,7 @@ def main():
     batches = iter(train_loader(args, clips, sampler, device))
 
     if args.compile:
-        compile_blocks(tokenizer, *([perceptual] if perceptual else []))
+        compile_blocks(device, tokenizer, *([perceptual] if perceptual else []))
     model = distributed.wrap(tokenizer, device, args.accum_iter == 1)
     log = start_log(args, folder, start, args.num_iters, f"CoordTok, {count_parameters(tokenizer)}, {precision.name}; "
                     f"{len(files):,} videos in {source}")

@@ -108,7 +108,7 @@ def main():
     batches = iter(train_loader(args, clips, sampler, device))
 
     if args.compile:
-        compile_blocks(tokenizer, discriminator, *([perceptual] if perceptual else []))
+        compile_blocks(device, tokenizer, discriminator, *([perceptual] if perceptual else []))
     model = distributed.wrap(tokenizer, device, args.accum_iter == 1)
     adversary.wrap()
     log = start_log(args, folder, start, num_iters, f"LARP tokenizer, {count_parameters(tokenizer)}, discriminator, "

@@ -132,7 +132,7 @@ def main():
     stats = latents.LatentStats.from_state_dict(statistics).to(device)
 
     if args.compile:
-        compile_blocks(sit, ema.model)
+        compile_blocks(device, sit, ema.model)
     model = distributed.wrap(sit, device, args.accum_iter == 1)
     cached = f", {cache.views} cached windows each" if cache else ""
     log = start_log(args, folder, start, num_iters, f"{args.model}, {count_parameters(sit)}, "

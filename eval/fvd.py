@@ -337,6 +337,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.self_test and args.generated is None:
         parser.error("give two folders, REAL and GENERATED, or --self_test")
+    if args.self_test and args.real is not None:
+        parser.error(f"--self_test measures no folders, but {args.real} is given: leave one of them out")
+    if args.num_clips is not None and args.num_clips < 2:
+        parser.error(f"--num_clips is {args.num_clips}, expected 2 or more: a distance needs two clips of each side")
     return args
 
 

@@ -1,4 +1,5 @@
 """Building blocks that several models share."""
+import itertools
 from functools import partial
 from typing import Any
 
@@ -47,17 +48,15 @@ class Fused(nn.Module):
     """A module of memory-bound operations, which `compile_blocks` compiles whole."""
 
 
-def compile_blocks(*models: nn.Module, **options) -> None:
+def compile_blocks(device: torch.device, *models: nn.Module, **options) -> None:
     """Compile every block and every `Fused` of the models in place, so that the names of weights do not change; on a
     CPU only what gains there. Blocks of one kind share compiled code, so the compile time does not grow with depth.
-    options: of torch.compile."""
+    device: that the models will run on. options: of torch.compile."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # kinds x shapes x modes
-    for model in models:
-        on_cpu = all(parameter.is_cpu for parameter in model.parameters())
-        for module in model.modules():
-            chosen = isinstance(module, Blocks) and (module.compiled_on_cpu or not on_cpu)
-            for part in module if chosen else [module] if isinstance(module, Fused) else []:
-                part.compile(dynamic=False, **options)
+    for module in itertools.chain(*(model.modules() for model in models)):
+        chosen = isinstance(module, Blocks) and (module.compiled_on_cpu or device.type != "cpu")
+        for part in module if chosen else [module] if isinstance(module, Fused) else []:
+            part.compile(dynamic=False, **options)
 
 
 class TubeletEmbedding(nn.Conv3d):

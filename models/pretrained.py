@@ -187,7 +187,8 @@ def read_pretrained(source: str | Path, **hub: Any) -> tuple[dict, dict[str, Ten
     if missing:
         expected = "both, as save_pretrained writes them"
         if len(missing) > 1:  # else it is an export that lacks a file
-            missing, expected = ["checkpoint", *missing], f"a run that has saved one, or {expected}"
+            missing = ["checkpoint", *missing]
+            expected = "a run's folder, which has a checkpoint, or an exported model's, which has the other two"
         raise FileNotFoundError(f"{folder}: no {' and no '.join(missing)} in it; expected {expected}")
     config, weights = (folder / name for name in PRETRAINED)
     advice = "fetch it again"

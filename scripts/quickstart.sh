@@ -7,6 +7,10 @@ source "$(dirname "$0")/setup.sh"
 OUT=${OUT:-results/quickstart}
 DEMO=data/cache/demo
 CLIPS=${CLIPS:-24}
+if ! [[ ${STEPS:-1} =~ ^[1-9][0-9]*$ && $CLIPS =~ ^[1-9][0-9]*$ && $CLIPS -ge 2 ]]; then
+    echo "error: STEPS is ${STEPS:-not set} and CLIPS $CLIPS, expected whole numbers, at least 1 and 2 (an FVD needs two clips)" >&2
+    exit 1
+fi
 CONFIGS=scripts/configs
 TRAIN=(--data_root "$DEMO" --video_name UCF-101_train --save_dir "$OUT" --resume auto ${STEPS:+--num_iters "$STEPS"})
 TEST=(--data_root "$DEMO" --video_name UCF-101_test --num_workers 1)
@@ -18,6 +22,17 @@ finished() {
         tail -n 3 "$2" >&2
         exit 1
     fi
+}
+# stop SIGNAL: ends both halves, with all that they have started; training saves first.
+stop() {
+    trap - EXIT
+    local group
+    for group in ${COORDTOK_HALF:-} ${LARP_HALF:-}; do
+        kill -"$1" -- "-$group" 2>/dev/null || true
+    done
+    for group in ${COORDTOK_HALF:-} ${LARP_HALF:-}; do
+        while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
+    done
 }
 say() { printf '\n== %s  [%dm%02ds]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
@@ -61,7 +76,7 @@ larp() {
 say "1 Demo data: photographs moved by a camera, under UCF-101's names and split"
 python data/demo.py --root $DEMO --size 96x72
 (cd data && python split_ucf.py --data_root cache/demo --data_name UCF-101 2>/dev/null)
-# All weights that the steps need are fetched now, so that none of them is missed after an hour of training.
+# All weights that the steps need are fetched now, so that none of them is missed after minutes of training.
 PERCEPTUAL=$(python - <<'END'
 import contextlib
 import sys
@@ -81,17 +96,24 @@ print(name)
 END
 )
 
-# Both halves at once, each on half of the cores: models this small gain little from more threads.
+# Both halves at once, each on half of the cores: models this small gain little from more threads. Each is a process
+# group of its own, so that it can be stopped whole.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 mkdir -p "$OUT"
 echo "LARP's half (5 to 8) runs beside CoordTok's, and writes $OUT/larp.log"
+trap 'stop TERM' EXIT
+trap 'stop INT; exit 130' INT
+trap 'stop TERM; exit 143' TERM
+set -m
 larp >"$OUT/larp.log" 2>&1 &
 LARP_HALF=$!
-trap 'pkill -P $LARP_HALF 2>/dev/null; kill $LARP_HALF ${EVALUATION:-} 2>/dev/null || true' EXIT
-coordtok_and_sit
+coordtok_and_sit &
+COORDTOK_HALF=$!
+set +m
+wait $COORDTOK_HALF || exit $?
 say "Waiting for LARP's half"
 finished $LARP_HALF "$OUT/larp.log"
-trap - EXIT
+trap - EXIT INT TERM
 grep -E "^== |psnr_clip|fvd  |nll|psnr_given" "$OUT/larp.log"
 
 say "9 All of it on one page"

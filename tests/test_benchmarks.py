@@ -206,7 +206,7 @@ def test_compiled_parts_are_whole_graphs(monkeypatch, name):
     setting = train_step.Setting(True, 5, torch.device("cpu"), train_step.VARIANTS["fused attention"])
     step = train_step.build(train_step.STEPS[name][0], setting)
     for model in step.models:
-        compile_blocks(model, backend="eager", fullgraph=True)
+        compile_blocks(torch.device("cpu"), model, backend="eager", fullgraph=True)
     torch._dynamo.utils.counters.clear()
     step.run()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(step.models)

@@ -103,7 +103,7 @@ def losses(make, device: torch.device, precision: str, compiled: bool = False) -
     optimizer = adamw([p for module in modules for p in module.parameters() if p.requires_grad], lr=1e-3)
     precision, found = Precision(precision, device), []
     for module in modules if compiled else []:
-        compile_blocks(module)
+        compile_blocks(device, module)
     for _ in range(STEPS):
         with precision.autocast():
             value = loss(*modules, *(tensor.to(device) for tensor in inputs))

@@ -61,9 +61,9 @@ def test_on_a_cpu_only_what_gains_there_is_compiled():
             self.gated.compiled_on_cpu = True
 
     def compiled(device):
-        model = Model().to(device)
-        compile_blocks(model)
+        model = Model()  # may still be elsewhere, as train_ar.py's tokenizer is
+        compile_blocks(torch.device(device), model)
         return [part._compiled_call_impl is not None for part in (model.vit[0], model.gated[0], model.loss)]
 
     assert compiled("cpu") == [False, True, True]
-    assert compiled("meta") == [True, True, True]  # any other device
+    assert compiled("cuda") == [True, True, True]

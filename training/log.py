@@ -165,7 +165,8 @@ class RunLog:
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             values = compute()
         self.write(step, kind, **values)
-        print_main(f"step {step}, {kind}" + "".join(f", {name} {value:.4g}" for name, value in values.items()))
+        said = "".join(f", {name} {value:.4g}" for name, value in values.items())
+        print_main(f"step {step}, {kind}{said or ': pictures alone, no scores'}")
         return values
 
     def write(self, step: int, kind: str, **values) -> None:

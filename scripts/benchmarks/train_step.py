@@ -223,7 +223,7 @@ def build(make: Callable[[Setting], Step], setting: Setting) -> Step:
     for model in step.models:
         set_checkpointing(model, variant.checkpointing)
         if variant.compiled:
-            compile_blocks(model)
+            compile_blocks(setting.device, model)
 
     def run() -> None:
         torch.set_float32_matmul_precision("high" if variant.tf32 else "highest")
