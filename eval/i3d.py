@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def same_pad(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Ten
 class Unit(nn.Module):
     """Convolution, batch norm, ReLU."""
 
-    bn: nn.Module
+    bn: Any  # a batch norm; an identity once it is folded
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int, stride: int, eps: float):
         super().__init__()

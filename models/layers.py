@@ -1,5 +1,6 @@
 """Building blocks that several models share."""
 import itertools
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -54,8 +55,10 @@ def compile_blocks(device: torch.device, *models: nn.Module, **options) -> None:
     device: that the models will run on. options: of torch.compile."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # kinds x shapes x modes
     for module in itertools.chain(*(model.modules() for model in models)):
-        chosen = isinstance(module, Blocks) and (module.compiled_on_cpu or device.type != "cpu")
-        for part in module if chosen else [module] if isinstance(module, Fused) else []:
+        parts: Iterable[nn.Module] = [module] if isinstance(module, Fused) else []
+        if isinstance(module, Blocks) and (module.compiled_on_cpu or device.type != "cpu"):
+            parts = module
+        for part in parts:
             part.compile(dynamic=False, **options)
 
 

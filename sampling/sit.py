@@ -55,7 +55,7 @@ def sit_generator(args: argparse.Namespace, device: torch.device) -> Generator:
     num_frames, size, _ = tokenizer.config.video_shape  # of a clip
     sha256, tokenizer_sha256 = weights_sha256(sit), weights_sha256(tokenizer)
     if args.compile:
-        compile_blocks(sit)
+        compile_blocks(device, sit)
     dtype = args.dtype or "float32"
     precision = Precision(PRECISIONS[dtype], device)
 

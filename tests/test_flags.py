@@ -276,6 +276,15 @@ def test_lack_of_memory_is_one_line(capsys, error, line):
     assert stopped.value.code == 1 and re.fullmatch(f"error: {line}.*\n", capsys.readouterr().err)
 
 
+def test_a_file_in_the_place_of_a_folder_is_one_line(capsys, tmp_path):
+    (tmp_path / "taken").touch()
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(SystemExit), one_line_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+        assert capsys.readouterr().err == f"error: {folder} is a file or lies below one, expected a folder: choose " \
+                                          "another name\n"
+
+
 def test_ctrl_c_is_one_line(capsys):
     with pytest.raises(SystemExit) as stopped, one_line_errors():
         raise KeyboardInterrupt

@@ -170,5 +170,10 @@ def test_command_line(folder, tmp_path, capsys, monkeypatch):
     assert record["deviations"] == ["num_frames: 10 instead of 16", "size: 16 instead of 128"]
     text = capsys.readouterr().out
     assert "folders*" in text and "rank-deficient" in text and "floor" in text
+    wrong = {"--num_clips 1": "--num_clips is 1, expected 2 or more", "--self_test": "leave one of them out"}
+    for flags, error in wrong.items():
+        with pytest.raises(SystemExit):
+            fvd.main([str(folder), str(folder), *flags.split()])
+        assert error in capsys.readouterr().err
     with pytest.raises(SystemExit):
         fvd.main([str(folder)])

@@ -299,6 +299,7 @@ def test_the_authors_run_folder_gives_the_same_samples(sampled, models, tmp_path
         (["--sit_model", "LONG", "--rollout", "2", "--mode", "ODE", "--likelihood"], "are of single clips"),
         (["--class_label", "2"], "--class_label is 2, expected 0 to 1"),
         (["--guidance_interval", "0.9", "0.1"], r"--guidance_interval is \[0.9, 0.1\], expected LOW below HIGH"),
+        (["--num_samples", "0"], "--num_samples is 0, expected 1 or more"),
         (["--num_samples_total", "4", "--starting_index", "4"], "none of the samples 0 to 3"),
         (["--first_model_ckpt", "OTHER"], "not trained on the tokenizer .*OTHER: --first_model_ckpt was the right one"),
         (["--first_model_ckpt", "SMALLER"], "not trained on the tokenizer"),

@@ -10,8 +10,9 @@ from helpers import ROOT, environment
 
 from scripts import make_assets
 
+# env printf writes all of a call at once, the shell's own a line at a time: calls may be made side by side.
 STUB = """#!/usr/bin/env bash
-printf '%s\\n' "${0##*/}" "$@" '' >>"$CALLS"
+env printf '%s\\n' "${0##*/}" "$@" '' >>"$CALLS"
 case "$*" in *device_count*) echo 0 ;; esac
 """
 
@@ -164,6 +165,13 @@ def test_paths_with_spaces_and_stars(repository):
     folders = [value(call, flag) for call in calls for flag in ("--save_dir", "--output_dir") if flag in call]
     assert len(folders) == 11 and all(folder == odd or folder.startswith(f"{odd}/") for folder in folders)
     assert ["python", "scripts/report.py", odd] in calls
+
+
+@pytest.mark.parametrize("wrong", [{"CLIPS": "1"}, {"CLIPS": "x"}, {"STEPS": "0"}])
+def test_the_quickstart_names_a_wrong_number_before_it_starts(repository, wrong):
+    with pytest.raises(AssertionError, match="error: STEPS is .* and CLIPS .*, expected whole numbers, at"):
+        repository.run("quickstart.sh", **wrong)
+    assert not (repository.folder / "calls").exists()
 
 
 def test_flags_of_training_reach_what_follows(repository):
