@@ -276,7 +276,7 @@ def test_mistakes_get_one_line(sources, monkeypatch, capsys, tmp_path):
         eval_larp_tokenizer, "--tokenizer", coordtok["run folder"])
     assert "neither in the cache" in error(eval_coordtok, "--tokenizer", "someone/nothing")
     (tmp_path / "run").mkdir()
-    assert "no checkpoint and no config.json and no model.safetensors in it; expected a run that has saved" in error(
+    assert "no checkpoint and no config.json and no model.safetensors in it; expected a run's folder, which" in error(
         eval_coordtok, "--tokenizer", tmp_path / "run")
     assert "holds one set of weights" in error(
         eval_larp_tokenizer, "--version", "ema_0.9", "--tokenizer", sources.named["larp_tokenizer"]["exported folder"])

@@ -155,8 +155,7 @@ def add_run(parser: Parser, save_dir: str, exp_name: str, num_workers: int) -> N
     speed.add_argument("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto",
                        help="Autocast; auto: bf16 on a GPU that has it, otherwise fp32")
     add_tf32(speed)
-    speed.add_argument("--compile", action="store_true",
-                       help="Compile the model's blocks by torch.compile; on a CPU those that gain there")
+    speed.add_argument("--compile", action="store_true", help="Compile blocks (on a CPU those that gain)")
     speed.add_argument("--gradient_checkpointing", action="store_true",
                        help="Save memory: recompute each block in the backward pass")
     speed.add_argument("--prefetch_factor", type=int, default=2,
