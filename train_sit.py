@@ -105,8 +105,7 @@ def main():
         check_sde(num_steps=args.val_sampling_steps)
         keys = [ClipKey(i, index) for i, index in enumerate(evenly_spaced(len(files), args.num_val))]
         real = clips_of(damaged="skip", short="repeat")
-        check = SampleCheck(real, keys, args.val_batch_size, args.num_workers, device,
-                            fvd=not args.no_fvd)
+        check = SampleCheck(real, keys, args.val_batch_size, args.num_workers, device, fvd=not args.no_fvd)
         labels = sample_labels(range(args.num_val), args.num_classes, args.seed)
         captions = [names[label] if args.num_classes > 1 else f"sample {i}" for i, label in enumerate(labels)]
     usable_files, cache = list(range(len(files))), None

@@ -326,7 +326,8 @@ def one_line(error: Exception) -> str | None:
         return f"not enough memory: {found[0]}: lower the batch size or --num_workers"
     if isinstance(error, MemoryError):
         return f"not enough memory: {last or 'the system has none left'}: lower the batch size or --num_workers"
-    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:  # of making a folder
+    if (isinstance(error, FileExistsError | NotADirectoryError) and error.filename and error.filename2 is None
+            and not os.path.isdir(error.filename)):  # of making a folder
         return f"{error.filename} is a file or lies below one, expected a folder: choose another name"
     if isinstance(error, ValueError | OSError | FloatingPointError | MendableError):
         return last or type(error).__name__

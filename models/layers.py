@@ -1,6 +1,5 @@
 """Building blocks that several models share."""
 import itertools
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,8 @@ from einops import rearrange
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from common.console import print_main
 
 
 def vit_block(dim: int, num_heads: int, qkv_bias: bool, eps: float, mlp_ratio: float = 4.0) -> Block:
@@ -51,15 +52,19 @@ class Fused(nn.Module):
 
 def compile_blocks(device: torch.device, *models: nn.Module, **options) -> None:
     """Compile every block and every `Fused` of the models in place, so that the names of weights do not change; on a
-    CPU only what gains there. Blocks of one kind share compiled code, so the compile time does not grow with depth.
-    device: that the models will run on. options: of torch.compile."""
+    CPU only what gains there, and a message where nothing does. Blocks of one kind share compiled code, so the compile
+    time does not grow with depth. device: that the models will run on. options: of torch.compile."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # kinds x shapes x modes
+    parts: list[nn.Module] = []
     for module in itertools.chain(*(model.modules() for model in models)):
-        parts: Iterable[nn.Module] = [module] if isinstance(module, Fused) else []
         if isinstance(module, Blocks) and (module.compiled_on_cpu or device.type != "cpu"):
-            parts = module
-        for part in parts:
-            part.compile(dynamic=False, **options)
+            parts += module
+        elif isinstance(module, Fused):
+            parts.append(module)
+    for part in parts:
+        part.compile(dynamic=False, **options)
+    if not parts:
+        print_main("--compile has no effect: nothing of this model gains by it on a CPU")
 
 
 class TubeletEmbedding(nn.Conv3d):

@@ -125,7 +125,7 @@ def add_sit_sampling(parser: Parser) -> list[argparse.Action]:
         add("--sampling_method", metavar="NAME",
             help="Solver: with SDE, Euler (default) or Heun; with ODE, one of torchdiffeq's (default: dopri5)"),
         add("--num_sampling_steps", type=int, default=250, help="Time points; adaptive solvers choose their own"),
-        add("--compile", action="store_true", help="Compile the model's blocks by torch.compile"),
+        add("--compile", action="store_true", help="Compile the model's blocks; without effect on a CPU"),
         add("--guidance_interval", type=float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"),
             help=Rare("Times at which samples are guided; 0 is noise")),
         add("--slices", type=int, default=1,

@@ -23,16 +23,13 @@ finished() {
         exit 1
     fi
 }
-# stop SIGNAL: ends both halves, with all that they have started; training saves first.
+# stop SIGNAL: ends both halves, with all that they have started, and waits for them; training saves first.
 stop() {
     trap - EXIT
-    local group
-    for group in ${COORDTOK_HALF:-} ${LARP_HALF:-}; do
-        kill -"$1" -- "-$group" 2>/dev/null || true
+    for half in ${COORDTOK_HALF:-} ${LARP_HALF:-}; do
+        kill -"$1" -- "-$half" 2>/dev/null || true
     done
-    for group in ${COORDTOK_HALF:-} ${LARP_HALF:-}; do
-        while kill -0 -- "-$group" 2>/dev/null; do sleep 0.2; done
-    done
+    wait
 }
 say() { printf '\n== %s  [%dm%02ds]\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
@@ -97,7 +94,7 @@ END
 )
 
 # Both halves at once, each on half of the cores: models this small gain little from more threads. Each is a process
-# group of its own, so that it can be stopped whole.
+# group of its own, so that it can be stopped whole; its shell's empty trap makes it wait for what it runs.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 mkdir -p "$OUT"
 echo "LARP's half (5 to 8) runs beside CoordTok's, and writes $OUT/larp.log"
@@ -105,9 +102,9 @@ trap 'stop TERM' EXIT
 trap 'stop INT; exit 130' INT
 trap 'stop TERM; exit 143' TERM
 set -m
-larp >"$OUT/larp.log" 2>&1 &
+{ trap : INT TERM; larp; } >"$OUT/larp.log" 2>&1 &
 LARP_HALF=$!
-coordtok_and_sit &
+{ trap : INT TERM; coordtok_and_sit; } &
 COORDTOK_HALF=$!
 set +m
 wait $COORDTOK_HALF || exit $?

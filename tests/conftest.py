@@ -19,12 +19,12 @@ SHARED = ROOT.parent / "shared"
 
 
 # The files that take longest: they start first, so that no process waits long for the other at the end.
-LONG = ("test_fake_cuda", "test_train_larp_tokenizer", "test_train_coordtok", "test_train_sit", "test_train_ar",
-        "test_tune", "test_runs")
+SLOWEST = ("test_fake_cuda", "test_train_larp_tokenizer", "test_train_coordtok", "test_train_sit", "test_train_ar",
+           "test_tune", "test_runs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,15 @@ def test_pooling_axis_by_axis_is_max_pooling(kernel, stride, shape):
     assert torch.equal(i3d.max_pool3d(x, kernel, stride), F.max_pool3d(x, kernel, stride))
 
 
+@pytest.mark.parametrize(("kernel", "stride", "size"), [(3, 1, 6), (7, 2, 16), (7, 2, 15), (1, 1, 4)])
+def test_a_convolution_pads_as_tensorflow(kernel, stride, size):
+    """By itself where both sides get as much, else by `same_pad`."""
+    unit = i3d.Unit(2, 3, kernel, stride, 1e-3).eval()
+    x = torch.randn(1, 2, size, size, size)
+    expected = F.relu(unit.bn(unit.conv3d(i3d.same_pad(x, (kernel,) * 3, (stride,) * 3))))
+    torch.testing.assert_close(unit(x), expected)
+
+
 def test_folded_batch_norms_change_nothing(random_network):
     video = torch.rand(1, 3, 10, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -53,7 +53,7 @@ def test_checkpointing_runs_blocks_again_in_backward_with_the_same_gradients():
     assert list(blocks.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
-def test_on_a_cpu_only_what_gains_there_is_compiled():
+def test_on_a_cpu_only_what_gains_there_is_compiled(capsys):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -67,3 +67,6 @@ def test_on_a_cpu_only_what_gains_there_is_compiled():
 
     assert compiled("cpu") == [False, True, True]
     assert compiled("cuda") == [True, True, True]
+    assert not capsys.readouterr().out
+    compile_blocks(torch.device("cpu"), Blocks([nn.Linear(2, 2)]))
+    assert capsys.readouterr().out == "--compile has no effect: nothing of this model gains by it on a CPU\n"

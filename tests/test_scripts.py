@@ -1,8 +1,10 @@
 """The bash scripts, with programs in place of python, torchrun and pip that note their arguments."""
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,30 @@ def test_the_quickstart_names_a_wrong_number_before_it_starts(repository, wrong)
     with pytest.raises(AssertionError, match="error: STEPS is .* and CLIPS .*, expected whole numbers, at"):
         repository.run("quickstart.sh", **wrong)
     assert not (repository.folder / "calls").exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_the_quickstart_stops_both_halves(repository, sent):
+    """And waits for them: training saves before it ends."""
+    python, folder = repository.folder / ".venv" / "bin" / "python", repository.folder
+    python.write_text(STUB + """case "$1" in train_*)
+trap 'sleep 1; echo saved >>"$CALLS.ends"; exit 9' TERM INT
+echo started >>"$CALLS.ends"
+while true; do sleep 0.1; done
+esac
+""")
+    ends = folder / "calls.ends"
+    quickstart = subprocess.Popen(
+        ["bash", "scripts/quickstart.sh"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**no_environment(), "CALLS": str(folder / "calls")}, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    until = time.monotonic() + 60
+    while (ends.read_text() if ends.exists() else "").count("started") < 2:
+        assert time.monotonic() < until and quickstart.poll() is None
+        time.sleep(0.1)
+    quickstart.send_signal(sent)
+    assert quickstart.wait(60) == 128 + sent
+    assert ends.read_text().count("saved") == 2
 
 
 def test_flags_of_training_reach_what_follows(repository):
